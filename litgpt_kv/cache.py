@@ -1,0 +1,492 @@
+"""The cache of a model: layers of stored keys and values, the slots they are in, and a counter for every row. Floor 3.
+
+L layers · B rows · T new tokens · S slots (the budget) · N keys attended to (S, or S + T for a block) · G key/value
+heads · P sets of kept tokens (1, or G) · D head size · E rotated elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from litgpt.config import Config
+from litgpt_kv import registry, storage  # noqa: F401  (storage registers itself)
+from litgpt_kv.config import KVCacheArgs, LayerFacts, layer_facts, per_layer, percent, unsupported
+from litgpt_kv.positions import Angles, angles_at, ranks, rows_at, visible
+from litgpt_kv.slots import Slots
+from litgpt_kv.strategies import Seen
+
+if TYPE_CHECKING:
+    from litgpt_kv.model import GPT
+
+
+@dataclass(eq=False)
+class Step:
+    """One group of layers' part in a pass, worked out once for all of them."""
+
+    slots: Slots
+    pos: Tensor  # (B, T) positions of the new tokens
+    seeding: bool = False
+    length: Tensor | None = None  # prompt: (B,) real tokens of each row
+    kept: tuple[Tensor, Tensor] | None = None  # prompt: indices and positions of what stays, (B, P, n)
+    slot: Tensor | None = None  # decode: (L, B, P, T) the slots that the new tokens take
+    seen: Tensor | None = None  # decode: (L, B, P, N) positions of the keys attended to
+    mask: Tensor | None = None  # decode: (L, B, P, T, N), None where every query sees every key
+    extent: int = 0  # decode: slots from here on are empty
+    entered: list[Tensor] = field(default_factory=list)
+    masses: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Turn:
+    """One layer's part in a pass: what its attention needs besides the layer's own weights."""
+
+    layer: LayerCache
+    step: Step
+    angles: Angles  # for the new queries and keys
+    far: Angles | None = None  # for queries that look at sinks from inside the cache, (B, T, E)
+    ranked: tuple[Tensor, Angles] | None = None  # ranks (L, B, P, N) and tables, for keys stored unrotated
+
+    @property
+    def mask(self) -> Tensor | None:
+        return None if self.step.mask is None else self.step.mask[self.layer.place]
+
+    @property
+    def keys(self) -> Angles | None:
+        """Angles (B, P, N, E) of all keys, where they are stored unrotated; made for one layer at a time."""
+        return None if self.ranked is None else rows_at(*self.ranked[1], self.ranked[0][self.layer.place])
+
+    @property
+    def sinks(self) -> Tensor:
+        """(B, P, N) bool: the slots that hold sinks."""
+        seen = self.step.seen[self.layer.place]
+        return (seen >= 0) & (seen < self.step.slots.sinks)
+
+
+class LayerCache(nn.Module):
+    """Stored keys and values of one layer, and its place in a group's slots."""
+
+    row_dim: ClassVar[int] = 0
+
+    def __init__(self, facts: LayerFacts, slots: Slots, place: int, keys: nn.Module, values: nn.Module, raw: bool):
+        super().__init__()
+        self.facts, self.place, self.raw = facts, place, raw
+        self.keys, self.values = keys, values
+        self.observes = slots.strategy.attention
+
+    def seed(self, step: Step, q: Tensor, k: Tensor, stored: Tensor, v: Tensor, mass: Tensor | None) -> None:
+        """Takes what the strategy keeps of right-padded prompts; pads are never written.
+
+        Args:
+            q, k, v: (B, H, T, D), (B, G, T, D), (B, G, T, Dv) of the pass, rotated at the tokens' positions.
+            stored: (B, G, T, D) the keys as this cache stores them.
+            mass: (B, G, T) attention received, for a strategy that observes it.
+        """
+        slots, rank = step.slots, None
+        if step.kept is None:
+            T = k.size(2)
+            pos = torch.arange(T, device=k.device).expand(k.size(0), slots.pos.size(2), T)
+            seen = Seen(pos, step.length - 1, True, self.facts, mass, k, v, q)
+            rank = slots.prompt_rank(seen)
+            index, kept = slots.keep(rank, step.length)
+        else:
+            index, kept = step.kept
+        slots.seed(self.place, index, kept, rank)
+        target = torch.arange(index.size(-1), device=k.device).expand(index.shape)
+        for buffer, x in ((self.keys, stored), (self.values, v)):
+            wide = index.unsqueeze(-1).expand(-1, x.size(1), -1, x.size(-1))
+            chosen = x.gather(2, wide).masked_fill((kept < 0).unsqueeze(-1), 0.0)  # (B, G, n, D)
+            buffer.write(target, chosen)
+
+    def extend(self, step: Step, k: Tensor, v: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes new tokens (B, G, T, D) into their slots; returns the keys and values (B, G, N, D) to attend to.
+
+        One token finds the slots as they are after it is written. A block is attended to beside what was there
+        before it, as its first queries may still see what its last tokens evict.
+        """
+        slot, T = step.slot[self.place], k.size(2)
+        block = T > 1
+        if block:
+            old = self.keys.read(step.extent), self.values.read(step.extent)
+            keys, values = (torch.cat((o.to(n.dtype), n), dim=2) for o, n in zip(old, (k, v)))
+        self.keys.write(slot, k)
+        self.values.write(slot, v)
+        if not block:
+            keys, values = self.keys.read(step.extent), self.values.read(step.extent)
+        if step.slots.rank is not None:
+            pos = step.pos.unsqueeze(1).expand(slot.shape)
+            seen = Seen(pos, step.pos[:, -1], False, self.facts, None, k, v, q)
+            step.entered.append(step.slots.strategy.enter(seen))
+        return keys, values
+
+    def observe(self, step: Step, mass: Tensor) -> None:
+        """Notes the attention (B, G, N) that a pass paid to each key, in the order of its slots afterwards."""
+        size, T = step.slots.size, step.pos.size(1)
+        if T > 1:  # the block's own keys stand after the slots: bring them to theirs
+            old, new = mass[..., : step.extent], mass[..., step.extent :]
+            whole = nn.functional.pad(old, (0, size - step.extent))
+            mass = whole.scatter(-1, step.slot[self.place].expand(-1, mass.size(1), -1), new)
+        elif mass.size(-1) < size:
+            mass = nn.functional.pad(mass, (0, size - mass.size(-1)))
+        step.masses.append(mass)
+
+
+class KVCache(nn.Module):
+    """Everything a model remembers of a batch of sequences. Passed to `GPT.forward`, never attached to the model.
+
+    Attributes:
+        pos: (B,) int64, the tokens each row has seen, which is its next position.
+        live: (B,) bool; a retired row stays as it is while the others decode.
+    """
+
+    row_dim: ClassVar[int] = 0
+
+    def __init__(
+        self,
+        config: Config,
+        args: KVCacheArgs,
+        batch_size: int,
+        max_tokens: int,
+        context: int,
+        dtype: torch.dtype = torch.float32,
+        devices: Sequence[torch.device] | None = None,
+    ) -> None:
+        super().__init__()
+        self.args, self.max_tokens = args, max_tokens
+        devices = devices or [torch.device("cpu")] * config.n_layer
+        self.register_buffer("pos", torch.zeros(batch_size, dtype=torch.int64, device=devices[0]), persistent=False)
+        self.register_buffer("live", torch.ones(batch_size, dtype=torch.bool, device=devices[0]), persistent=False)
+        plans = _plans(config, args, max_tokens, context)
+        groups: dict[tuple, list[_Plan]] = {}
+        for plan in plans:
+            groups.setdefault((*plan.shared, devices[plan.facts.index]), []).append(plan)
+        exact = torch.promote_types(dtype, torch.float32)
+        self.slots = nn.ModuleList()
+        layers: dict[int, LayerCache] = {}
+        for group in groups.values():
+            first, device = group[0], devices[group[0].facts.index]
+            facts = tuple(plan.facts for plan in group)
+            slots = Slots(first.strategy, facts, batch_size, first.slots, first.sinks, first.recent, exact, device)
+            self.slots.append(slots)
+            for i, plan in enumerate(group):
+                make = registry.get("storage", plan.storage)
+                keys, values = (
+                    make(batch_size, plan.facts.groups, plan.slots, width, dtype, device)
+                    for width in (plan.facts.key_size, plan.facts.value_size)
+                )
+                layers[plan.facts.index] = LayerCache(plan.facts, slots, slots.place(i), keys, values, plan.raw)
+        self.layers = nn.ModuleList(layers[i] for i in range(config.n_layer))
+        self._group = [next(g for g, s in enumerate(self.slots) if plan.facts in s.layers) for plan in plans]
+        self._plans = plans
+        self.limit, self._why = _limit(plans, context)
+        self._seen: list[int] | None = [0] * batch_size  # what `pos` and `live` hold, known without a device sync
+        self._alive = [True] * batch_size
+
+    @classmethod
+    def build(
+        cls,
+        model: GPT,
+        args: KVCacheArgs | None = None,
+        batch_size: int = 1,
+        max_tokens: int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> KVCache:
+        """A cache that fits a model, on the devices of its layers.
+
+        Args:
+            model: The model it is for.
+            args: What to keep and how; the default keeps everything.
+            batch_size: Rows, B.
+            max_tokens: How many tokens a row may see, prompt included: the size of a dense cache, and the budget where
+                none is given. None: the model's context.
+            dtype: Of stored keys and values; None: that of the model's weights.
+
+        Raises:
+            ValueError: If the arguments contradict each other or the model is not supported with a cache.
+        """
+        if reason := unsupported(model.config):
+            raise ValueError(f"{model.config.name!r} is not supported with a cache yet: it uses {reason}.")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        context = model.max_seq_length
+        max_tokens = context if max_tokens is None else max_tokens
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {max_tokens}.")
+        devices = [block.attn.proj.weight.device for block in model.transformer.h]
+        dtype = dtype or model.transformer.wte.weight.dtype
+        with torch.inference_mode(False):  # tensors made inside could not be used outside of it
+            return cls(model.config, args or KVCacheArgs(), batch_size, max_tokens, context, dtype, devices)
+
+    @classmethod
+    def nbytes(
+        cls,
+        config: Config,
+        args: KVCacheArgs,
+        batch_size: int,
+        max_tokens: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> dict[str, int]:
+        """Exact bytes of a cache, before anything is allocated: {"keys", "values", "positions", "ranks", "total"}."""
+        devices = [torch.device("meta")] * config.n_layer
+        return cls(config, args, batch_size, max_tokens, config.block_size, dtype, devices).allocated()
+
+    def allocated(self) -> dict[str, int]:
+        """Bytes held by this cache's buffers, as `nbytes` names them; they never grow."""
+        kinds = {"keys": 0, "values": 0, "positions": 0, "ranks": 0}
+        for name, buffer in self.named_buffers():
+            kind = next((k for k in ("keys", "values", "rank") if f".{k}" in name), "positions")
+            kinds["ranks" if kind == "rank" else kind] += buffer.untyped_storage().nbytes()
+        return {**kinds, "total": sum(kinds.values())}
+
+    @property
+    def batch_size(self) -> int:
+        return self.pos.size(0)
+
+    @property
+    def first_chunk(self) -> int:
+        """The most prompt tokens that every layer can keep: the first pass of the min-length prefill."""
+        return min(plan.slots for plan in self._plans)
+
+    @torch.no_grad()
+    def reset(self, rows: Sequence[int] | None = None) -> None:
+        """Empties all rows, or some; they may then be seeded again."""
+        chosen = range(self.batch_size) if rows is None else self._checked(rows)
+        where = slice(None) if rows is None else torch.tensor(list(rows), dtype=torch.int64, device=self.pos.device)
+        for module in self.modules():
+            if module is not self and hasattr(module, "reset"):
+                module.reset(where)
+        self.pos[where], self.live[where] = 0, True
+        for b in chosen:
+            self._alive[b] = True
+            if self._seen is not None:
+                self._seen[b] = 0
+
+    @torch.no_grad()
+    def retire(self, rows: Sequence[int]) -> None:
+        """Stops rows: later steps neither change what they keep nor advance their counter."""
+        for b in self._checked(rows):
+            self._alive[b] = False
+        self.live[torch.tensor(list(rows), dtype=torch.int64, device=self.pos.device)] = False
+
+    def row(self, b: int) -> KVCache:
+        """A cache of one row that shares this one's memory: seed it to admit a request without touching the others.
+
+        The shared cache counts the row's tokens too; after a pass through the view call nothing else.
+        """
+        (b,) = self._checked([b])
+        view = _row_of(self, b)
+        view._seen, view._alive, view._whole = None, [self._alive[b]], (self, b)
+        return view
+
+    def tokens(self) -> dict[str, list[int]]:
+        """For each row the tokens it has "seen" and the most that any layer has "kept" of them (a device sync)."""
+        kept = torch.stack([(s.pos >= 0).sum(-1).amax((0, 2)).to(self.pos.device) for s in self.slots]).amax(0)
+        return {"seen": self.pos.tolist(), "kept": kept.tolist()}
+
+    def _checked(self, rows: Iterable[int]) -> list[int]:
+        rows = list(rows)
+        if bad := [b for b in rows if not 0 <= b < self.batch_size]:
+            raise ValueError(f"The cache has rows 0 to {self.batch_size - 1}, got {bad[0]}.")
+        return rows
+
+    # -- one pass: begin works out slots, masks and angles once for all layers; end counts --------------------------
+
+    def begin_prompt(self, T: int, length: Tensor, angles: list[Angles], tables: list[int]) -> list[Turn]:
+        """Prepares to seed empty rows with prompts of `length` (B,) tokens, padded on the right to T."""
+        self._check_prompt(T, length)
+        pos = torch.arange(T, device=self.pos.device).expand(self.batch_size, T)
+        length = length.to(self.pos.device)
+        steps = []
+        for slots in self.slots:
+            kept = None
+            if slots.rank is None:  # every layer of the group keeps the same: choose once
+                kept = slots.keep(pos.unsqueeze(1), length)
+            steps.append(Step(slots, pos, seeding=True, length=length, kept=kept))
+        self.pos.copy_(length)
+        return [Turn(layer, steps[g], angles[t]) for layer, g, t in zip(self.layers, self._group, tables)]
+
+    def begin(self, T: int, rope: list[Angles], tables: list[int]) -> list[Turn]:
+        """Prepares to decode T tokens a row.
+
+        Args:
+            T: New tokens a row; more than one is a block, causal inside.
+            rope: The model's cos and sin tables, one pair or one for each of its rope bases.
+            tables: Which of them each layer uses.
+        """
+        extent, even = self._check_step(T)
+        pos = self.pos.unsqueeze(1) + torch.arange(T, device=self.pos.device)  # (B, T)
+        steps = [self._step(slots, pos, min(extent, slots.size), even) for slots in self.slots]
+        angles: dict[tuple, tuple] = {}
+        turns = []
+        for layer, plan, g, t in zip(self.layers, self._plans, self._group, tables):
+            if (g, t) not in angles:
+                angles[g, t] = self._angles(plan, steps[g], *rope[t])
+            turns.append(Turn(layer, steps[g], *angles[g, t]))
+        return turns
+
+    def _step(self, slots: Slots, pos: Tensor, extent: int, even: bool) -> Step:
+        T, device = pos.size(1), slots.pos.device
+        pos, live = pos.to(device), self.live.to(device)
+        slot = slots.choose(pos[:, -1], T)
+        entering = pos.masked_fill(~live.unsqueeze(1), -1)
+        window = slots.window
+        if T == 1:
+            slots.put(slot, entering)
+            seen = slots.pos[..., :extent]
+        else:
+            old = slots.pos
+            if slots.rank is None:
+                window = min(slots.size - slots.sinks, window or slots.size) if slots.strategy.evicts else window
+            else:  # which tokens the block evicts depends on data: all leave before it
+                old = old.scatter(-1, slot, -1)
+            seen = torch.cat((old[..., :extent], entering[None, :, None].expand(slot.shape)), dim=-1)
+            slots.put(slot, entering)
+        mask = None
+        if not even or T > 1 or (slots.window is not None and slots.size > slots.window):
+            mask = visible(pos[None, :, None], seen, window, slots.sinks if T > 1 else 0)
+        return Step(slots, pos, slot=slot, seen=seen, mask=mask, extent=extent)
+
+    def _angles(self, plan: _Plan, step: Step, cos: Tensor, sin: Tensor) -> tuple[Angles, Angles | None, tuple | None]:
+        """Angles of the new tokens, of queries that look at sinks, and of all keys, as the plan's positions ask."""
+        T, slots = step.pos.size(1), step.slots
+        if plan.raw:
+            rank = ranks(step.seen)  # (L, B, P, N)
+            mine = rank[..., -T:] if T > 1 else rank.gather(-1, step.slot)
+            return rows_at(cos, sin, mine[0, :, 0]), None, (rank, (cos, sin))
+        if not plan.endless:
+            return rows_at(cos, sin, step.pos), None, None
+        far = None
+        if slots.sinks:  # distances inside the window are the text's own; only the sinks are nearer than they were
+            far = rows_at(cos, sin, step.pos.clamp(max=slots.size - 1))
+        return angles_at(cos, sin, step.pos), far, None
+
+    def end(self, turns: list[Turn]) -> None:
+        """Counts the tokens of a decode pass and updates the ranks."""
+        T = turns[0].step.pos.size(1)
+        for step in {id(t.step): t.step for t in turns}.values():
+            live = self.live.to(step.pos.device)
+            step.slots.rerank(step.slot, step.entered, step.masses, step.pos[:, -1], live)
+        self.pos.add_(self.live, alpha=T)
+
+    # -- the door: what a pass may do, checked on the host without waiting for the device ---------------------------
+
+    def _check_prompt(self, T: int, length: Tensor) -> None:
+        if tuple(length.shape) != (self.batch_size,):
+            raise ValueError(f"length must have shape ({self.batch_size},), one a row, got {tuple(length.shape)}.")
+        lengths = length.tolist()
+        if min(lengths) < 1 or max(lengths) > T:
+            bad = min(lengths) if min(lengths) < 1 else max(lengths)
+            raise ValueError(f"Every row's prompt must have 1 to {T} tokens, got {bad}.")
+        if any(self._counted()):
+            raise ValueError(f"A prompt needs empty rows; tokens seen are {self._counted()}: call reset() first.")
+        if self.limit is not None and max(lengths) > self.limit:
+            raise ValueError(f"A prompt of {max(lengths)} tokens is over the limit of {self.limit}: {self._why}.")
+        self._note(lengths)
+
+    def _check_step(self, T: int) -> tuple[int, bool]:
+        """Raises if T more tokens do not fit; returns how many slots can be filled, and whether all of them are."""
+        longest = min(plan.slots - plan.sinks for plan in self._plans)
+        if T > max(1, longest):
+            raise ValueError(f"A block of {T} tokens is longer than the {longest} a layer can take (budget less sinks).")
+        if torch.compiler.is_compiling():
+            self._seen = None
+            if self.limit is not None:
+                fits = ((self.pos + T <= self.limit) | ~self.live).all()
+                torch._assert_async(fits, f"A row is over the limit of {self.limit} tokens: {self._why}.")
+            return max(plan.slots for plan in self._plans), False
+        seen = self._counted()
+        for b, (n, alive) in enumerate(zip(seen, self._alive)):
+            if self.limit is not None and alive and n + T > self.limit:
+                raise ValueError(f"Row {b} would see {n + T} tokens, over the limit of {self.limit}: {self._why}.")
+        even = all(self._alive) and len(set(seen)) == 1
+        self._note([n + T if alive else n for n, alive in zip(seen, self._alive)])
+        return max(seen) + T if T == 1 else max(1, max(seen)), even
+
+    def _counted(self) -> list[int]:
+        if self._seen is None:
+            self._seen = self.pos.tolist()
+        return self._seen
+
+    def _note(self, seen: list[int]) -> None:
+        self._seen = seen
+        whole, b = getattr(self, "_whole", (None, 0))
+        if whole is not None and whole._seen is not None:
+            whole._seen[b] = seen[0]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One layer's choices, settled and checked."""
+
+    facts: LayerFacts
+    strategy: object
+    slots: int
+    sinks: int
+    recent: int
+    storage: str
+    positions: str
+
+    @property
+    def raw(self) -> bool:
+        """Whether keys are stored unrotated: their positions change with every eviction."""
+        return self.positions == "cache" and not self.strategy.recency
+
+    @property
+    def endless(self) -> bool:
+        """Whether positions may pass the model's context."""
+        return self.positions == "cache" and self.strategy.evicts
+
+    @property
+    def shared(self) -> tuple:
+        facts = replace(self.facts, index=0)
+        return self.strategy, self.slots, self.sinks, self.recent, self.positions, facts
+
+
+def _plans(config: Config, args: KVCacheArgs, max_tokens: int, context: int) -> list[_Plan]:
+    n = config.n_layer
+    values = [per_layer(name, getattr(args, name), n) for name in ("strategy", "budget", "sinks", "recent", "storage")]
+    plans = []
+    for i, (name, budget, sinks, recent, kind) in enumerate(zip(*values)):
+        facts = layer_facts(config, i)
+        strategy = registry.build("strategy", name, **args.options)
+        budget = percent(budget, max_tokens) if isinstance(budget, str) else budget
+        slots = max_tokens if budget is None else budget
+        positions = args.positions or strategy.positions
+        if positions == "cache":
+            if facts.rope_size % 2:
+                raise ValueError(f"positions 'cache' needs an even number of rotated elements, not {facts.rope_size}.")
+            if budget is None:
+                slots = min(slots, context)
+        if slots > context:
+            raise ValueError(f"A budget of {slots} tokens is more than the model's context of {context}.")
+        if facts.window is not None and slots >= facts.window:  # nothing beyond the window is ever attended to
+            strategy, slots, sinks, recent = registry.build("strategy", "window"), facts.window, 0, 0
+        own = strategy.protected(slots)
+        sinks, recent = (own[0] if sinks is None else sinks), (own[1] if recent is None else recent)
+        if sinks >= slots:
+            raise ValueError(f"The budget must be more than the sinks: budget {slots}, sinks {sinks} ({name}).")
+        if sinks + recent > slots:
+            raise ValueError(f"sinks {sinks} + recent {recent} exceed the budget of {slots} ({name}).")
+        plans.append(_Plan(facts, strategy, slots, sinks, recent, kind, positions))
+    return plans
+
+
+def _limit(plans: list[_Plan], context: int) -> tuple[int | None, str]:
+    """The most tokens a row may see, and why; None if there is no end."""
+    limits = [(p.slots, "a dense cache keeps every token (its max_tokens or budget)") for p in plans if not p.strategy.evicts]
+    limits += [(context, "the model's context, for absolute positions") for p in plans if not p.endless]
+    return min(limits, default=(None, ""))
+
+
+def _row_of(module: nn.Module, b: int) -> nn.Module:
+    """A shallow copy of a tree of modules whose buffers are the views of row b."""
+    view = module.__new__(type(module))
+    view.__dict__.update(module.__dict__)
+    dim = getattr(module, "row_dim", 0)
+    view._buffers = {k: t if t is None else t.narrow(dim, b, 1) for k, t in module._buffers.items()}
+    view._modules = {k: _row_of(m, b) for k, m in module._modules.items()}
+    return view

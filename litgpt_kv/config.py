@@ -1,0 +1,156 @@
+"""What the user chooses (`KVCacheArgs`, `SamplingArgs`) and what a layer of litgpt's `Config` needs. Floor 0."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from litgpt.config import Config
+from litgpt.model import yarn_get_mscale
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class KVCacheArgs:
+    """Which tokens a cache keeps, how many, how they are stored, and which positions the rotary embedding sees.
+
+    Args:
+        strategy: What is kept: a registered name (`litgpt_kv strategies` lists them).
+        budget: Tokens kept per row, layer and head, the one being decoded included. None: as many as `max_tokens`.
+            A string with a percent sign ("20%") is that share of `max_tokens`.
+        sinks: The first so many positions are never evicted. None: the strategy's own default.
+        recent: The last so many tokens, the one being decoded included, are never evicted. None: the strategy's
+            own default.
+        storage: How keys and values are stored: a registered name.
+        positions: "absolute" (a token keeps its position in the text) or "cache" (positions count the kept tokens,
+            so that a stream may run past the model's context). None: the strategy's own default.
+        options: The strategy's own parameters, by name.
+
+    `strategy`, `budget`, `sinks`, `recent` and `storage` may each be a list with one value a layer.
+    """
+
+    strategy: str | Sequence[str] = "dense"
+    budget: int | str | None | Sequence[int | str | None] = None
+    sinks: int | None | Sequence[int | None] = None
+    recent: int | None | Sequence[int | None] = None
+    storage: str | Sequence[str] = "plain"
+    positions: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.positions not in (None, "absolute", "cache"):
+            raise ValueError(f"positions must be 'absolute' or 'cache', got {self.positions!r}.")
+        for name in ("budget", "sinks", "recent"):
+            value = getattr(self, name)
+            for one in value if isinstance(value, (list, tuple)) else [value]:
+                _check_count(name, one)
+
+
+def _check_count(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if name == "budget" and isinstance(value, str):
+        percent(value, 100)
+    elif isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} is a count of tokens, got {value!r}.")
+    elif value < (1 if name == "budget" else 0):
+        raise ValueError(f"{name} must be at least {1 if name == 'budget' else 0}, got {value}.")
+
+
+def percent(text: str, of: int) -> int:
+    """The count of tokens that "20%" of `of` tokens is, at least 1."""
+    try:
+        share = float(text.removesuffix("%")) if text.endswith("%") else math.nan
+    except ValueError:
+        share = math.nan
+    if not 0 < share <= 100:
+        raise ValueError(f"A budget is a count of tokens or a percentage from 0% to 100%, got {text!r}.")
+    return max(1, round(of * share / 100))
+
+
+def per_layer(name: str, value: T | Sequence[T], n_layer: int) -> list[T]:
+    """One value a layer from one value for all or from a list; the list must have `n_layer` entries."""
+    if not isinstance(value, (list, tuple)):
+        return [value] * n_layer  # type: ignore[list-item]
+    if len(value) != n_layer:
+        raise ValueError(f"{name} has {len(value)} values for {n_layer} layers: give one value, or one a layer.")
+    return list(value)
+
+
+@dataclass(frozen=True)
+class SamplingArgs:
+    """How the next token is chosen from the logits; the names and their meaning are litgpt's.
+
+    Args:
+        temperature: Divides the logits; 0 takes the most probable token (greedy).
+        top_k: Sample among the so many most probable tokens; None: among all.
+        top_p: Sample among the smallest set of tokens whose probabilities sum to more than this; 1.0: among all,
+            0.0: greedy.
+        seed: Seeds the generator of this run; None: torch's global generator.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"temperature must be 0 or greater, got {self.temperature}.")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {self.top_k}.")
+        if not 0.0 <= self.top_p <= 1.0:
+            raise ValueError(f"top_p must be between 0 and 1, got {self.top_p}.")
+        if self.seed is not None and self.seed < 0:
+            raise ValueError(f"seed must be 0 or greater, got {self.seed}.")
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """The static facts of one attention layer that a cache, a strategy and the attention share.
+
+    `key_size` and `value_size` are the widths of a cached key and value; `rope_size` is how many leading elements
+    of a key are rotated; `scale` multiplies the scores; `window` is the sliding window in tokens or None.
+    """
+
+    index: int
+    heads: int
+    groups: int
+    key_size: int
+    value_size: int
+    rope_size: int
+    scale: float
+    softcap: float | None
+    window: int | None
+
+
+def layer_facts(config: Config, index: int) -> LayerFacts:
+    """Reads `LayerFacts` of layer `index` (0-based) off litgpt's `Config`."""
+    adjust = config.rope_adjustments or {}
+    factor, mscale_all_dim = adjust.get("factor"), adjust.get("mscale_all_dim")
+    mscale = yarn_get_mscale(factor, mscale_all_dim) if factor and mscale_all_dim else 1.0
+    latent = bool(config.latent_attention)
+    head_size = config.qk_head_dim if latent else config.head_size
+    sliding = config.sliding_window_size is not None and config.sliding_window_indices is not None
+    return LayerFacts(
+        index=index,
+        heads=config.n_head,
+        groups=config.n_query_groups,
+        # litgpt's rope table keeps two columns for a single rotated element, and its keys grow by one
+        key_size=head_size + (config.rope_n_elem == 1),
+        value_size=config.v_head_dim if latent else config.head_size,
+        rope_size=config.rope_n_elem,
+        scale=mscale * mscale / math.sqrt(config.attention_scores_scalar or head_size),
+        softcap=config.attention_logit_softcapping,
+        window=config.sliding_window_size if sliding and config.sliding_window_indices[index] else None,
+    )
+
+
+def unsupported(config: Config) -> str | None:
+    """Why a model cannot be used with a cache yet, or None; such a model still trains."""
+    if config.latent_attention:
+        return "multi-head latent attention"
+    return None

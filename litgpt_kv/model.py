@@ -1,0 +1,209 @@
+"""litgpt's GPT with its forward split: a training pass that may also seed a cache, and decoding with a counter. Floor 4.
+
+The modules and their state-dict keys are litgpt's; only attention and the way through the blocks are ours.
+
+B rows · T tokens · H query heads · G key/value heads · D head size · C embedding size · V vocabulary · E rotated elements.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import litgpt.model as base
+from litgpt.config import Config
+from litgpt.model import do_softcapping
+from litgpt_kv.attention import attend, attend_mass, mass
+from litgpt_kv.cache import KVCache, Turn
+from litgpt_kv.config import layer_facts
+from litgpt_kv.positions import Angles, rotate
+
+
+class GPT(base.GPT):
+    """A decoder-only language model, for training and for generation with any cache.
+
+    Every litgpt checkpoint loads: the state-dict keys are litgpt's. The three ways to call it:
+
+    - ``model(idx)``: training. (B, T) token ids give (B, T, V) logits, litgpt's to the bit.
+    - ``model(idx, cache, length)``: prefill. Right-padded prompts (B, T) of ``length`` (B,) tokens seed an empty cache
+      and give (B, V) logits at each row's last real token.
+    - ``model(token, cache)``: decode. (B, 1) tokens, one a row at its own next position, give (B, 1, V). A block
+      (B, T) gives (B, T, V): causal inside, equal to T single steps for strategies that rank by recency; others evict
+      for the whole block before it attends.
+    """
+
+    def __init__(self, config: Config) -> None:
+        nn.Module.__init__(self)
+        if config.padded_vocab_size is None:
+            raise ValueError(f"The config {config.name!r} has no padded_vocab_size.")
+        self.config = config
+        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=config.lm_head_bias)
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
+                h=nn.ModuleList(Block(config, i) for i in range(config.n_layer)),
+                ln_f=config.norm_class(config.n_embd, eps=config.norm_eps),
+            )
+        )
+        self.mask_cache: Tensor | None = None
+        self.max_seq_length = config.block_size  # makes the rope tables
+
+    def forward(
+        self,
+        idx: Tensor,
+        cache: KVCache | None = None,
+        length: Tensor | None = None,
+        *,
+        lm_head_chunk_size: int = 0,
+    ) -> Tensor | list[Tensor]:
+        """Logits of the tokens `idx` (B, T) int64; see the class for the three ways to call it.
+
+        Args:
+            idx: Token ids, (B, T).
+            cache: Where keys and values go; None for training.
+            length: (B,) real tokens in each row of a right-padded prompt; given for a prefill and only then.
+            lm_head_chunk_size: In training, compute the head in chunks of so many tokens and return their list.
+
+        Raises:
+            ValueError: If the cache cannot do what is asked: another batch size, rows not empty before a prefill, a
+                block longer than the budget, a full dense cache, or a position past the model's context.
+        """
+        B, T = idx.shape
+        if cache is not None and cache.batch_size != B:
+            raise ValueError(f"The cache has {cache.batch_size} rows, the tokens have {B}.")
+        if length is not None and cache is None:
+            raise ValueError("A length without a cache means nothing: pass the cache to seed.")
+        whole = cache is None or length is not None
+        if whole and T > self.max_seq_length:
+            raise ValueError(f"Cannot forward {T} tokens, the model's context is {self.max_seq_length}.")
+        tables, which = self._rope()
+
+        turns: list[Turn] | list[None] = [None] * len(which)
+        if whole:
+            angles = [(cos[:T].unsqueeze(0), sin[:T].unsqueeze(0)) for cos, sin in tables]
+            if cache is not None:
+                turns = cache.begin_prompt(T, length, angles, which)
+        else:
+            angles, turns = [], cache.begin(T, tables, which)
+
+        x = self.transformer.wte(idx)  # (B, T, C)
+        if self.config.scale_embeddings:
+            x = x * torch.tensor(self.config.n_embd**0.5, dtype=x.dtype)
+        for block, table, turn in zip(self.transformer.h, which, turns):
+            x = block(x, angles[table] if whole else None, turn)
+
+        if cache is None:
+            x = self.transformer.ln_f(x)
+            if lm_head_chunk_size > 0:
+                return [self._head(part) for part in x.split(lm_head_chunk_size, dim=1)]
+            return self._head(x)  # (B, T, V)
+        if length is not None:  # only last positions meet the vocabulary
+            x = x[torch.arange(B, device=x.device), length.to(x.device) - 1]  # (B, C)
+        else:
+            cache.end(turns)
+        return self._head(self.transformer.ln_f(x))  # (B, V) or (B, T, V)
+
+    def _head(self, x: Tensor) -> Tensor:
+        logits = self.lm_head(x)
+        cap = self.config.final_logit_softcapping
+        return logits if cap is None else do_softcapping(logits, cap)
+
+    def _rope(self) -> tuple[list[Angles], list[int]]:
+        """The rope tables (N, E), one pair for each rope base, and which of them each layer uses."""
+        if self.config.rope_indices is None:
+            return [(self.cos, self.sin)], [0] * self.config.n_layer
+        bases = range(self.cos.size(-1))
+        return [(self.cos[..., i], self.sin[..., i]) for i in bases], list(self.config.rope_indices)
+
+
+class Block(base.Block):
+    """litgpt's block, with our attention and a layer's part of a pass instead of a mask and positions."""
+
+    def __init__(self, config: Config, block_idx: int) -> None:
+        super().__init__(config, block_idx)
+        if not config.latent_attention:
+            self.attn = CausalSelfAttention(config, block_idx)
+
+    def forward(self, x: Tensor, angles: Angles | None, turn: Turn | None = None) -> Tensor:
+        """x (B, T, C) through attention and MLP; `angles` of the positions for a whole pass, `turn` with a cache."""
+        normed = self.norm_1(x)
+        attended = self.attn(normed, angles, turn) if turn or not self.config.latent_attention else self.attn(normed, *angles)
+        attended = self.post_attention_norm(attended)
+        if self.config.parallel_residual:
+            if not self.config.shared_attention_norm:
+                normed = self.norm_2(x)
+            x = attended + x
+        else:
+            x = attended + x
+            normed = self.norm_2(x)
+        return self.post_mlp_norm(self.mlp(normed)) + x
+
+
+class CausalSelfAttention(base.CausalSelfAttention):
+    """litgpt's attention module with three short forwards: whole sequence, whole sequence that seeds, new tokens."""
+
+    def __init__(self, config: Config, block_idx: int) -> None:
+        super().__init__(config, block_idx)
+        self.facts = layer_facts(config, block_idx)
+
+    def forward(self, x: Tensor, angles: Angles | None, turn: Turn | None = None) -> Tensor:
+        """x (B, T, C) to (B, T, C)."""
+        q, k, v = self.heads(x)
+        y = self.whole(q, k, v, angles, turn) if angles is not None else self.new(q, k, v, turn)  # (B, H, T, D)
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Projects x (B, T, C) to unrotated q (B, H, T, D) and k, v (B, G, T, D), normed as the config says."""
+        config, size = self.config, self.config.head_size
+        q, k, v = self.qkv(x).split([n * size for n in (config.n_head, config.n_query_groups, config.n_query_groups)], -1)
+        if config.norm_qk and config.norm_qk_type == "olmo2":
+            q, k = self.norm_q(q), self.norm_k(k)
+        q, k, v = (z.unflatten(-1, (-1, size)).transpose(1, 2) for z in (q, k, v))
+        if config.norm_qk and config.norm_qk_type == "default":
+            q, k = self.norm_q(q), self.norm_k(k)
+        if config.rope_interleave:  # to litgpt's half-split layout, once: cached keys need no second permutation
+            q, k = self._deinterleave(q), self._deinterleave(k)
+        return q, k, v
+
+    def whole(self, q: Tensor, k: Tensor, v: Tensor, angles: Angles, turn: Turn | None) -> Tensor:
+        """A whole sequence attends to itself; with a turn, the cache is seeded with what it keeps of it."""
+        facts = self.facts
+        math = {"scale": facts.scale, "softcap": facts.softcap, "window": facts.window}
+        stored = k
+        q, k = rotate(q, angles, facts.rope_size), rotate(k, angles, facts.rope_size)
+        y = attend(q, k, v, **math)
+        if turn is not None:
+            layer, step = turn.layer, turn.step
+            received = mass(q, k, step.length, layer.observes, **math) if layer.observes else None
+            layer.seed(step, q, k, stored if layer.raw else k, v, received)
+        return y
+
+    def new(self, q: Tensor, k: Tensor, v: Tensor, turn: Turn) -> Tensor:
+        """New tokens enter the cache and attend to what it keeps."""
+        facts, layer, step = self.facts, turn.layer, turn.step
+        size = facts.rope_size
+        stored, far = (k if layer.raw else rotate(k, turn.angles, size)), None
+        if turn.far is not None:
+            far = rotate(q, turn.far, size), turn.sinks
+        q = rotate(q, turn.angles, size)
+        keys, values = layer.extend(step, stored, v, q)
+        if turn.ranked is not None:
+            keys = rotate(keys, turn.keys, size)
+        y, received = attend_mass(
+            q,
+            keys,
+            values,
+            turn.mask,
+            scale=facts.scale,
+            softcap=facts.softcap,
+            far=far,
+            want_mass=layer.observes != 0,
+        )
+        if received is not None:
+            layer.observe(step, received)
+        return y
+
+    def _deinterleave(self, x: Tensor) -> Tensor:
+        size = self.config.rope_n_elem
+        head = x[..., :size].unflatten(-1, (size // 2, 2)).transpose(-1, -2).flatten(-2)
+        return torch.cat((head, x[..., size:]), dim=-1)

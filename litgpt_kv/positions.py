@@ -1,0 +1,73 @@
+"""Positions: angles, rotation, ranks inside the cache, and the only builder of masks. Floor 1.
+
+B rows · P sets of kept tokens (1, or one a key/value head) · T queries · S slots · N table length · E rotated elements.
+A slot's position is that of its token in the text, -1 while the slot is empty.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Angles = tuple[Tensor, Tensor]  # cos, sin
+
+
+def rows_at(cos: Tensor, sin: Tensor, pos: Tensor) -> Angles:
+    """The rows of litgpt's rope table at integer positions: `pos` (...) gives cos, sin (..., E).
+
+    Positions must lie inside the table; that is checked before a step, not here.
+    """
+    flat = pos.clamp(min=0).reshape(-1)
+    return tuple(table.index_select(0, flat).view(*pos.shape, *table.shape[1:]) for table in (cos, sin))  # type: ignore[return-value]
+
+
+def angles_at(cos: Tensor, sin: Tensor, pos: Tensor) -> Angles:
+    """As `rows_at`, for positions beyond the table too: `pos` (...) gives cos, sin (..., E) in the table's dtype.
+
+    The angle of one position is read off the table's row 1 and multiplied in float64, where a position of 10^9 still
+    has seven exact digits; float32 loses the angle near 10^6. The table's amplitude (YaRN's) is kept.
+    """
+    theta = torch.atan2(sin[1], cos[1]).double()
+    angle = pos.double().unsqueeze(-1) * theta
+    return (angle.cos() * cos[0]).to(cos.dtype), (angle.sin() * cos[0]).to(sin.dtype)
+
+
+def rotate(x: Tensor, angles: Angles, size: int) -> Tensor:
+    """Rotates the leading `size` elements of x (B, H, T, D) by cos, sin (B or 1, T, E) or (B, P, T, E); the rest passes.
+
+    Pairs are (i, i + E/2), litgpt's layout, and the arithmetic is its `apply_rope`, so that results are the same to
+    the bit. E is `size`, but for `size` 1, which litgpt widens to two elements (D grows by one); so does this.
+    """
+    if size == 0:
+        return x
+    cos, sin = (a.unsqueeze(1) if a.dim() == 3 else a for a in angles)
+    head, tail = x[..., :size], x[..., size:]
+    turned = torch.cat((-head[..., size // 2 :], head[..., : size // 2]), dim=-1)
+    return torch.cat(((head * cos + turned * sin).to(x.dtype), tail), dim=-1)
+
+
+def ranks(slot_pos: Tensor) -> Tensor:
+    """The order of each slot's token among the live ones: (..., S) positions give (..., S) ranks 0..n-1, empty < 0."""
+    order = slot_pos.argsort(dim=-1)
+    counting = torch.arange(slot_pos.size(-1), device=slot_pos.device).expand_as(order)
+    place = torch.empty_like(order).scatter_(-1, order, counting)
+    return place - (slot_pos < 0).sum(dim=-1, keepdim=True)
+
+
+def visible(pos: Tensor, slot_pos: Tensor, window: int | None = None, sinks: int = 0) -> Tensor:
+    """Which slots each query may attend to; every mask of this library is made here.
+
+    Args:
+        pos: Positions of the queries, (..., T).
+        slot_pos: Positions of the tokens in the slots, (..., S), -1 for an empty slot.
+        window: A query sees this many last positions, its own included; None: all before it.
+        sinks: The first so many positions are seen whatever the window.
+
+    Returns:
+        Boolean (..., T, S), True where the slot is live, not in the query's future, and in its window.
+    """
+    query, key = pos.unsqueeze(-1), slot_pos.unsqueeze(-2)
+    seen = (key >= 0) & (key <= query)
+    if window is not None:
+        seen = seen & ((key > query - window) | (key < sinks))
+    return seen

@@ -1,0 +1,91 @@
+"""Where strategies, storages and layer caches are found by name. Floor 0: imports nothing of ours.
+
+A name is registered by decorating its class; packages outside this one do it through the entry point
+``litgpt_kv.strategies``, which is read the first time a name is looked up::
+
+    # pyproject.toml of the other package
+    [project.entry-points."litgpt_kv.strategies"]
+    mine = "my_package.my_module"      # importing the module runs its @register
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Any, TypeVar
+
+ENTRY_POINT = "litgpt_kv.strategies"
+_KINDS: dict[str, dict[str, Any]] = {"strategy": {}, "storage": {}, "cache": {}}
+_loaded_entry_points: list[str] = []
+
+C = TypeVar("C", bound=type)
+
+
+def register(kind: str, name: str) -> Callable[[C], C]:
+    """Class decorator: make a class known as ``name`` among the things of one ``kind``.
+
+    Args:
+        kind: ``"strategy"`` (what is kept), ``"storage"`` (how it is stored) or ``"cache"`` (a whole layer cache).
+        name: What users write on the command line and in YAML: lower case, no spaces.
+
+    Raises:
+        ValueError: For an unknown kind, a malformed name, or a name that another class holds.
+    """
+    table = _table(kind)
+    if not name or name != name.lower() or any(c.isspace() for c in name):
+        raise ValueError(f"A registered name is lower case without spaces, got {name!r}.")
+
+    def enter(cls: C) -> C:
+        known = table.get(name)
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"The {kind} {name!r} is registered already, by {known.__module__}.{known.__qualname__}.")
+        table[name] = cls
+        return cls
+
+    return enter
+
+
+def names(kind: str) -> list[str]:
+    """The sorted names of everything registered of one kind, other packages' included."""
+    _load_entry_points()
+    return sorted(_table(kind))
+
+
+def get(kind: str, name: str) -> Any:
+    """The class registered under a name.
+
+    Raises:
+        ValueError: For an unknown name; the message lists the known ones.
+    """
+    _load_entry_points()
+    table = _table(kind)
+    if name not in table:
+        raise ValueError(f"Unknown {kind} {name!r}. Available: {', '.join(sorted(table))}.")
+    return table[name]
+
+
+def build(kind: str, name: str, **options: Any) -> Any:
+    """An instance of the class registered under a name, made with its own options.
+
+    Raises:
+        ValueError: For an unknown name, or for options that the class does not take.
+    """
+    cls = get(kind, name)
+    fields = set(getattr(cls, "__dataclass_fields__", {}))
+    if unknown := sorted(set(options) - fields):
+        takes = f"It takes {', '.join(sorted(fields))}." if fields else "It takes no options."
+        raise ValueError(f"Unknown option {', '.join(map(repr, unknown))} for the {kind} {name!r}. {takes}")
+    return cls(**options)
+
+
+def _table(kind: str) -> dict[str, Any]:
+    if kind not in _KINDS:
+        raise ValueError(f"Unknown kind {kind!r}. Available: {', '.join(_KINDS)}.")
+    return _KINDS[kind]
+
+
+def _load_entry_points() -> None:
+    if not _loaded_entry_points:
+        _loaded_entry_points.append(ENTRY_POINT)
+        for point in entry_points(group=ENTRY_POINT):
+            point.load()
