@@ -182,7 +182,7 @@ class KVCache(nn.Module):
         self.layers = nn.ModuleList(layers[i] for i in range(config.n_layer))
         self._group = [next(g for g, s in enumerate(self.slots) if plan.facts in s.layers) for plan in plans]
         self._plans = plans
-        self.limit, self._why = _limit(plans, context)
+        self.limit, self.why = _limit(plans, context)
         self._seen: list[int] | None = [0] * batch_size  # what `pos` and `live` hold, known without a device sync
         self._alive = [True] * batch_size
 
@@ -384,7 +384,7 @@ class KVCache(nn.Module):
         if any(self._counted()):
             raise ValueError(f"A prompt needs empty rows; tokens seen are {self._counted()}: call reset() first.")
         if self.limit is not None and max(lengths) > self.limit:
-            raise ValueError(f"A prompt of {max(lengths)} tokens is over the limit of {self.limit}: {self._why}.")
+            raise ValueError(f"A prompt of {max(lengths)} tokens is over the limit of {self.limit}: {self.why}.")
         self._note(lengths)
 
     def _check_step(self, T: int) -> tuple[int, bool]:
@@ -396,12 +396,12 @@ class KVCache(nn.Module):
             self._seen = None
             if self.limit is not None:
                 fits = ((self.pos + T <= self.limit) | ~self.live).all()
-                torch._assert_async(fits, f"A row is over the limit of {self.limit} tokens: {self._why}.")
+                torch._assert_async(fits, f"A row is over the limit of {self.limit} tokens: {self.why}.")
             return max(plan.slots for plan in self._plans), False
         seen = self._counted()
         for b, (n, alive) in enumerate(zip(seen, self._alive)):
             if self.limit is not None and alive and n + T > self.limit:
-                raise ValueError(f"Row {b} would see {n + T} tokens, over the limit of {self.limit}: {self._why}.")
+                raise ValueError(f"Row {b} would see {n + T} tokens, over the limit of {self.limit}: {self.why}.")
         even = all(self._alive) and len(set(seen)) == 1
         self._note([n + T if alive else n for n, alive in zip(seen, self._alive)])
         return max(seen) + T if T == 1 else max(1, max(seen)), even

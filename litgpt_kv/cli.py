@@ -1,0 +1,155 @@
+"""The command line's grammar: litgpt's argument names, dashes or underscores, strategies and YAML. Floor 6.
+
+`--kv-cache h2o --kv-cache.budget 256` and the YAML `kv_cache: h2o` or `kv_cache: {strategy: h2o, budget: 256}` all
+become one mapping, whose keys are `KVCacheArgs`' fields and the strategy's own options.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import yaml
+from jsonargparse import CLI, ArgumentParser, set_loader, set_parsing_settings
+
+from litgpt_kv import registry
+from litgpt_kv.config import KVCacheArgs
+
+PROG = "litgpt_kv"
+_FIELDS = [f.name for f in dataclasses.fields(KVCacheArgs) if f.name != "options"]
+_REPEATED = "--prompt"
+
+
+class Parser(ArgumentParser):
+    """jsonargparse's parser, with the tokens normalised first and errors on one line."""
+
+    def parse_args(self, args: list[str] | None = None, *rest: Any, **options: Any) -> Any:
+        return super().parse_args(normalise(sys.argv[1:] if args is None else list(args)), *rest, **options)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        fail(message)
+
+
+def fail(message: str) -> NoReturn:
+    """One clear line on standard error and exit code 2."""
+    print(f"{PROG}: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def normalise(args: list[str]) -> list[str]:
+    """Dashes in option names to underscores, `--kv_cache X` to `.strategy X`, several `--prompt` to one list."""
+    out: list[str] = []
+    repeated: list[str] = []
+    rest = iter(args)
+    for token in rest:
+        if token == "--":
+            return [*out, token, *rest]
+        if not token.startswith("--"):
+            out.append(token)
+            continue
+        name, equals, value = token.partition("=")
+        name = "--" + name[2:].replace("-", "_")
+        if name == "--kv_cache.help":
+            show_strategy(value if equals else next(rest, ""))
+        if name == "--kv_cache" and not (value or " ").startswith("{"):
+            name = "--kv_cache.strategy"
+        if name == _REPEATED:
+            if not equals and (value := next(rest, None)) is None:
+                fail(f"{name} needs a text.")
+            repeated.append(value)
+            continue
+        out.append(name + equals + value)
+    if repeated:
+        out.append(f"{_REPEATED}={json.dumps(repeated)}")
+    return out
+
+
+def load_yaml(text: str) -> Any:
+    """YAML as jsonargparse reads it, with `kv_cache: h2o` brought to the form that command-line options can add to."""
+    value = yaml.safe_load(text)
+    for level in (value, *(v for v in value.values() if isinstance(v, dict))) if isinstance(value, dict) else ():
+        if isinstance(level.get("kv_cache"), str):
+            level["kv_cache"] = {"strategy": level["kv_cache"]}
+    return value
+
+
+def cache_args(value: str | dict[str, Any]) -> KVCacheArgs | None:
+    """`KVCacheArgs` from what the parser gathered; None for "none", which computes the whole text at every step.
+
+    Raises:
+        ValueError: For an unknown strategy or option, or a value of the wrong type.
+    """
+    given = {"strategy": value} if isinstance(value, str) else dict(value)
+    given = {k: yaml.safe_load(v) if isinstance(v, str) else v for k, v in given.items()}
+    options = {**given.pop("options", {}), **{k: given.pop(k) for k in list(given) if k not in _FIELDS}}
+    strategy = given.get("strategy") or "dense"
+    if strategy == "none":
+        if options or len(given) > 1:
+            raise ValueError("kv_cache 'none' takes no options.")
+        return None
+    for name in strategy if isinstance(strategy, list) else [strategy]:
+        if not isinstance(name, str):
+            raise ValueError(f"kv_cache needs a strategy's name, got {name!r}.")
+        options = _typed(name, options)
+    return KVCacheArgs(**{**given, "strategy": strategy}, options=options)
+
+
+def _typed(strategy: str, options: dict[str, Any]) -> dict[str, Any]:
+    """A strategy's own options with the types of its fields."""
+    cls = registry.get("strategy", strategy)
+    takes = [f.name for f in dataclasses.fields(cls)]
+    if unknown := [k for k in options if k not in takes]:
+        every = f"Every strategy takes {', '.join(_FIELDS[1:])}"
+        own = f"{strategy!r} also {', '.join(takes)}" if takes else f"{strategy!r} has no options of its own"
+        raise ValueError(f"Unknown kv_cache option {', '.join(map(repr, unknown))}. {every}; {own}.")
+    if not options:
+        return {}
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls)
+    try:
+        return {k: v for k, v in parser.parse_object(options).as_dict().items() if k in options}
+    except Exception as error:  # argparse's and jsonargparse's error types differ between versions
+        raise ValueError(f"kv_cache {strategy!r}: {' '.join(str(error).split())}") from error
+
+
+def describe(name: str) -> str:
+    """A strategy on a few lines: what it keeps, its parameters with defaults, its paper."""
+    cls = registry.get("strategy", name)
+    line = (cls.__doc__ or "").strip().splitlines()[0]
+    sinks, recent = cls().protected(256)
+    own = [f"{f.name}={f.default!r}" for f in dataclasses.fields(cls)]
+    protects = [f"sinks={sinks}"] if sinks else []
+    protects += ["recent=budget//2"] if recent == 128 else [f"recent={recent}"] if recent else []
+    parameters = ", ".join([*protects, f"positions={cls.positions}", *own])
+    return "\n".join([f"{name}: {line}", f"    {parameters}", *([f"    {cls.paper}"] if cls.paper else [])])
+
+
+def show_strategy(name: str) -> NoReturn:
+    """`--kv-cache.help h2o`."""
+    try:
+        cls = registry.get("strategy", name)
+    except ValueError as error:
+        fail(str(error))
+    print(describe(name))
+    print("\n" + "\n".join((cls.__doc__ or "").strip().splitlines()[1:]).strip())
+    print("\nEvery strategy also takes:")
+    for f in dataclasses.fields(KVCacheArgs):
+        if f.name not in ("strategy", "options"):
+            print(f"    --kv-cache.{f.name}")
+    raise SystemExit(0)
+
+
+def run(commands: dict[str, Callable[..., Any]], description: str, args: list[str] | None = None) -> Any:
+    """Parses the command line and calls the command; what the user did wrong ends in one line and exit code 2."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True, config_read_mode_urls_enabled=True)
+    set_loader("litgpt_kv", load_yaml, exceptions=(yaml.YAMLError,))
+    try:
+        return CLI(commands, args=args, prog=PROG, description=description, parser_class=Parser, parser_mode="litgpt_kv")
+    except (ValueError, FileNotFoundError, NotADirectoryError) as error:
+        fail(str(error))
+    except BrokenPipeError:  # the reader went away, as `| head` does
+        sys.stderr.close()
+        raise SystemExit(0) from None

@@ -1,0 +1,129 @@
+"""The commands of `litgpt_kv`. Text goes to standard output, everything else to standard error. Floor 6."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import lightning as L
+
+from litgpt_kv import registry
+from litgpt_kv.api import LLM
+from litgpt_kv.cache import KVCache
+from litgpt_kv.cli import cache_args, describe
+from litgpt_kv.config import SamplingArgs
+from litgpt_kv.generate import Stats
+from litgpt_kv.generate.base import PREFILLS
+
+
+def generate(
+    checkpoint_dir: str,
+    prompt: str | list[str] = "What food do llamas eat?",
+    *,
+    sys_prompt: str | None = None,
+    num_samples: int = 1,
+    max_new_tokens: int = 50,
+    top_k: int | None = 50,
+    top_p: float = 1.0,
+    temperature: float = 0.8,
+    seed: int = 1234,
+    kv_cache: dict[str, Any] | str = "dense",
+    prefill: str = "min-length",
+    ignore_eos: bool = False,
+    precision: str | None = None,
+    accelerator: str = "auto",
+    compile: bool = False,
+) -> None:
+    """Continue one prompt, or several in one batch.
+
+    Examples:
+
+      litgpt_kv generate demo --prompt "def fib(" --max-new-tokens 64
+
+      litgpt_kv generate demo --kv-cache h2o --kv-cache.budget 128 --prompt "import os" --prompt "class A:"
+
+      litgpt_kv generate demo --config config_hub/generate/sink.yaml
+
+    Args:
+        checkpoint_dir: A checkpoint folder in litgpt's layout, or "demo" for the shipped model.
+        prompt: The text to continue; give the option several times for a batch.
+        sys_prompt: The system prompt, for prompt styles that have one.
+        num_samples: How many texts to make of each prompt.
+        max_new_tokens: The most new tokens of a text.
+        top_k: Sample among so many most probable tokens; null for all.
+        top_p: Sample among the most probable tokens that together have this probability; 0 takes the most probable one.
+        temperature: Higher is more random; 0 takes the most probable token.
+        seed: Of the random choices.
+        kv_cache: What to keep: a strategy of `litgpt_kv strategies`, or "none" to compute the whole text at every step.
+            With --kv-cache.budget, .sinks, .recent, .storage, .positions and the strategy's own options;
+            `--kv-cache.help h2o` explains one.
+        prefill: How prompts are read: "min-length", in one pass up to the shortest and then token by token; or "full",
+            in one padded pass.
+        ignore_eos: Go on when the model ends its text.
+        precision: Lightning Fabric's name; by default 32-true on a CPU and bf16-true on a GPU.
+        accelerator: cpu, cuda, mps, or auto.
+        compile: Compile the decode step: slow to start, fast to run.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    args = cache_args(kv_cache)
+    sampling = SamplingArgs(temperature, top_k, top_p, seed)
+    if prefill not in PREFILLS:
+        raise ValueError(f"prefill must be one of {', '.join(PREFILLS)}, got {prefill!r}.")
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
+    began = time.perf_counter()
+    llm = LLM.load(checkpoint_dir, precision=precision, accelerator=accelerator)
+    _say(f"Loaded {checkpoint_dir} on {llm.fabric.device} in {time.perf_counter() - began:.2f} s.")
+    if compile:
+        llm.compile()
+    ids = [llm.encode(text, sys_prompt) for text in prompts]
+    L.seed_everything(seed, verbose=False)
+    for i in range(num_samples):
+        steps = llm.steps(ids, args, max_new_tokens, SamplingArgs(temperature, top_k, top_p, sampling.seed + i), prefill, ignore_eos)
+        pieces = llm._pieces(ids, steps)
+        if len(ids) == 1:  # shown as it is made
+            first = next(pieces)
+            print(llm.decode(ids[0].tolist()) + first[0], end="", flush=True)
+            for (piece,) in pieces:
+                print(piece, end="", flush=True)
+            print()
+        else:
+            texts = [llm.decode(row.tolist()) for row in ids]
+            for step in pieces:
+                texts = [text + piece for text, piece in zip(texts, step)]
+            for text in texts:
+                print(text)
+        report(llm.stats, llm.cache)
+
+
+def strategies() -> None:
+    """List every registered strategy: what it keeps, its parameters and defaults, its paper."""
+    for name in registry.names("strategy"):
+        print(describe(name))
+
+
+def report(stats: Stats, cache: KVCache | None) -> None:
+    """What a run did, on standard error."""
+    read, made = stats.prefill_tokens, stats.decode_tokens
+    _say(
+        f"Read {read:,} prompt tokens in {stats.prefill_seconds:.2f} s ({_rate(read, stats.prefill_seconds)}), "
+        f"made {made:,} in {stats.decode_seconds:.2f} s ({_rate(made, stats.decode_seconds)})."
+    )
+    if cache is not None:
+        size, tokens = cache.allocated(), cache.tokens()
+        kept = ", ".join(f"{k:,} of {s:,}" for k, s in zip(tokens["kept"], tokens["seen"]))
+        name = cache.args.strategy if isinstance(cache.args.strategy, str) else ", ".join(cache.args.strategy)
+        budget = max(slots.size for slots in cache.slots)
+        _say(
+            f"Cache {name}: budget {budget:,} tokens, {size['total']:,} bytes "
+            f"(keys {size['keys']:,}, values {size['values']:,}); kept {kept} tokens seen."
+        )
+
+
+def _rate(tokens: int, seconds: float) -> str:
+    return f"{tokens / seconds:,.0f} tokens/s" if seconds > 0 else "no time"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

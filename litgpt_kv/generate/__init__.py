@@ -1,0 +1,5 @@
+"""Generation for batches of prompts of different lengths."""
+
+from litgpt_kv.generate.base import Stats, decode, generate, prefill, stream
+
+__all__ = ["Stats", "decode", "generate", "prefill", "stream"]
