@@ -1,9 +1,10 @@
 """`litgpt_kv`, or `python -m litgpt_kv`."""
 
+from litgpt_kv.benchmark import benchmark
 from litgpt_kv.cli import run
 from litgpt_kv.commands import generate, strategies
 
-COMMANDS = {"generate": generate, "strategies": strategies}
+COMMANDS = {"generate": generate, "strategies": strategies, "benchmark": benchmark}
 DESCRIPTION = """Key/value caches for litgpt's models.
 
 Try the shipped model:  litgpt_kv generate demo --kv-cache h2o --kv-cache.budget 128 --prompt "def fib("

@@ -84,7 +84,14 @@ class LLM:
                 gpt = GPT(config).eval()
         tokenizer = checkpoint.load_tokenizer(Path(tokenizer_dir or folder))
         style = checkpoint.load_prompt(folder, config) if folder else PromptStyle.from_config(config)
-        return cls(fabric.setup_module(gpt) if "mixed" in fabric._precision.precision else gpt, tokenizer, style, config, folder, fabric)
+        return cls(
+            fabric.setup_module(gpt) if "mixed" in fabric._precision.precision else gpt,
+            tokenizer,
+            style,
+            config,
+            folder,
+            fabric,
+        )
 
     def compile(self) -> None:
         """Compiles the decode step; the first steps then take a while, the others are faster."""

@@ -7,7 +7,7 @@ heads · P sets of kept tokens (1, or G) · D head size · E rotated elements.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from litgpt.config import Config
 from litgpt_kv import registry, storage  # noqa: F401  (storage registers itself)
-from litgpt_kv.config import KVCacheArgs, LayerFacts, layer_facts, per_layer, percent, unsupported
+from litgpt_kv.config import KVCacheArgs, LayerFacts, unsupported
+from litgpt_kv.plan import Plan, limit_of, settle
 from litgpt_kv.positions import Angles, angles_at, ranks, rows_at, visible
 from litgpt_kv.slots import Slots
 from litgpt_kv.strategies import Seen
@@ -160,8 +161,8 @@ class KVCache(nn.Module):
         devices = devices or [torch.device("cpu")] * config.n_layer
         self.register_buffer("pos", torch.zeros(batch_size, dtype=torch.int64, device=devices[0]), persistent=False)
         self.register_buffer("live", torch.ones(batch_size, dtype=torch.bool, device=devices[0]), persistent=False)
-        plans = _plans(config, args, max_tokens, context)
-        groups: dict[tuple, list[_Plan]] = {}
+        plans = settle(config, args, max_tokens, context)
+        groups: dict[tuple, list[Plan]] = {}
         for plan in plans:
             groups.setdefault((*plan.shared, devices[plan.facts.index]), []).append(plan)
         exact = torch.promote_types(dtype, torch.float32)
@@ -182,7 +183,7 @@ class KVCache(nn.Module):
         self.layers = nn.ModuleList(layers[i] for i in range(config.n_layer))
         self._group = [next(g for g, s in enumerate(self.slots) if plan.facts in s.layers) for plan in plans]
         self._plans = plans
-        self.limit, self.why = _limit(plans, context)
+        self.limit, self.why = limit_of(plans, context)
         self._seen: list[int] | None = [0] * batch_size  # what `pos` and `live` hold, known without a device sync
         self._alive = [True] * batch_size
 
@@ -350,7 +351,7 @@ class KVCache(nn.Module):
             mask = visible(pos[None, :, None], seen, window, slots.sinks if T > 1 else 0)
         return Step(slots, pos, slot=slot, seen=seen, mask=mask, extent=extent)
 
-    def _angles(self, plan: _Plan, step: Step, cos: Tensor, sin: Tensor) -> tuple[Angles, Angles | None, tuple | None]:
+    def _angles(self, plan: Plan, step: Step, cos: Tensor, sin: Tensor) -> tuple[Angles, Angles | None, tuple | None]:
         """Angles of the new tokens, of queries that look at sinks, and of all keys, as the plan's positions ask."""
         T, slots = step.pos.size(1), step.slots
         if plan.raw:
@@ -391,7 +392,9 @@ class KVCache(nn.Module):
         """Raises if T more tokens do not fit; returns how many slots can be filled, and whether all of them are."""
         longest = min(plan.slots - plan.sinks for plan in self._plans)
         if T > max(1, longest):
-            raise ValueError(f"A block of {T} tokens is longer than the {longest} a layer can take (budget less sinks).")
+            raise ValueError(
+                f"A block of {T} tokens is longer than the {longest} a layer can take (budget less sinks)."
+            )
         if torch.compiler.is_compiling():
             self._seen = None
             if self.limit is not None:
@@ -416,70 +419,6 @@ class KVCache(nn.Module):
         whole, b = getattr(self, "_whole", (None, 0))
         if whole is not None and whole._seen is not None:
             whole._seen[b] = seen[0]
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """One layer's choices, settled and checked."""
-
-    facts: LayerFacts
-    strategy: object
-    slots: int
-    sinks: int
-    recent: int
-    storage: str
-    positions: str
-
-    @property
-    def raw(self) -> bool:
-        """Whether keys are stored unrotated: their positions change with every eviction."""
-        return self.positions == "cache" and not self.strategy.recency
-
-    @property
-    def endless(self) -> bool:
-        """Whether positions may pass the model's context."""
-        return self.positions == "cache" and self.strategy.evicts
-
-    @property
-    def shared(self) -> tuple:
-        facts = replace(self.facts, index=0)
-        return self.strategy, self.slots, self.sinks, self.recent, self.positions, facts
-
-
-def _plans(config: Config, args: KVCacheArgs, max_tokens: int, context: int) -> list[_Plan]:
-    n = config.n_layer
-    values = [per_layer(name, getattr(args, name), n) for name in ("strategy", "budget", "sinks", "recent", "storage")]
-    plans = []
-    for i, (name, budget, sinks, recent, kind) in enumerate(zip(*values)):
-        facts = layer_facts(config, i)
-        strategy = registry.build("strategy", name, **args.options)
-        budget = percent(budget, max_tokens) if isinstance(budget, str) else budget
-        slots = max_tokens if budget is None else budget
-        positions = args.positions or strategy.positions
-        if positions == "cache":
-            if facts.rope_size % 2:
-                raise ValueError(f"positions 'cache' needs an even number of rotated elements, not {facts.rope_size}.")
-            if budget is None:
-                slots = min(slots, context)
-        if slots > context:
-            raise ValueError(f"A budget of {slots} tokens is more than the model's context of {context}.")
-        if facts.window is not None and slots >= facts.window:  # nothing beyond the window is ever attended to
-            strategy, slots, sinks, recent = registry.build("strategy", "window"), facts.window, 0, 0
-        own = strategy.protected(slots)
-        sinks, recent = (own[0] if sinks is None else sinks), (own[1] if recent is None else recent)
-        if sinks >= slots:
-            raise ValueError(f"The budget must be more than the sinks: budget {slots}, sinks {sinks} ({name}).")
-        if sinks + recent > slots:
-            raise ValueError(f"sinks {sinks} + recent {recent} exceed the budget of {slots} ({name}).")
-        plans.append(_Plan(facts, strategy, slots, sinks, recent, kind, positions))
-    return plans
-
-
-def _limit(plans: list[_Plan], context: int) -> tuple[int | None, str]:
-    """The most tokens a row may see, and why; None if there is no end."""
-    limits = [(p.slots, "a dense cache keeps every token (its max_tokens or budget)") for p in plans if not p.strategy.evicts]
-    limits += [(context, "the model's context, for absolute positions") for p in plans if not p.endless]
-    return min(limits, default=(None, ""))
 
 
 def _row_of(module: nn.Module, b: int) -> nn.Module:

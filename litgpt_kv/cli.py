@@ -7,27 +7,49 @@ become one mapping, whose keys are `KVCacheArgs`' fields and the strategy's own 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
+import re
 import sys
-from collections.abc import Callable
-from typing import Any, NoReturn
+from collections import deque
+from collections.abc import Callable, Collection
+from typing import Any, ClassVar, NoReturn
 
 import yaml
-from jsonargparse import CLI, ArgumentParser, set_loader, set_parsing_settings
+from jsonargparse import CLI, ArgumentParser, DefaultHelpFormatter, set_loader, set_parsing_settings
 
 from litgpt_kv import registry
 from litgpt_kv.config import KVCacheArgs
 
 PROG = "litgpt_kv"
 _FIELDS = [f.name for f in dataclasses.fields(KVCacheArgs) if f.name != "options"]
-_REPEATED = "--prompt"
+
+
+class _Help(DefaultHelpFormatter):
+    """Keeps the line breaks of descriptions, which show examples, and writes options with dashes."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n".join(indent + line for line in text.splitlines())
+
+    def _format_action(self, action: Any) -> str:
+        return re.sub(r"--[a-z_.]+", lambda option: option[0].replace("_", "-"), super()._format_action(action))
+
+    def _format_usage(self, usage: str | None, actions: Any, groups: Any, prefix: str | None) -> str:
+        text = super()._format_usage(usage, actions, groups, prefix)
+        return re.sub(r"--[a-z_.]+", lambda option: option[0].replace("_", "-"), text)
 
 
 class Parser(ArgumentParser):
     """jsonargparse's parser, with the tokens normalised first and errors on one line."""
 
+    flags: ClassVar[frozenset[str]] = frozenset()
+    """Options that need no value: `--compile` is `--compile true`."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{**options, "formatter_class": _Help})
+
     def parse_args(self, args: list[str] | None = None, *rest: Any, **options: Any) -> Any:
-        return super().parse_args(normalise(sys.argv[1:] if args is None else list(args)), *rest, **options)
+        return super().parse_args(normalise(sys.argv[1:] if args is None else list(args), self.flags), *rest, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         fail(message)
@@ -39,12 +61,16 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def normalise(args: list[str]) -> list[str]:
-    """Dashes in option names to underscores, `--kv_cache X` to `.strategy X`, several `--prompt` to one list."""
+def normalise(args: list[str], flags: Collection[str] = ()) -> list[str]:
+    """Dashes in option names to underscores, `--kv_cache X` to `.strategy X`, several `--prompt` to one list.
+
+    Those of `flags` that stand without a value get "true".
+    """
     out: list[str] = []
-    repeated: list[str] = []
-    rest = iter(args)
-    for token in rest:
+    prompts: list[str] = []
+    rest = deque(args)
+    while rest:
+        token = rest.popleft()
         if token == "--":
             return [*out, token, *rest]
         if not token.startswith("--"):
@@ -52,19 +78,21 @@ def normalise(args: list[str]) -> list[str]:
             continue
         name, equals, value = token.partition("=")
         name = "--" + name[2:].replace("-", "_")
+        if name in ("--kv_cache.help", "--prompt") and not equals:
+            if not rest:
+                fail(f"{token} needs a value.")
+            value = rest.popleft()
         if name == "--kv_cache.help":
-            show_strategy(value if equals else next(rest, ""))
-        if name == "--kv_cache" and not (value or " ").startswith("{"):
-            name = "--kv_cache.strategy"
-        if name == _REPEATED:
-            if not equals and (value := next(rest, None)) is None:
-                fail(f"{name} needs a text.")
-            repeated.append(value)
-            continue
-        out.append(name + equals + value)
-    if repeated:
-        out.append(f"{_REPEATED}={json.dumps(repeated)}")
-    return out
+            show_strategy(value)
+        elif name == "--prompt":
+            prompts.append(value)
+        elif name[2:] in flags and not equals and (not rest or rest[0] not in ("true", "false")):
+            out.append(name + "=true")
+        elif name == "--kv_cache" and not (value or (rest[0] if rest and not equals else "")).startswith("{"):
+            out.append("--kv_cache.strategy" + equals + value)
+        else:
+            out.append(name + equals + value)
+    return [*out, f"--prompt={json.dumps(prompts)}"] if prompts else out
 
 
 def load_yaml(text: str) -> Any:
@@ -145,9 +173,15 @@ def show_strategy(name: str) -> NoReturn:
 def run(commands: dict[str, Callable[..., Any]], description: str, args: list[str] | None = None) -> Any:
     """Parses the command line and calls the command; what the user did wrong ends in one line and exit code 2."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True, config_read_mode_urls_enabled=True)
+    parameters = [
+        p for command in commands.values() for p in inspect.signature(command, eval_str=True).parameters.values()
+    ]
+    Parser.flags = frozenset(p.name for p in parameters if p.annotation is bool)
     set_loader("litgpt_kv", load_yaml, exceptions=(yaml.YAMLError,))
     try:
-        return CLI(commands, args=args, prog=PROG, description=description, parser_class=Parser, parser_mode="litgpt_kv")
+        return CLI(
+            commands, args=args, prog=PROG, description=description, parser_class=Parser, parser_mode="litgpt_kv"
+        )
     except (ValueError, FileNotFoundError, NotADirectoryError) as error:
         fail(str(error))
     except BrokenPipeError:  # the reader went away, as `| head` does

@@ -80,7 +80,9 @@ def generate(
     ids = [llm.encode(text, sys_prompt) for text in prompts]
     L.seed_everything(seed, verbose=False)
     for i in range(num_samples):
-        steps = llm.steps(ids, args, max_new_tokens, SamplingArgs(temperature, top_k, top_p, sampling.seed + i), prefill, ignore_eos)
+        steps = llm.steps(
+            ids, args, max_new_tokens, SamplingArgs(temperature, top_k, top_p, sampling.seed + i), prefill, ignore_eos
+        )
         pieces = llm._pieces(ids, steps)
         if len(ids) == 1:  # shown as it is made
             first = next(pieces)

@@ -1,8 +1,9 @@
-"""litgpt's GPT with its forward split: a training pass that may also seed a cache, and decoding with a counter. Floor 4.
+"""litgpt's GPT with its forward split: a pass for training that may seed a cache, and decoding. Floor 4.
 
 The modules and their state-dict keys are litgpt's; only attention and the way through the blocks are ours.
 
-B rows · T tokens · H query heads · G key/value heads · D head size · C embedding size · V vocabulary · E rotated elements.
+B rows · T tokens · H query heads · G key/value heads · D head size · C embedding size · V vocabulary ·
+E rotated elements.
 """
 
 from __future__ import annotations
@@ -127,7 +128,9 @@ class Block(base.Block):
     def forward(self, x: Tensor, angles: Angles | None, turn: Turn | None = None) -> Tensor:
         """x (B, T, C) through attention and MLP; `angles` of the positions for a whole pass, `turn` with a cache."""
         normed = self.norm_1(x)
-        attended = self.attn(normed, angles, turn) if turn or not self.config.latent_attention else self.attn(normed, *angles)
+        attended = (
+            self.attn(normed, angles, turn) if turn or not self.config.latent_attention else self.attn(normed, *angles)
+        )
         attended = self.post_attention_norm(attended)
         if self.config.parallel_residual:
             if not self.config.shared_attention_norm:
@@ -155,7 +158,9 @@ class CausalSelfAttention(base.CausalSelfAttention):
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Projects x (B, T, C) to unrotated q (B, H, T, D) and k, v (B, G, T, D), normed as the config says."""
         config, size = self.config, self.config.head_size
-        q, k, v = self.qkv(x).split([n * size for n in (config.n_head, config.n_query_groups, config.n_query_groups)], -1)
+        q, k, v = self.qkv(x).split(
+            [n * size for n in (config.n_head, config.n_query_groups, config.n_query_groups)], -1
+        )
         if config.norm_qk and config.norm_qk_type == "olmo2":
             q, k = self.norm_q(q), self.norm_k(k)
         q, k, v = (z.unflatten(-1, (-1, size)).transpose(1, 2) for z in (q, k, v))

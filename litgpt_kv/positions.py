@@ -33,7 +33,7 @@ def angles_at(cos: Tensor, sin: Tensor, pos: Tensor) -> Angles:
 
 
 def rotate(x: Tensor, angles: Angles, size: int) -> Tensor:
-    """Rotates the leading `size` elements of x (B, H, T, D) by cos, sin (B or 1, T, E) or (B, P, T, E); the rest passes.
+    """Rotates the first `size` elements of x (B, H, T, D) by cos, sin (B or 1, T, E) or (B, P, T, E); the rest passes.
 
     Pairs are (i, i + E/2), litgpt's layout, and the arithmetic is its `apply_rope`, so that results are the same to
     the bit. E is `size`, but for `size` 1, which litgpt widens to two elements (D grows by one); so does this.

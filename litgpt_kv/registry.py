@@ -10,6 +10,7 @@ A name is registered by decorating its class; packages outside this one do it th
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
@@ -71,7 +72,7 @@ def build(kind: str, name: str, **options: Any) -> Any:
         ValueError: For an unknown name, or for options that the class does not take.
     """
     cls = get(kind, name)
-    fields = set(getattr(cls, "__dataclass_fields__", {}))
+    fields = {f.name for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
     if unknown := sorted(set(options) - fields):
         takes = f"It takes {', '.join(sorted(fields))}." if fields else "It takes no options."
         raise ValueError(f"Unknown option {', '.join(map(repr, unknown))} for the {kind} {name!r}. {takes}")

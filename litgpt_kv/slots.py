@@ -63,7 +63,7 @@ class Slots(nn.Module):
         return 0 if self.strategy.recency else layer
 
     def choose(self, now: Tensor, count: int) -> Tensor:
-        """The slots (L, B, P, count) that the next tokens take, lowest rank first; `now` (B,) is the newest's position."""
+        """The slots (L, B, P, count) that new tokens take, lowest rank first; `now` (B,): the newest one's position."""
         pos, now = self.pos, now.view(1, -1, 1, 1)
         worth, best = (pos, LAST) if self.rank is None else (self.rank, float("inf"))
         if self.sinks or self.recent > 1:

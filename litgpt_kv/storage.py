@@ -32,4 +32,3 @@ class Plain(nn.Module):
     def reset(self, rows: Tensor | slice) -> None:
         """Zeroes rows: what a masked slot holds must be finite."""
         self.data[rows] = 0
-

@@ -102,7 +102,9 @@ class Sink(Strategy):
 
     recency: ClassVar[bool] = True
     positions: ClassVar[str] = "cache"
-    paper: ClassVar[str] = "Xiao et al. 2023, Efficient Streaming Language Models with Attention Sinks, arXiv 2309.17453"
+    paper: ClassVar[str] = (
+        "Xiao et al. 2023, Efficient Streaming Language Models with Attention Sinks, arXiv 2309.17453"
+    )
 
     def protected(self, budget: int) -> tuple[int, int]:
         return 4, 0
@@ -120,7 +122,9 @@ class H2O(Strategy):
     """
 
     attention: ClassVar[int] = -1
-    paper: ClassVar[str] = "Zhang et al. 2023, H2O: Heavy-Hitter Oracle for Efficient Generative Inference, arXiv 2306.14048"
+    paper: ClassVar[str] = (
+        "Zhang et al. 2023, H2O: Heavy-Hitter Oracle for Efficient Generative Inference, arXiv 2306.14048"
+    )
 
     def protected(self, budget: int) -> tuple[int, int]:
         return 0, budget // 2

@@ -176,7 +176,11 @@ def stream(
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
     device = next(model.parameters()).device if cache is None else cache.pos.device
     batch = Prompts.of(prompts, _vocabulary(model), device)
-    run = _Recompute(model, batch, max_new_tokens) if cache is None else _Cached(model, decoder or model, batch, cache, prefill)
+    run = (
+        _Recompute(model, batch, max_new_tokens)
+        if cache is None
+        else _Cached(model, decoder or model, batch, cache, prefill)
+    )
     _check_fit(batch, max_new_tokens, run.limit, cache)
     rows = [Row(check_stops(stop), max_new_tokens) for _ in batch.lengths]
     stats = stats or Stats()

@@ -1,0 +1,85 @@
+"""What the user's arguments come to for each layer, settled and checked before anything is allocated. Floor 3."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from litgpt.config import Config
+from litgpt_kv import registry
+from litgpt_kv.config import KVCacheArgs, LayerFacts, layer_facts, per_layer, percent
+from litgpt_kv.strategies import Strategy
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One layer's choices, settled and checked."""
+
+    facts: LayerFacts
+    strategy: Strategy
+    slots: int
+    sinks: int
+    recent: int
+    storage: str
+    positions: str
+
+    @property
+    def raw(self) -> bool:
+        """Whether keys are stored unrotated: their positions change with every eviction."""
+        return self.positions == "cache" and not self.strategy.recency
+
+    @property
+    def endless(self) -> bool:
+        """Whether positions may pass the model's context."""
+        return self.positions == "cache" and self.strategy.evicts
+
+    @property
+    def shared(self) -> tuple:
+        facts = replace(self.facts, index=0)
+        return self.strategy, self.slots, self.sinks, self.recent, self.positions, facts
+
+
+def settle(config: Config, args: KVCacheArgs, max_tokens: int, context: int) -> list[Plan]:
+    """One plan a layer.
+
+    Args:
+        config: Of the model. args: What the user asked for.
+        max_tokens: How many tokens a row may see. context: Positions in the model's rope tables.
+
+    Raises:
+        ValueError: If the arguments contradict each other; the message has the value and the limit.
+    """
+    n = config.n_layer
+    values = [per_layer(name, getattr(args, name), n) for name in ("strategy", "budget", "sinks", "recent", "storage")]
+    plans = []
+    for i, (name, budget, sinks, recent, kind) in enumerate(zip(*values)):
+        facts = layer_facts(config, i)
+        strategy = registry.build("strategy", name, **args.options)
+        budget = percent(budget, max_tokens) if isinstance(budget, str) else budget
+        slots = max_tokens if budget is None else budget
+        positions = args.positions or strategy.positions
+        if positions == "cache":
+            if facts.rope_size % 2:
+                raise ValueError(f"positions 'cache' needs an even number of rotated elements, not {facts.rope_size}.")
+            if budget is None:
+                slots = min(slots, context)
+        if slots > context:
+            raise ValueError(f"A budget of {slots} tokens is more than the model's context of {context}.")
+        if facts.window is not None and slots >= facts.window:  # nothing beyond the window is ever attended to
+            strategy, slots, sinks, recent = registry.build("strategy", "window"), facts.window, 0, 0
+        own = strategy.protected(slots)
+        sinks, recent = (own[0] if sinks is None else sinks), (own[1] if recent is None else recent)
+        if sinks >= slots:
+            raise ValueError(f"The budget must be more than the sinks: budget {slots}, sinks {sinks} ({name}).")
+        if sinks + recent > slots:
+            raise ValueError(f"sinks {sinks} + recent {recent} exceed the budget of {slots} ({name}).")
+        plans.append(Plan(facts, strategy, slots, sinks, recent, kind, positions))
+    return plans
+
+
+def limit_of(plans: list[Plan], context: int) -> tuple[int | None, str]:
+    """The most tokens a row may see, and why; None if there is no end."""
+    limits = [
+        (p.slots, "a dense cache keeps every token (its max_tokens or budget)") for p in plans if not p.strategy.evicts
+    ]
+    limits += [(context, "the model's context, for absolute positions") for p in plans if not p.endless]
+    return min(limits, default=(None, ""))
