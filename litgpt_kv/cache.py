@@ -141,7 +141,7 @@ class KVCache(nn.Module):
 
     Attributes:
         pos: (B,) int64, the tokens each row has seen, which is its next position.
-        live: (B,) bool; a retired row stays as it is while the others decode.
+        live: (B,) bool, False for a retired row, which stays behind while the others decode.
     """
 
     row_dim: ClassVar[int] = 0
@@ -268,7 +268,10 @@ class KVCache(nn.Module):
 
     @torch.no_grad()
     def retire(self, rows: Sequence[int]) -> None:
-        """Stops rows: later steps neither change what they keep nor advance their counter."""
+        """Stops rows: later steps neither advance their counter nor add to what they keep.
+
+        A full row gives up one token, the one that its next step would have evicted.
+        """
         for b in self._checked(rows):
             self._alive[b] = False
         self.live[torch.tensor(list(rows), dtype=torch.int64, device=self.pos.device)] = False

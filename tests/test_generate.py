@@ -1,0 +1,233 @@
+"""Generation: ragged batches equal each prompt alone, stopping, sampling, statistics, what is refused."""
+
+import litgpt.generate.base as litgpt_generate
+import pytest
+import torch
+from litgpt.model import GPT as LitGPT
+
+from litgpt_kv import GPT, KVCache, KVCacheArgs, SamplingArgs, registry
+from litgpt_kv.generate import Stats, decode, generate, prefill, stream
+from litgpt_kv.generate.sampling import Sampler
+from litgpt_kv.generate.stopping import Row
+from litgpt_kv.generate.text import TextStream
+
+GREEDY = SamplingArgs(temperature=0)
+LENGTHS = (1, 4, 11, 12, 13, 36)  # 1, sinks, budget - 1, budget, budget + 1, three budgets
+
+
+def args_of(name, **options):
+    budget = 12 if registry.get("strategy", name).evicts else None
+    return KVCacheArgs(strategy=name, budget=budget, **options)
+
+
+@pytest.fixture(scope="module")
+def model(request):
+    from litgpt.config import Config
+
+    config = Config(
+        name="generate-tests",
+        block_size=96,
+        n_layer=2,
+        n_embd=32,
+        n_head=4,
+        n_query_groups=2,
+        head_size=8,
+        intermediate_size=48,
+        padded_vocab_size=61,
+        vocab_size=61,
+        rotary_percentage=1.0,
+        parallel_residual=False,
+        bias=False,
+        norm_class_name="RMSNorm",
+        mlp_class_name="LLaMAMLP",
+    )
+    torch.manual_seed(5)
+    model = GPT(config)
+    with torch.no_grad():  # far from ties: greedy tokens must not hang on the last bit
+        for p in model.parameters():
+            p.mul_(3 if p.dim() > 1 else 1)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    g = torch.Generator().manual_seed(1)
+    return [torch.randint(61, (n,), generator=g) for n in LENGTHS]
+
+
+@pytest.mark.parametrize("method", ["min-length", "full"])
+@pytest.mark.parametrize("name", registry.names("strategy"))
+def test_ragged_batch_equals_each_prompt_alone(model, prompts, name, method):
+    kv = args_of(name)
+    together = generate(model, prompts, kv, max_new_tokens=25, sampling=GREEDY, prefill=method)
+    for row, prompt in zip(together, prompts):
+        (alone,) = generate(model, [prompt], kv, max_new_tokens=25, sampling=GREEDY, prefill=method)
+        assert len(alone) == 25
+        assert torch.equal(row, alone)
+
+
+def test_dense_equals_recomputing_without_a_cache(model, prompts):
+    cached = generate(model, prompts, max_new_tokens=20, sampling=GREEDY)
+    plain = [[] for _ in prompts]
+    for step in stream(model, prompts, None, max_new_tokens=20, sampling=GREEDY):
+        for row, tokens in zip(plain, step):
+            row += tokens
+    assert [row.tolist() for row in cached] == plain
+
+
+def test_the_same_tokens_as_litgpt_with_its_own_cache(model, prompts):
+    """Greedy, and sampled with a seed: temperature, top-k and top-p mean what they mean in litgpt."""
+    other = LitGPT(model.config).eval()
+    other.load_state_dict(model.state_dict())
+    for settings in (
+        {"temperature": 0.0},
+        {"temperature": 0.7},
+        {"temperature": 1.3, "top_k": 7},
+        {"temperature": 1.0, "top_p": 0.6},
+        {"temperature": 0.9, "top_k": 20, "top_p": 0.8},
+        {"temperature": 1.0, "top_p": 0.0},
+        {"temperature": 1.0, "top_k": 1},
+    ):
+        prompt = prompts[3]
+        other.set_kv_cache(1)
+        torch.manual_seed(11)
+        theirs = litgpt_generate.generate(other, prompt, len(prompt) + 30, include_prompt=False, **settings)
+        torch.manual_seed(11)
+        (ours,) = generate(model, [prompt], max_new_tokens=30, sampling=SamplingArgs(**settings))
+        assert ours.tolist() == theirs.tolist(), settings
+
+
+def test_a_seed_repeats_a_run_and_another_does_not(model, prompts):
+    runs = [
+        generate(model, prompts, max_new_tokens=12, sampling=SamplingArgs(temperature=1.0, seed=seed))
+        for seed in (3, 3, 4)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(runs[0], runs[1]))
+    assert not all(torch.equal(a, b) for a, b in zip(runs[0], runs[2]))
+
+
+def test_sampling_keeps_to_top_k_and_top_p():
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.05, 0.15, 0.3, 0.5]])).repeat(500, 1)
+    drawn = Sampler(SamplingArgs(top_k=2, seed=0), torch.device("cpu"))(logits).view(-1, 2)
+    assert set(drawn[:, 0].tolist()) == {0, 1}
+    assert set(drawn[:, 1].tolist()) == {2, 3}
+    drawn = Sampler(SamplingArgs(top_p=0.7, seed=0), torch.device("cpu"))(logits).view(-1, 2)
+    assert set(drawn[:, 0].tolist()) == {0, 1}
+    share = (drawn[:, 0] == 0).float().mean().item()
+    assert share == pytest.approx(0.5 / 0.8, abs=0.08)
+
+
+def test_a_row_stops_at_its_token_without_touching_the_others(model, prompts):
+    free = [row.tolist() for row in generate(model, prompts, args_of("h2o"), max_new_tokens=25, sampling=GREEDY)]
+    stop = free[0][6]
+    expected = [row[: row.index(stop)] if stop in row else row for row in free]
+    stats = Stats()
+    rows = generate(model, prompts, args_of("h2o"), max_new_tokens=25, sampling=GREEDY, stop=[[stop]], stats=stats)
+    assert [row.tolist() for row in rows] == expected
+    assert stats.reasons == ["stop" if stop in row else "length" for row in free]
+    assert "stop" in stats.reasons
+
+
+@pytest.mark.parametrize("name", registry.names("strategy"))
+def test_a_stopped_row_keeps_what_it_had(model, prompts, name):
+    """The cache of a row that ended early holds what the row alone holds, less at most the token evicted next."""
+    free = [row.tolist() for row in generate(model, prompts, args_of(name), max_new_tokens=25, sampling=GREEDY)]
+    stop = [free[1][5]]
+    cache = KVCache.build(model, args_of(name), len(prompts), 70)
+    generate(model, prompts, cache, max_new_tokens=25, sampling=GREEDY, stop=[stop])
+    for b, prompt in enumerate(prompts):
+        alone = KVCache.build(model, args_of(name), 1, 70)
+        generate(model, [prompt], alone, max_new_tokens=25, sampling=GREEDY, stop=[stop])
+        assert cache.pos[b] == alone.pos[0]
+        assert cache.tokens()["seen"][b] == alone.tokens()["seen"][0]
+        for both, single in zip(cache.slots, alone.slots):
+            ours, theirs = (set(x.pos[0, i, 0].tolist()) - {-1} for x, i in ((both, b), (single, 0)))
+            assert ours <= theirs
+            assert len(ours) >= len(theirs) - 1
+
+
+def test_stop_sequences_of_several_tokens():
+    row = Row([[1, 2]], 10)
+    out = [row.push(t) for t in (7, 1, 1, 2)]  # litgpt starts anew after the second 1 and misses the stop
+    assert row.reason == "stop"
+    assert sum(out, []) == row.tokens == [7, 1]
+    row = Row([[1, 2, 3]], 10)
+    out = [row.push(t) for t in (1, 2, 4, 1)]
+    assert out == [[], [], [1, 2, 4], []]  # what was no stop is not lost
+    assert row.reason is None
+    row = Row([[1, 2, 3], [2, 4]], 10)
+    assert sum([row.push(t) for t in (1, 2, 4)], []) == [1]
+    assert row.reason == "stop"
+    row = Row([[1, 2]], 2)
+    assert sum([row.push(t) for t in (5, 1)], []) == [5, 1]  # held back, and out of room
+    assert row.reason == "length"
+
+
+def test_stop_sequences_against_a_search_in_the_whole_output():
+    g = torch.Generator().manual_seed(0)
+    for trial in range(300):
+        tokens = torch.randint(3, (30,), generator=g).tolist()
+        stops = [torch.randint(3, (n,), generator=g).tolist() for n in (2, 3, 4)][: 1 + trial % 3]
+        row, out = Row(stops, 25), []
+        for token in tokens:
+            if row.reason is None:
+                out += row.push(token)
+        ends = [n for n in range(1, 26) if any(tokens[:n][-len(s) :] == s for s in stops)]
+        if ends:
+            end = ends[0]
+            cut = max(len(s) for s in stops if tokens[:end][-len(s) :] == s and end >= len(s))
+            assert out in [tokens[: end - len(s)] for s in stops if tokens[:end][-len(s) :] == s], (tokens, stops, cut)
+            assert row.reason == "stop"
+        else:
+            assert out == tokens[:25]
+            assert row.reason == "length"
+
+
+def test_statistics_count_prompt_and_new_tokens(model, prompts):
+    stats = Stats()
+    generate(model, prompts, max_new_tokens=9, sampling=GREEDY, stats=stats)
+    assert stats.decode_tokens == 9 * len(prompts)
+    assert stats.prefill_seconds > 0
+    assert stats.decode_seconds > 0
+
+
+def test_prefill_and_decode_are_the_pieces_of_generate(model, prompts):
+    prompt, kv = prompts[-1][:10], args_of("sink")
+    (expected,) = generate(model, [prompt], kv, max_new_tokens=8, sampling=GREEDY)
+    cache, out = KVCache.build(model, kv, 1, 40), []
+    logits, read = prefill(model, [prompt], cache)
+    assert (logits.shape, read) == ((1, 61), 10)
+    for _ in range(8):
+        out.append(logits.argmax(-1))
+        logits = decode(model, out[-1], cache)
+    assert torch.cat(out).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompts": [[]]}, "Prompt 0 must be a list of at least one token"),
+        ({"prompts": []}, "no prompts"),
+        ({"prompts": [[1], [61]]}, "Prompt 1 has a token outside the vocabulary of 61"),
+        ({"prompts": [[-1]]}, "outside the vocabulary"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"max_new_tokens": 96}, "96"),
+        ({"stop": [[]]}, "stop sequence"),
+        ({"prefill": "left"}, "prefill must be one of min-length, full, got 'left'"),
+    ],
+)
+def test_what_is_refused(model, settings, message):
+    given = {"prompts": [[1, 2]], "max_new_tokens": 3, **settings}
+    with pytest.raises(ValueError, match=message):
+        generate(model, given.pop("prompts"), sampling=GREEDY, **given)
+
+
+def test_text_never_breaks_inside_a_character():
+    data = "naïve café — 漢字 🎉 end".encode()
+    stream = TextStream(lambda ids: bytes(ids).decode("utf-8", errors="replace"), list(b"> "))
+    pieces = [stream.push([byte]) for byte in data]
+    pieces.append(stream.push([], last=True))
+    assert "".join(pieces) == data.decode()
+    assert not any("\ufffd" in piece for piece in pieces)
+    cut = TextStream(lambda ids: bytes(ids).decode("utf-8", errors="replace"))
+    assert cut.push(list(data[:4])) + cut.push([], last=True) == data[:4].decode(errors="replace")
