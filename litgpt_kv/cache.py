@@ -37,6 +37,7 @@ class Step:
     slot: Tensor | None = None  # decode: (L, B, P, T) the slots that the new tokens take
     seen: Tensor | None = None  # decode: (L, B, P, N) positions of the keys attended to
     mask: Tensor | None = None  # decode: (L, B, P, T, N), None where every query sees every key
+    live: Tensor | None = None  # decode: (B,) rows that take their token, None for all
     extent: int = 0  # decode: slots from here on are empty
     entered: list[Tensor] = field(default_factory=list)
     masses: list[Tensor] = field(default_factory=list)
@@ -114,8 +115,8 @@ class LayerCache(nn.Module):
         if block:
             old = self.keys.read(step.extent), self.values.read(step.extent)
             keys, values = (torch.cat((o.to(n.dtype), n), dim=2) for o, n in zip(old, (k, v)))
-        self.keys.write(slot, k)
-        self.values.write(slot, v)
+        self.keys.write(slot, k, step.live)
+        self.values.write(slot, v, step.live)
         if not block:
             keys, values = self.keys.read(step.extent), self.values.read(step.extent)
         if step.slots.rank is not None:
@@ -268,10 +269,7 @@ class KVCache(nn.Module):
 
     @torch.no_grad()
     def retire(self, rows: Sequence[int]) -> None:
-        """Stops rows: later steps neither advance their counter nor add to what they keep.
-
-        A full row gives up one token, the one that its next step would have evicted.
-        """
+        """Stops rows: later steps neither advance their counter nor change what they keep."""
         for b in self._checked(rows):
             self._alive[b] = False
         self.live[torch.tensor(list(rows), dtype=torch.int64, device=self.pos.device)] = False
@@ -334,12 +332,11 @@ class KVCache(nn.Module):
 
     def _step(self, slots: Slots, pos: Tensor, extent: int, even: bool) -> Step:
         T, device = pos.size(1), slots.pos.device
-        pos, live = pos.to(device), self.live.to(device)
+        pos, live = pos.to(device), self._frozen(device)
         slot = slots.choose(pos[:, -1], T)
-        entering = pos.masked_fill(~live.unsqueeze(1), -1)
         window = slots.window
         if T == 1:
-            slots.put(slot, entering)
+            slots.put(slot, pos, live)
             seen = slots.pos[..., :extent]
         else:
             old = slots.pos
@@ -347,12 +344,17 @@ class KVCache(nn.Module):
                 window = min(slots.size - slots.sinks, window or slots.size) if slots.strategy.evicts else window
             else:  # which tokens the block evicts depends on data: all leave before it
                 old = old.scatter(-1, slot, -1)
-            seen = torch.cat((old[..., :extent], entering[None, :, None].expand(slot.shape)), dim=-1)
-            slots.put(slot, entering)
+            seen = torch.cat((old[..., :extent], pos[None, :, None].expand(slot.shape)), dim=-1)
+            slots.put(slot, pos, live)
         mask = None
         if not even or T > 1 or (slots.window is not None and slots.size > slots.window):
             mask = visible(pos[None, :, None], seen, window, slots.sinks if T > 1 else 0)
-        return Step(slots, pos, slot=slot, seen=seen, mask=mask, extent=extent)
+        return Step(slots, pos, slot=slot, seen=seen, mask=mask, live=live, extent=extent)
+
+    def _frozen(self, device: torch.device) -> Tensor | None:
+        """`live` on a device; None where the host knows that every row is."""
+        known = not torch.compiler.is_compiling() and all(self._alive)
+        return None if known else self.live.to(device)
 
     def _angles(self, plan: Plan, step: Step, cos: Tensor, sin: Tensor) -> tuple[Angles, Angles | None, tuple | None]:
         """Angles of the new tokens, of queries that look at sinks, and of all keys, as the plan's positions ask."""
@@ -372,8 +374,7 @@ class KVCache(nn.Module):
         """Counts the tokens of a decode pass and updates the ranks."""
         T = turns[0].step.pos.size(1)
         for step in {id(t.step): t.step for t in turns}.values():
-            live = self.live.to(step.pos.device)
-            step.slots.rerank(step.slot, step.entered, step.masses, step.pos[:, -1], live)
+            step.slots.rerank(step.slot, step.entered, step.masses, step.pos[:, -1], step.live)
         self.pos.add_(self.live, alpha=T)
 
     # -- the door: what a pass may do, checked on the host without waiting for the device ---------------------------

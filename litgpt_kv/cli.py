@@ -13,7 +13,7 @@ import re
 import sys
 from collections import deque
 from collections.abc import Callable, Collection
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import CLI, ArgumentParser, DefaultHelpFormatter, set_loader, set_parsing_settings
@@ -40,16 +40,10 @@ class _Help(DefaultHelpFormatter):
 
 
 class Parser(ArgumentParser):
-    """jsonargparse's parser, with the tokens normalised first and errors on one line."""
-
-    flags: ClassVar[frozenset[str]] = frozenset()
-    """Options that need no value: `--compile` is `--compile true`."""
+    """jsonargparse's parser with options in dashes in its help, and errors on one line."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **{**options, "formatter_class": _Help})
-
-    def parse_args(self, args: list[str] | None = None, *rest: Any, **options: Any) -> Any:
-        return super().parse_args(normalise(sys.argv[1:] if args is None else list(args), self.flags), *rest, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         fail(message)
@@ -172,11 +166,12 @@ def show_strategy(name: str) -> NoReturn:
 
 def run(commands: dict[str, Callable[..., Any]], description: str, args: list[str] | None = None) -> Any:
     """Parses the command line and calls the command; what the user did wrong ends in one line and exit code 2."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True, config_read_mode_urls_enabled=True)
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parameters = [
         p for command in commands.values() for p in inspect.signature(command, eval_str=True).parameters.values()
     ]
-    Parser.flags = frozenset(p.name for p in parameters if p.annotation is bool)
+    flags = {p.name for p in parameters if p.annotation is bool}
+    args = normalise(sys.argv[1:] if args is None else args, flags)
     set_loader("litgpt_kv", load_yaml, exceptions=(yaml.YAMLError,))
     try:
         return CLI(

@@ -19,7 +19,7 @@ from litgpt_kv.generate.base import PREFILLS
 
 def generate(
     checkpoint_dir: str,
-    prompt: str | list[str] = "What food do llamas eat?",
+    prompt: list[str] | str = "What food do llamas eat?",
     *,
     sys_prompt: str | None = None,
     num_samples: int = 1,

@@ -63,7 +63,8 @@ def settle(config: Config, args: KVCacheArgs, max_tokens: int, context: int) -> 
             if budget is None:
                 slots = min(slots, context)
         if slots > context:
-            raise ValueError(f"A budget of {slots} tokens is more than the model's context of {context}.")
+            what = "A dense cache" if not strategy.evicts else "A budget"
+            raise ValueError(f"{what} of {slots} tokens is over the limit of {context}: the model's context.")
         if facts.window is not None and slots >= facts.window:  # nothing beyond the window is ever attended to
             strategy, slots, sinks, recent = registry.build("strategy", "window"), facts.window, 0, 0
         own = strategy.protected(slots)

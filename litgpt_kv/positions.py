@@ -15,9 +15,10 @@ Angles = tuple[Tensor, Tensor]  # cos, sin
 def rows_at(cos: Tensor, sin: Tensor, pos: Tensor) -> Angles:
     """The rows of litgpt's rope table at integer positions: `pos` (...) gives cos, sin (..., E).
 
-    Positions must lie inside the table; that is checked before a step, not here.
+    Positions must lie inside the table; that is checked before a step, not here. An empty slot (-1) gives the first
+    row and a retired row's next position, which may be one too far, the last: neither is ever attended to.
     """
-    flat = pos.clamp(min=0).reshape(-1)
+    flat = pos.clamp(0, cos.size(0) - 1).reshape(-1)
     return tuple(table.index_select(0, flat).view(*pos.shape, *table.shape[1:]) for table in (cos, sin))  # type: ignore[return-value]
 
 

@@ -79,11 +79,16 @@ class Slots(nn.Module):
             worth = -pos.masked_fill(worth != worth.amin(dim=-1, keepdim=True), -2)
         return worth.argmin(dim=-1, keepdim=True)
 
-    def put(self, slot: Tensor, pos: Tensor) -> None:
-        """Writes the positions (B, T) of new tokens, -1 for a row that takes none, into slots (L, B, P, T)."""
-        self.pos.scatter_(-1, slot, pos[None, :, None].expand(slot.shape))
+    def put(self, slot: Tensor, pos: Tensor, live: Tensor | None) -> None:
+        """Writes the positions (B, T) of new tokens into slots (L, B, P, T); rows that are not `live` stay."""
+        entering = pos[None, :, None].expand(slot.shape)
+        if live is not None:
+            entering = torch.where(live.view(1, -1, 1, 1), entering, self.pos.gather(-1, slot))
+        self.pos.scatter_(-1, slot, entering)
 
-    def rerank(self, slot: Tensor, entered: list[Tensor], masses: list[Tensor], now: Tensor, live: Tensor) -> None:
+    def rerank(
+        self, slot: Tensor, entered: list[Tensor], masses: list[Tensor], now: Tensor, live: Tensor | None
+    ) -> None:
         """After attention: new tokens' ranks [L x (B, P, T)] are entered, then all are updated, L layers at once."""
         if self.rank is None:
             return
@@ -95,9 +100,9 @@ class Slots(nn.Module):
             if masses:
                 observed = torch.stack(masses)  # (L, B, G, S)
                 seen.mass = (observed if rank.size(2) > 1 else observed.mean(2, keepdim=True)).reshape(fold)
-            updated = self.strategy.update(rank.view(fold), seen).view(rank.shape)
-            rank = torch.where(live.view(1, -1, 1, 1), updated, rank)
-        self.rank.copy_(rank.masked_fill(self.pos < 0, float("-inf")))
+            rank = self.strategy.update(rank.view(fold), seen).view(rank.shape)
+        rank = rank.masked_fill(self.pos < 0, float("-inf"))
+        self.rank.copy_(rank if live is None else torch.where(live.view(1, -1, 1, 1), rank, self.rank))
 
     def keep(self, worth: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
         """Chooses what stays of right-padded prompts: worth (B, P, T), length (B,).

@@ -20,10 +20,15 @@ class Plain(nn.Module):
         data = torch.zeros(batch_size, groups, slots, width, dtype=dtype, device=device)
         self.register_buffer("data", data, persistent=False)
 
-    def write(self, slot: Tensor, x: Tensor) -> None:
-        """Puts x (B, G, T, D) into the slots (B, P, T), P being G or 1. The slots of a head must differ."""
-        index = slot.unsqueeze(-1).expand(x.shape)
-        self.data.scatter_(2, index, x.to(self.data.dtype))
+    def write(self, slot: Tensor, x: Tensor, live: Tensor | None = None) -> None:
+        """Puts x (B, G, T, D) into the slots (B, P, T), P being G or 1. The slots of a head must differ.
+
+        With `live` (B,), rows where it is False keep what they have.
+        """
+        index, x = slot.unsqueeze(-1).expand(x.shape), x.to(self.data.dtype)
+        if live is not None:
+            x = torch.where(live.view(-1, 1, 1, 1), x, self.data.gather(2, index))
+        self.data.scatter_(2, index, x)
 
     def read(self, extent: int) -> Tensor:
         """The first `extent` slots, (B, G, extent, D), as a view."""

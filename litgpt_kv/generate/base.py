@@ -179,7 +179,7 @@ def stream(
     run = (
         _Recompute(model, batch, max_new_tokens)
         if cache is None
-        else _Cached(model, decoder or model, batch, cache, prefill)
+        else _Cached(model, model if decoder is None else decoder, batch, cache, prefill)
     )
     _check_fit(batch, max_new_tokens, run.limit, cache)
     rows = [Row(check_stops(stop), max_new_tokens) for _ in batch.lengths]

@@ -1,0 +1,53 @@
+"""The benchmark command on a small model: what it measures, its table and its JSON."""
+
+import json
+import re
+
+import pytest
+
+from litgpt_kv.__main__ import main
+
+SMALL = ["--shape.n_layer", "2", "--shape.n_embd", "96", "--contexts", "[96, 48]", "--steps", "3", "--repeats", "2"]
+
+
+def test_table_and_json(capsys, tmp_path):
+    main(["benchmark", "--accelerator", "cpu", *SMALL, "--budget", "25%", "--out", str(tmp_path / "out.json")])
+    table = capsys.readouterr().out
+    report = json.loads((tmp_path / "out.json").read_text())
+    rows = {(r["cache"], r["context"]): r for r in report["rows"]}
+    assert set(rows) == {(c, n) for c in ("dense", "window", "sink", "h2o", "litgpt") for n in (48, 96)}
+    for (name, context), row in rows.items():
+        assert re.search(rf"^{name} .*\d", table, re.MULTILINE)
+        assert row["cache_bytes"] == row["cache_bytes_formula"]
+        best, median = row["decode_ms"]
+        assert 0 < best <= median
+        assert row["prefill_tokens_per_s"][0] >= row["prefill_tokens_per_s"][1] > 0
+        assert 0 < row["of_limit"]
+        if name == "window":
+            share = row["cache_bytes"] / rows["dense", context]["cache_bytes"]
+            assert share == pytest.approx(0.25, abs=0.02)
+    # keys and values of two layers, three groups of eight, float32, and int64 positions and counters
+    assert rows["dense", 48]["cache_bytes"] == 2 * 2 * 3 * 8 * 51 * 4 + 51 * 8 + 8 + 1
+
+
+def test_a_checkpoint_one_strategy_without_litgpt(capsys):
+    flags = ["--checkpoint-dir", "demo", "--strategies", "[h2o]", "--litgpt", "false", "--contexts", "[40]"]
+    main(["benchmark", "--accelerator", "cpu", *flags, "--steps", "2", "--repeats", "1", "--budget", "16"])
+    out = capsys.readouterr().out
+    assert "h2o" in out
+    assert "litgpt" not in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--repeats", "0"], "must be at least 1"),
+        (["--checkpoint-dir", "demo", "--contexts", "[1024]"], "do not fit"),
+        (["--strategies", "[nope]"], "Unknown strategy 'nope'"),
+    ],
+)
+def test_what_is_refused(capsys, flags, message):
+    with pytest.raises(SystemExit) as end:
+        main(["benchmark", "--accelerator", "cpu", *SMALL, *flags])
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,70 @@
+"""Every command and every Python example in the README is run."""
+
+import contextlib
+import io
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from litgpt_kv.__main__ import main
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+LONG = ("litgpt_kv benchmark",)  # minutes: run with a small setting instead
+MAKE = {"make demo", "make test", "make help", "make lint", "make wheel"}  # `make test` runs these tests
+
+
+def commands():
+    lines = [line for kind, block in BLOCKS if kind == "bash" for line in block.replace("\\\n", " ").splitlines()]
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def test_the_readme_has_commands():
+    assert len(commands()) >= 8
+    assert "make test" in commands()
+    assert "make demo" in commands()
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command(command, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(command, comments=True)
+    if words[0] == "make":
+        target = words[1]
+        assert f"make {target}" in MAKE
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        return
+    if words[0] in ("pip", "python"):  # installing: .ci/run and tests/test_package.py do it
+        assert words[1:3] in (["install", "torch==2.13.0"], ["install", "litgpt-kv"], ["install", "."])
+        return
+    assert words[0] == "litgpt_kv"
+    if command.startswith(LONG):
+        words += ["--contexts", "[64]", "--steps", "2", "--repeats", "1"]
+        if "--checkpoint-dir" not in words:
+            words += ["--shape.n_layer", "2", "--shape.n_embd", "96"]
+    main(words[1:])
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", range(sum(kind == "python" for kind, _ in BLOCKS)))
+def test_python_example(number, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    code = [block for kind, block in BLOCKS if kind == "python"][number]
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(compile(code, f"README example {number}", "exec"), {"__name__": "readme"})
+
+
+def test_every_strategy_is_in_the_table():
+    from litgpt_kv import registry
+
+    for name in registry.names("strategy"):
+        if registry.get("strategy", name).__module__.startswith("litgpt_kv"):
+            assert f"| `{name}` |" in TEXT
+
+
+def test_links_to_files_exist():
+    for target in re.findall(r"\]\(([^)#:]+)\)", TEXT):
+        assert (ROOT / target).exists(), target
