@@ -151,47 +151,50 @@ class CausalSelfAttention(base.CausalSelfAttention):
 
     def forward(self, x: Tensor, angles: Angles | None, turn: Turn | None = None) -> Tensor:
         """x (B, T, C) to (B, T, C)."""
-        q, k, v = self.heads(x)
-        y = self.whole(q, k, v, angles, turn) if angles is not None else self.new(q, k, v, turn)  # (B, H, T, D)
+        qk, v = self.heads(x)
+        y = self.whole(qk, v, angles, turn) if angles is not None else self.new(qk, v, turn)  # (B, H, T, D)
         return self.proj(y.transpose(1, 2).flatten(2))
 
-    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Projects x (B, T, C) to unrotated q (B, H, T, D) and k, v (B, G, T, D), normed as the config says."""
-        config, size = self.config, self.config.head_size
-        q, k, v = self.qkv(x).split(
-            [n * size for n in (config.n_head, config.n_query_groups, config.n_query_groups)], -1
-        )
-        if config.norm_qk and config.norm_qk_type == "olmo2":
-            q, k = self.norm_q(q), self.norm_k(k)
-        q, k, v = (z.unflatten(-1, (-1, size)).transpose(1, 2) for z in (q, k, v))
-        if config.norm_qk and config.norm_qk_type == "default":
-            q, k = self.norm_q(q), self.norm_k(k)
-        if config.rope_interleave:  # to litgpt's half-split layout, once: cached keys need no second permutation
-            q, k = self._deinterleave(q), self._deinterleave(k)
-        return q, k, v
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Projects x (B, T, C) to unrotated queries and keys (B, H + G, T, D) and values (B, G, T, D).
 
-    def whole(self, q: Tensor, k: Tensor, v: Tensor, angles: Angles, turn: Turn | None) -> Tensor:
+        Queries and keys stay one tensor, as they are rotated alike.
+        """
+        config, size = self.config, self.config.head_size
+        H, G = config.n_head, config.n_query_groups
+        qkv = self.qkv(x)
+        if config.norm_qk and config.norm_qk_type == "olmo2":  # over the whole projection
+            q, k, v = qkv.split((H * size, G * size, G * size), dim=-1)
+            qkv = torch.cat((self.norm_q(q), self.norm_k(k), v), dim=-1)
+        qk, v = qkv.unflatten(-1, (H + 2 * G, size)).transpose(1, 2).split((H + G, G), dim=1)
+        if config.norm_qk and config.norm_qk_type == "default":  # a head at a time
+            q, k = qk.split((H, G), dim=1)
+            qk = torch.cat((self.norm_q(q), self.norm_k(k)), dim=1)
+        if config.rope_interleave:  # to litgpt's half-split layout, once: cached keys need no second permutation
+            qk = self._deinterleave(qk)
+        return qk, v
+
+    def whole(self, qk: Tensor, v: Tensor, angles: Angles, turn: Turn | None) -> Tensor:
         """A whole sequence attends to itself; with a turn, the cache is seeded with what it keeps of it."""
         facts = self.facts
         math = {"scale": facts.scale, "softcap": facts.softcap, "window": facts.window}
-        stored = k
-        q, k = rotate(q, angles, facts.rope_size), rotate(k, angles, facts.rope_size)
+        q, k = rotate(qk, angles, facts.rope_size).split((facts.heads, facts.groups), dim=1)
         y = attend(q, k, v, **math)
         if turn is not None:
             layer, step = turn.layer, turn.step
             received = mass(q, k, step.length, layer.observes, **math) if layer.observes else None
-            layer.seed(step, q, k, stored if layer.raw else k, v, received)
+            layer.seed(step, q, k, qk[:, facts.heads :] if layer.raw else k, v, received)
         return y
 
-    def new(self, q: Tensor, k: Tensor, v: Tensor, turn: Turn) -> Tensor:
+    def new(self, qk: Tensor, v: Tensor, turn: Turn) -> Tensor:
         """New tokens enter the cache and attend to what it keeps."""
         facts, layer, step = self.facts, turn.layer, turn.step
         size = facts.rope_size
-        stored, far = (k if layer.raw else rotate(k, turn.angles, size)), None
+        q, k = rotate(qk, turn.angles, size).split((facts.heads, facts.groups), dim=1)
+        far = None
         if turn.far is not None:
-            far = rotate(q, turn.far, size), turn.sinks
-        q = rotate(q, turn.angles, size)
-        keys, values = layer.extend(step, stored, v, q)
+            far = rotate(qk[:, : facts.heads], turn.far, size), turn.sinks
+        keys, values = layer.extend(step, qk[:, facts.heads :] if layer.raw else k, v, q)
         if turn.ranked is not None:
             keys = rotate(keys, turn.keys, size)
         y, received = attend_mass(

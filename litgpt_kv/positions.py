@@ -44,7 +44,8 @@ def rotate(x: Tensor, angles: Angles, size: int) -> Tensor:
     cos, sin = (a.unsqueeze(1) if a.dim() == 3 else a for a in angles)
     head, tail = x[..., :size], x[..., size:]
     turned = torch.cat((-head[..., size // 2 :], head[..., : size // 2]), dim=-1)
-    return torch.cat(((head * cos + turned * sin).to(x.dtype), tail), dim=-1)
+    rotated = (head * cos + turned * sin).to(x.dtype)
+    return torch.cat((rotated, tail), dim=-1) if tail.size(-1) else rotated
 
 
 def ranks(slot_pos: Tensor) -> Tensor:
