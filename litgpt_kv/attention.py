@@ -118,15 +118,17 @@ def mass(
         q = q.gather(2, index)
     counts = ((query_pos >= 0) & (query_pos < length.unsqueeze(1))).to(exact) / (H // G)
     total = torch.zeros(B, G, T, dtype=exact, device=q.device)
+    q = q.to(exact).unflatten(1, (G, H // G)) * scale  # (B, G, R, Q, D)
     for start in range(0, query_pos.size(1), MASS_BLOCK):
         rows = slice(start, start + MASS_BLOCK)
-        n = min(start + MASS_BLOCK, T) if query_pos is key_pos else T  # later keys are in these queries' future
-        block = q[:, :, rows].to(exact).unflatten(1, (G, H // G)) * scale  # (B, G, R, b, D)
-        scores = block @ k[:, :, None, :n].mT  # (B, G, R, b, n)
+        whole = query_pos is key_pos and window is None  # then only the last keys can be in a query's future
+        n, past = (min(start + MASS_BLOCK, T), start) if whole else (T, 0)
+        weight = counts[:, rows]  # (B, b)
+        scores = q[:, :, :, rows].flatten(2, 3) @ k[:, :, :n].mT  # (B, G, R*b, n)
         if softcap is not None:
             scores = do_softcapping(scores, softcap)
         # a query outside the prompt counts nothing; letting it see every key keeps its softmax finite
-        seen = visible(query_pos[:, rows], key_pos[:, :n], window) | (counts[:, rows, None] == 0)
-        probs = scores.masked_fill(~seen[:, None, None], float("-inf")).softmax(dim=-1)
-        total[:, :, :n] += (counts[:, None, None, None, rows] @ probs).sum(dim=2).squeeze(2)
+        hidden = ~visible(query_pos[:, rows], key_pos[:, past:n], window) & (weight[..., None] > 0)
+        scores.unflatten(2, (H // G, -1))[..., past:].masked_fill_(hidden[:, None, None], float("-inf"))
+        total[:, :, :n] += (weight.repeat(1, H // G)[:, None, None] @ scores.softmax(dim=-1)).squeeze(2)
     return total
