@@ -77,22 +77,24 @@ def attend_mass(
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
         return y.view(B, H, T, -1), None
     exact = torch.promote_types(q.dtype, torch.float32)
-    keys = k.to(exact).mT
-    if far is None:
-        scores = (q.to(exact) * scale) @ keys  # (B, G, R*T, S)
-    else:  # both sets of queries in one product, so that the keys are still read once
-        both = torch.cat((q, far[0].reshape(*fold, -1)), dim=2).to(exact) * scale
-        near, distant = (both @ keys).chunk(2, dim=2)
-        scores = torch.where(far[1].unsqueeze(2), distant, near)
-    if softcap is not None:
-        scores = do_softcapping(scores, softcap)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    probs = scores.softmax(dim=-1)
-    y = (probs.to(v.dtype) @ v).view(B, H, T, -1)
+    with torch.autocast(q.device.type, enabled=False):  # scores and masses stay float32
+        keys = k.to(exact).mT
+        if far is None:
+            scores = (q.to(exact) * scale) @ keys  # (B, G, R*T, S)
+        else:  # both sets of queries in one product, so that the keys are still read once
+            both = torch.cat((q, far[0].reshape(*fold, -1)), dim=2).to(exact) * scale
+            near, distant = (both @ keys).chunk(2, dim=2)
+            scores = torch.where(far[1].unsqueeze(2), distant, near)
+        if softcap is not None:
+            scores = do_softcapping(scores, softcap)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, torch.finfo(exact).min)  # finite where a row sees nothing at all
+        probs = scores.softmax(dim=-1)
+        y = (probs.to(v.dtype) @ v).view(B, H, T, -1)
     return y, probs.sum(dim=2) / (H // G) if want_mass else None
 
 
+@torch.no_grad()
 def mass(
     q: Tensor, k: Tensor, length: Tensor, last: int, *, scale: float, softcap: float | None, window: int | None
 ) -> Tensor:
@@ -119,16 +121,17 @@ def mass(
     counts = ((query_pos >= 0) & (query_pos < length.unsqueeze(1))).to(exact) / (H // G)
     total = torch.zeros(B, G, T, dtype=exact, device=q.device)
     q = q.to(exact).unflatten(1, (G, H // G)) * scale  # (B, G, R, Q, D)
-    for start in range(0, query_pos.size(1), MASS_BLOCK):
-        rows = slice(start, start + MASS_BLOCK)
-        whole = query_pos is key_pos and window is None  # then only the last keys can be in a query's future
-        n, past = (min(start + MASS_BLOCK, T), start) if whole else (T, 0)
-        weight = counts[:, rows]  # (B, b)
-        scores = q[:, :, :, rows].flatten(2, 3) @ k[:, :, :n].mT  # (B, G, R*b, n)
-        if softcap is not None:
-            scores = do_softcapping(scores, softcap)
-        # a query outside the prompt counts nothing; letting it see every key keeps its softmax finite
-        hidden = ~visible(query_pos[:, rows], key_pos[:, past:n], window) & (weight[..., None] > 0)
-        scores.unflatten(2, (H // G, -1))[..., past:].masked_fill_(hidden[:, None, None], float("-inf"))
-        total[:, :, :n] += (weight.repeat(1, H // G)[:, None, None] @ scores.softmax(dim=-1)).squeeze(2)
+    with torch.autocast(q.device.type, enabled=False):
+        for start in range(0, query_pos.size(1), MASS_BLOCK):
+            rows = slice(start, start + MASS_BLOCK)
+            whole = query_pos is key_pos and window is None  # then only the last keys can be in a query's future
+            n, past = (min(start + MASS_BLOCK, T), start) if whole else (T, 0)
+            weight = counts[:, rows]  # (B, b)
+            scores = q[:, :, :, rows].flatten(2, 3) @ k[:, :, :n].mT  # (B, G, R*b, n)
+            if softcap is not None:
+                scores = do_softcapping(scores, softcap)
+            # a query outside the prompt counts nothing; letting it see every key keeps its softmax finite
+            hidden = ~visible(query_pos[:, rows], key_pos[:, past:n], window) & (weight[..., None] > 0)
+            scores.unflatten(2, (H // G, -1))[..., past:].masked_fill_(hidden[:, None, None], float("-inf"))
+            total[:, :, :n] += (weight.repeat(1, H // G)[:, None, None] @ scores.softmax(dim=-1)).squeeze(2)
     return total

@@ -1,13 +1,12 @@
-"""The cache of a model: layers of stored keys and values, the slots they are in, and a counter for every row. Floor 3.
+"""The cache of a model: its layers, the slots their tokens are in, and a counter for every row. Floor 3.
 
-L layers · B rows · T new tokens · S slots (the budget) · N keys attended to (S, or S + T for a block) · G key/value
-heads · P sets of kept tokens (1, or G) · D head size · E rotated elements.
+L layers of a group · B rows · T new tokens · S slots (the budget) · N keys attended to (S, or S + T for a block) ·
+P sets of kept tokens (1, or one a key/value head) · E rotated elements.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -15,126 +14,14 @@ from torch import Tensor, nn
 
 from litgpt.config import Config
 from litgpt_kv import registry, storage  # noqa: F401  (storage registers itself)
-from litgpt_kv.config import KVCacheArgs, LayerFacts, unsupported
+from litgpt_kv.config import KVCacheArgs, unsupported
+from litgpt_kv.layer import LayerCache, Step, Turn
 from litgpt_kv.plan import Plan, limit_of, settle
 from litgpt_kv.positions import Angles, angles_at, ranks, rows_at, visible
 from litgpt_kv.slots import Slots
-from litgpt_kv.strategies import Seen
 
 if TYPE_CHECKING:
     from litgpt_kv.model import GPT
-
-
-@dataclass(eq=False)
-class Step:
-    """One group of layers' part in a pass, worked out once for all of them."""
-
-    slots: Slots
-    pos: Tensor  # (B, T) positions of the new tokens
-    seeding: bool = False
-    length: Tensor | None = None  # prompt: (B,) real tokens of each row
-    kept: tuple[Tensor, Tensor] | None = None  # prompt: indices and positions of what stays, (B, P, n)
-    slot: Tensor | None = None  # decode: (L, B, P, T) the slots that the new tokens take
-    seen: Tensor | None = None  # decode: (L, B, P, N) positions of the keys attended to
-    mask: Tensor | None = None  # decode: (L, B, P, T, N), None where every query sees every key
-    live: Tensor | None = None  # decode: (B,) rows that take their token, None for all
-    extent: int = 0  # decode: slots from here on are empty
-    entered: list[Tensor] = field(default_factory=list)
-    masses: list[Tensor] = field(default_factory=list)
-
-
-@dataclass(eq=False)
-class Turn:
-    """One layer's part in a pass: what its attention needs besides the layer's own weights."""
-
-    layer: LayerCache
-    step: Step
-    angles: Angles  # for the new queries and keys
-    far: Angles | None = None  # for queries that look at sinks from inside the cache, (B, T, E)
-    ranked: tuple[Tensor, Angles] | None = None  # ranks (L, B, P, N) and tables, for keys stored unrotated
-
-    @property
-    def mask(self) -> Tensor | None:
-        return None if self.step.mask is None else self.step.mask[self.layer.place]
-
-    @property
-    def keys(self) -> Angles | None:
-        """Angles (B, P, N, E) of all keys, where they are stored unrotated; made for one layer at a time."""
-        return None if self.ranked is None else rows_at(*self.ranked[1], self.ranked[0][self.layer.place])
-
-    @property
-    def sinks(self) -> Tensor:
-        """(B, P, N) bool: the slots that hold sinks."""
-        seen = self.step.seen[self.layer.place]
-        return (seen >= 0) & (seen < self.step.slots.sinks)
-
-
-class LayerCache(nn.Module):
-    """Stored keys and values of one layer, and its place in a group's slots."""
-
-    row_dim: ClassVar[int] = 0
-
-    def __init__(self, facts: LayerFacts, slots: Slots, place: int, keys: nn.Module, values: nn.Module, raw: bool):
-        super().__init__()
-        self.facts, self.place, self.raw = facts, place, raw
-        self.keys, self.values = keys, values
-        self.observes = slots.strategy.attention
-
-    def seed(self, step: Step, q: Tensor, k: Tensor, stored: Tensor, v: Tensor, mass: Tensor | None) -> None:
-        """Takes what the strategy keeps of right-padded prompts; pads are never written.
-
-        Args:
-            q, k, v: (B, H, T, D), (B, G, T, D), (B, G, T, Dv) of the pass, rotated at the tokens' positions.
-            stored: (B, G, T, D) the keys as this cache stores them.
-            mass: (B, G, T) attention received, for a strategy that observes it.
-        """
-        slots, rank = step.slots, None
-        if step.kept is None:
-            T = k.size(2)
-            pos = torch.arange(T, device=k.device).expand(k.size(0), slots.pos.size(2), T)
-            seen = Seen(pos, step.length - 1, True, self.facts, mass, k, v, q)
-            rank = slots.prompt_rank(seen)
-            index, kept = slots.keep(rank, step.length)
-        else:
-            index, kept = step.kept
-        slots.seed(self.place, index, kept, rank)
-        target = torch.arange(index.size(-1), device=k.device).expand(index.shape)
-        for buffer, x in ((self.keys, stored), (self.values, v)):
-            wide = index.unsqueeze(-1).expand(-1, x.size(1), -1, x.size(-1))
-            chosen = x.gather(2, wide).masked_fill((kept < 0).unsqueeze(-1), 0.0)  # (B, G, n, D)
-            buffer.write(target, chosen)
-
-    def extend(self, step: Step, k: Tensor, v: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes new tokens (B, G, T, D) into their slots; returns the keys and values (B, G, N, D) to attend to.
-
-        One token finds the slots as they are after it is written. A block is attended to beside what was there
-        before it, as its first queries may still see what its last tokens evict.
-        """
-        slot, T = step.slot[self.place], k.size(2)
-        block = T > 1
-        if block:
-            old = self.keys.read(step.extent), self.values.read(step.extent)
-            keys, values = (torch.cat((o.to(n.dtype), n), dim=2) for o, n in zip(old, (k, v)))
-        self.keys.write(slot, k, step.live)
-        self.values.write(slot, v, step.live)
-        if not block:
-            keys, values = self.keys.read(step.extent), self.values.read(step.extent)
-        if step.slots.rank is not None:
-            pos = step.pos.unsqueeze(1).expand(slot.shape)
-            seen = Seen(pos, step.pos[:, -1], False, self.facts, None, k, v, q)
-            step.entered.append(step.slots.strategy.enter(seen))
-        return keys, values
-
-    def observe(self, step: Step, mass: Tensor) -> None:
-        """Notes the attention (B, G, N) that a pass paid to each key, in the order of its slots afterwards."""
-        size, T = step.slots.size, step.pos.size(1)
-        if T > 1:  # the block's own keys stand after the slots: bring them to theirs
-            old, new = mass[..., : step.extent], mass[..., step.extent :]
-            whole = nn.functional.pad(old, (0, size - step.extent))
-            mass = whole.scatter(-1, step.slot[self.place].expand(-1, mass.size(1), -1), new)
-        elif mass.size(-1) < size:
-            mass = nn.functional.pad(mass, (0, size - mass.size(-1)))
-        step.masses.append(mass)
 
 
 class KVCache(nn.Module):
@@ -172,7 +59,7 @@ class KVCache(nn.Module):
         for group in groups.values():
             first, device = group[0], devices[group[0].facts.index]
             facts = tuple(plan.facts for plan in group)
-            slots = Slots(first.strategy, facts, batch_size, first.slots, first.sinks, first.recent, exact, device)
+            slots = Slots(first, facts, batch_size, exact, device)
             self.slots.append(slots)
             for i, plan in enumerate(group):
                 make = registry.get("storage", plan.storage)
@@ -185,8 +72,10 @@ class KVCache(nn.Module):
         self._group = [next(g for g, s in enumerate(self.slots) if plan.facts in s.layers) for plan in plans]
         self._plans = plans
         self.limit, self.why = limit_of(plans, context)
+        self._turns: list[Angles] = []  # of each rope base, for angles beyond the model's tables
         self._seen: list[int] | None = [0] * batch_size  # what `pos` and `live` hold, known without a device sync
         self._alive = [True] * batch_size
+        self._whole: tuple[KVCache, int] | None = None  # of a row's view: whose row it is
 
     @classmethod
     def build(
@@ -221,7 +110,10 @@ class KVCache(nn.Module):
         devices = [block.attn.proj.weight.device for block in model.transformer.h]
         dtype = dtype or model.transformer.wte.weight.dtype
         with torch.inference_mode(False):  # tensors made inside could not be used outside of it
-            return cls(model.config, args or KVCacheArgs(), batch_size, max_tokens, context, dtype, devices)
+            cache = cls(model.config, args or KVCacheArgs(), batch_size, max_tokens, context, dtype, devices)
+            if any(plan.endless for plan in cache._plans):
+                cache._turns = model.turns()
+            return cache
 
     @classmethod
     def nbytes(
@@ -262,26 +154,19 @@ class KVCache(nn.Module):
             if module is not self and hasattr(module, "reset"):
                 module.reset(where)
         self.pos[where], self.live[where] = 0, True
-        for b in chosen:
-            self._alive[b] = True
-            if self._seen is not None:
-                self._seen[b] = 0
+        self._note(dict.fromkeys(chosen, 0), alive=True)
 
     @torch.no_grad()
     def retire(self, rows: Sequence[int]) -> None:
         """Stops rows: later steps neither advance their counter nor change what they keep."""
-        for b in self._checked(rows):
-            self._alive[b] = False
+        self._note(dict.fromkeys(self._checked(rows)), alive=False)
         self.live[torch.tensor(list(rows), dtype=torch.int64, device=self.pos.device)] = False
 
     def row(self, b: int) -> KVCache:
-        """A cache of one row that shares this one's memory: seed it to admit a request without touching the others.
-
-        The shared cache counts the row's tokens too; after a pass through the view call nothing else.
-        """
+        """A cache of one row that shares this one's memory: seed it to admit a request without touching the others."""
         (b,) = self._checked([b])
         view = _row_of(self, b)
-        view._seen, view._alive, view._whole = None, [self._alive[b]], (self, b)
+        view._whole = (self, b)
         return view
 
     def tokens(self) -> dict[str, list[int]]:
@@ -308,7 +193,6 @@ class KVCache(nn.Module):
             if slots.rank is None:  # every layer of the group keeps the same: choose once
                 kept = slots.keep(pos.unsqueeze(1), length)
             steps.append(Step(slots, pos, seeding=True, length=length, kept=kept))
-        self.pos.copy_(length)
         return [Turn(layer, steps[g], angles[t]) for layer, g, t in zip(self.layers, self._group, tables)]
 
     def begin(self, T: int, rope: list[Angles], tables: list[int]) -> list[Turn]:
@@ -326,7 +210,7 @@ class KVCache(nn.Module):
         turns = []
         for layer, plan, g, t in zip(self.layers, self._plans, self._group, tables):
             if (g, t) not in angles:
-                angles[g, t] = self._angles(plan, steps[g], *rope[t])
+                angles[g, t] = self._angles(plan, steps[g], t, *rope[t])
             turns.append(Turn(layer, steps[g], *angles[g, t]))
         return turns
 
@@ -353,10 +237,12 @@ class KVCache(nn.Module):
 
     def _frozen(self, device: torch.device) -> Tensor | None:
         """`live` on a device; None where the host knows that every row is."""
-        known = not torch.compiler.is_compiling() and all(self._alive)
+        known = not torch.compiler.is_compiling() and all(self._host()[1])
         return None if known else self.live.to(device)
 
-    def _angles(self, plan: Plan, step: Step, cos: Tensor, sin: Tensor) -> tuple[Angles, Angles | None, tuple | None]:
+    def _angles(
+        self, plan: Plan, step: Step, table: int, cos: Tensor, sin: Tensor
+    ) -> tuple[Angles, Angles | None, tuple | None]:
         """Angles of the new tokens, of queries that look at sinks, and of all keys, as the plan's positions ask."""
         T, slots = step.pos.size(1), step.slots
         if plan.raw:
@@ -368,14 +254,24 @@ class KVCache(nn.Module):
         far = None
         if slots.sinks:  # distances inside the window are the text's own; only the sinks are nearer than they were
             far = rows_at(cos, sin, step.pos.clamp(max=slots.size - 1))
-        return angles_at(cos, sin, step.pos), far, None
+        turn = tuple(x.to(step.pos.device) for x in self._turns[table])
+        return angles_at(turn, step.pos, cos.dtype), far, None
 
     def end(self, turns: list[Turn]) -> None:
-        """Counts the tokens of a decode pass and updates the ranks."""
-        T = turns[0].step.pos.size(1)
+        """Counts the tokens of a pass that went well, and updates the ranks after a decode pass."""
+        step, T = turns[0].step, turns[0].step.pos.size(1)
+        if step.length is not None:
+            self.pos.copy_(step.length)
+            self._note(dict(enumerate(step.length.tolist())))
+            return
         for step in {id(t.step): t.step for t in turns}.values():
             step.slots.rerank(step.slot, step.entered, step.masses, step.pos[:, -1], step.live)
         self.pos.add_(self.live, alpha=T)
+        if torch.compiler.is_compiling():
+            self._forget()
+        else:
+            seen, alive = self._host()
+            self._note({b: n + T for b, n in enumerate(seen) if alive[b]})
 
     # -- the door: what a pass may do, checked on the host without waiting for the device ---------------------------
 
@@ -386,11 +282,11 @@ class KVCache(nn.Module):
         if min(lengths) < 1 or max(lengths) > T:
             bad = min(lengths) if min(lengths) < 1 else max(lengths)
             raise ValueError(f"Every row's prompt must have 1 to {T} tokens, got {bad}.")
-        if any(self._counted()):
-            raise ValueError(f"A prompt needs empty rows; tokens seen are {self._counted()}: call reset() first.")
+        seen, alive = self._host()
+        if any(seen) or not all(alive):
+            raise ValueError(f"A prompt needs empty rows; tokens seen are {seen}: call reset() first.")
         if self.limit is not None and max(lengths) > self.limit:
             raise ValueError(f"A prompt of {max(lengths)} tokens is over the limit of {self.limit}: {self.why}.")
-        self._note(lengths)
 
     def _check_step(self, T: int) -> tuple[int, bool]:
         """Raises if T more tokens do not fit; returns how many slots can be filled, and whether all of them are."""
@@ -400,29 +296,45 @@ class KVCache(nn.Module):
                 f"A block of {T} tokens is longer than the {longest} a layer can take (budget less sinks)."
             )
         if torch.compiler.is_compiling():
-            self._seen = None
             if self.limit is not None:
                 fits = ((self.pos + T <= self.limit) | ~self.live).all()
                 torch._assert_async(fits, f"A row is over the limit of {self.limit} tokens: {self.why}.")
             return max(plan.slots for plan in self._plans), False
-        seen = self._counted()
-        for b, (n, alive) in enumerate(zip(seen, self._alive)):
-            if self.limit is not None and alive and n + T > self.limit:
+        seen, alive = self._host()
+        for b, n in enumerate(seen):
+            if self.limit is not None and alive[b] and n + T > self.limit:
                 raise ValueError(f"Row {b} would see {n + T} tokens, over the limit of {self.limit}: {self.why}.")
-        even = all(self._alive) and len(set(seen)) == 1
-        self._note([n + T if alive else n for n, alive in zip(seen, self._alive)])
-        return max(seen) + T if T == 1 else max(1, max(seen)), even
+        even = all(alive) and len(set(seen)) == 1
+        return max(seen) + T if T == 1 else max(1, *seen), even
 
-    def _counted(self) -> list[int]:
+    def _host(self) -> tuple[list[int], list[bool]]:
+        """What `pos` and `live` hold, kept on the host so that no step waits for the device; a view asks the whole."""
+        if self._whole is not None:
+            whole, b = self._whole
+            seen, alive = whole._host()
+            return [seen[b]], [alive[b]]
         if self._seen is None:
             self._seen = self.pos.tolist()
-        return self._seen
+        return self._seen, self._alive
 
-    def _note(self, seen: list[int]) -> None:
-        self._seen = seen
-        whole, b = getattr(self, "_whole", (None, 0))
-        if whole is not None and whole._seen is not None:
-            whole._seen[b] = seen[0]
+    def _note(self, seen: dict[int, int | None], alive: bool | None = None) -> None:
+        """Writes down for some rows how many tokens they have seen (None: no change) and whether they are live."""
+        if self._whole is not None:
+            whole, b = self._whole
+            whole._note(dict.fromkeys([b], *seen.values()), alive)
+            return
+        for b, n in seen.items():
+            if self._seen is not None and n is not None:
+                self._seen[b] = n
+            if alive is not None:
+                self._alive[b] = alive
+
+    def _forget(self) -> None:
+        """A compiled step counts on the device alone."""
+        if self._whole is None:
+            self._seen = None
+        else:
+            self._whole[0]._forget()
 
 
 def _row_of(module: nn.Module, b: int) -> nn.Module:

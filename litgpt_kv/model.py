@@ -15,9 +15,10 @@ import litgpt.model as base
 from litgpt.config import Config
 from litgpt.model import do_softcapping
 from litgpt_kv.attention import attend, attend_mass, mass
-from litgpt_kv.cache import KVCache, Turn
+from litgpt_kv.cache import KVCache
 from litgpt_kv.config import layer_facts
-from litgpt_kv.positions import Angles, rotate
+from litgpt_kv.layer import Turn
+from litgpt_kv.positions import Angles, rotate, turn_of
 
 
 class GPT(base.GPT):
@@ -31,6 +32,8 @@ class GPT(base.GPT):
     - ``model(token, cache)``: decode. (B, 1) tokens, one a row at its own next position, give (B, 1, V). A block
       (B, T) gives (B, T, V): causal inside, equal to T single steps for strategies that rank by recency; others evict
       for the whole block before it attends.
+
+    Gradients flow through training and through a prefill's own tokens; what was read from a cache has none.
     """
 
     def __init__(self, config: Config) -> None:
@@ -78,6 +81,9 @@ class GPT(base.GPT):
         if whole and T > self.max_seq_length:
             raise ValueError(f"Cannot forward {T} tokens, the model's context is {self.max_seq_length}.")
         tables, which = self._rope()
+        x = self.transformer.wte(idx)  # (B, T, C); a token outside of the vocabulary ends here, before the cache moves
+        if self.config.scale_embeddings:
+            x = x * torch.tensor(self.config.n_embd**0.5, dtype=x.dtype)
 
         turns: list[Turn] | list[None] = [None] * len(which)
         if whole:
@@ -87,27 +93,33 @@ class GPT(base.GPT):
         else:
             angles, turns = [], cache.begin(T, tables, which)
 
-        x = self.transformer.wte(idx)  # (B, T, C)
-        if self.config.scale_embeddings:
-            x = x * torch.tensor(self.config.n_embd**0.5, dtype=x.dtype)
         for block, table, turn in zip(self.transformer.h, which, turns):
             x = block(x, angles[table] if whole else None, turn)
 
-        if cache is None:
+        if cache is not None:
+            cache.end(turns)
+        else:
             x = self.transformer.ln_f(x)
             if lm_head_chunk_size > 0:
                 return [self._head(part) for part in x.split(lm_head_chunk_size, dim=1)]
             return self._head(x)  # (B, T, V)
         if length is not None:  # only last positions meet the vocabulary
             x = x[torch.arange(B, device=x.device), length.to(x.device) - 1]  # (B, C)
-        else:
-            cache.end(turns)
         return self._head(self.transformer.ln_f(x))  # (B, V) or (B, T, V)
 
     def _head(self, x: Tensor) -> Tensor:
         logits = self.lm_head(x)
         cap = self.config.final_logit_softcapping
         return logits if cap is None else do_softcapping(logits, cap)
+
+    def turns(self) -> list[Angles]:
+        """What one position turns and the amplitude, for each rope base; exact where the tables were cast."""
+        if self.cos.dtype == torch.float64:
+            tables = self._rope()[0]
+        else:  # made anew: a cast to bfloat16 and back leaves no trace but the rounding
+            cos, sin = self.rope_cache(self.cos.device)
+            tables = [(cos, sin)] if cos.dim() == 2 else [(cos[..., i], sin[..., i]) for i in range(cos.size(-1))]
+        return [turn_of(cos, sin) for cos, sin in tables]
 
     def _rope(self) -> tuple[list[Angles], list[int]]:
         """The rope tables (N, E), one pair for each rope base, and which of them each layer uses."""
@@ -183,7 +195,7 @@ class CausalSelfAttention(base.CausalSelfAttention):
         if turn is not None:
             layer, step = turn.layer, turn.step
             received = mass(q, k, step.length, layer.observes, **math) if layer.observes else None
-            layer.seed(step, q, k, qk[:, facts.heads :] if layer.raw else k, v, received)
+            layer.seed(step, q, qk[:, facts.heads :] if layer.raw else k, v, received)
         return y
 
     def new(self, qk: Tensor, v: Tensor, turn: Turn) -> Tensor:

@@ -21,6 +21,7 @@ class Plan:
     recent: int
     storage: str
     positions: str
+    window: int | None
 
     @property
     def raw(self) -> bool:
@@ -35,7 +36,7 @@ class Plan:
     @property
     def shared(self) -> tuple:
         facts = replace(self.facts, index=0)
-        return self.strategy, self.slots, self.sinks, self.recent, self.positions, facts
+        return self.strategy, self.slots, self.sinks, self.recent, self.positions, self.window, facts
 
 
 def settle(config: Config, args: KVCacheArgs, max_tokens: int, context: int) -> list[Plan]:
@@ -65,15 +66,20 @@ def settle(config: Config, args: KVCacheArgs, max_tokens: int, context: int) -> 
         if slots > context:
             what = "A dense cache" if not strategy.evicts else "A budget"
             raise ValueError(f"{what} of {slots} tokens is over the limit of {context}: the model's context.")
-        if facts.window is not None and slots >= facts.window:  # nothing beyond the window is ever attended to
-            strategy, slots, sinks, recent = registry.build("strategy", "window"), facts.window, 0, 0
+        window = facts.window
+        if window is not None and slots >= window:  # nothing beyond the window is ever attended to
+            strategy, slots, sinks, recent = registry.build("strategy", "window"), window, 0, 0
+        elif window is not None and positions == "absolute":  # a sink beyond the window is never attended to either
+            sinks = 0
+        elif window is not None:  # inside the cache all tokens are nearer than the window
+            window = None
         own = strategy.protected(slots)
         sinks, recent = (own[0] if sinks is None else sinks), (own[1] if recent is None else recent)
         if sinks >= slots:
             raise ValueError(f"The budget must be more than the sinks: budget {slots}, sinks {sinks} ({name}).")
         if sinks + recent > slots:
             raise ValueError(f"sinks {sinks} + recent {recent} exceed the budget of {slots} ({name}).")
-        plans.append(Plan(facts, strategy, slots, sinks, recent, kind, positions))
+        plans.append(Plan(facts, strategy, slots, sinks, recent, kind, positions, window))
     return plans
 
 

@@ -22,15 +22,23 @@ def rows_at(cos: Tensor, sin: Tensor, pos: Tensor) -> Angles:
     return tuple(table.index_select(0, flat).view(*pos.shape, *table.shape[1:]) for table in (cos, sin))  # type: ignore[return-value]
 
 
-def angles_at(cos: Tensor, sin: Tensor, pos: Tensor) -> Angles:
-    """As `rows_at`, for positions beyond the table too: `pos` (...) gives cos, sin (..., E) in the table's dtype.
+def turn_of(cos: Tensor, sin: Tensor) -> Angles:
+    """What one position turns, (E,) float64, and the amplitude (E,) of a table (YaRN's is not 1): rows 1 and 0 of it.
 
-    The angle of one position is read off the table's row 1 and multiplied in float64, where a position of 10^9 still
-    has seven exact digits; float32 loses the angle near 10^6. The table's amplitude (YaRN's) is kept.
+    The table must be float32 or float64: a rounded angle is wrong by radians a thousand positions on.
     """
-    theta = torch.atan2(sin[1], cos[1]).double()
+    return torch.atan2(sin[1], cos[1]).double(), cos[0].double().clone()
+
+
+def angles_at(turn: Angles, pos: Tensor, dtype: torch.dtype) -> Angles:
+    """As `rows_at`, beyond the table too: `turn` of `turn_of`, `pos` (...), to cos, sin (..., E) of `dtype`.
+
+    The angle is multiplied in float64, where a position of 10^9 still has seven exact digits; float32 loses the angle
+    near 10^6.
+    """
+    theta, amplitude = turn
     angle = pos.double().unsqueeze(-1) * theta
-    return (angle.cos() * cos[0]).to(cos.dtype), (angle.sin() * cos[0]).to(sin.dtype)
+    return (angle.cos() * amplitude).to(dtype), (angle.sin() * amplitude).to(dtype)
 
 
 def rotate(x: Tensor, angles: Angles, size: int) -> Tensor:

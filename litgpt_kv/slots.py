@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from litgpt_kv.config import LayerFacts
+from litgpt_kv.plan import Plan
 from litgpt_kv.strategies import Seen, Strategy
 
 LAST = torch.iinfo(torch.int64).max
@@ -31,21 +32,19 @@ class Slots(nn.Module):
 
     def __init__(
         self,
-        strategy: Strategy,
+        plan: Plan,
         layers: tuple[LayerFacts, ...],
         batch_size: int,
-        slots: int,
-        sinks: int,
-        recent: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         super().__init__()
-        self.strategy, self.layers, self.size = strategy, layers, slots
-        self.sinks, self.recent, self.window = sinks, recent, layers[0].window
+        self.strategy, self.layers, self.size = plan.strategy, layers, plan.slots
+        self.sinks, self.recent, self.window = plan.sinks, plan.recent, plan.window
+        strategy = plan.strategy
         stack = 1 if strategy.recency else len(layers)
         heads = layers[0].groups if strategy.per_head and not strategy.recency else 1
-        shape = (stack, batch_size, heads, slots)
+        shape = (stack, batch_size, heads, plan.slots)
         self.register_buffer("pos", torch.full(shape, -1, dtype=torch.int64, device=device), persistent=False)
         rank = None if strategy.recency else torch.full(shape, float("-inf"), dtype=dtype, device=device)
         self.register_buffer("rank", rank, persistent=False)
