@@ -16,7 +16,7 @@ STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 
 DEMO_ARGS ?= --kv-cache h2o --kv-cache.budget 128 --prompt "def " --max-new-tokens 200
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n logical --maxprocesses 8 --dist loadgroup
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo test lint wheel clean

@@ -60,7 +60,8 @@ def attend_mass(
     Args:
         q: (B, H, T, D) queries. k, v: (B, G, S, D) and (B, G, S, Dv).
         mask: (B, P, T, S) boolean, True where a query may attend; None where all may.
-        far: (q2, where): use the queries q2 (B, H, T, D) instead of q for the slots marked in `where` (B, P, S).
+        far: (q2, where): use the queries q2 (B, H, T, D) instead of q for those of the first n slots that are marked
+            in `where` (B, P, n).
         want_mass: Return the mass as well.
 
     Returns:
@@ -79,12 +80,11 @@ def attend_mass(
     exact = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):  # scores and masses stay float32
         keys = k.to(exact).mT
-        if far is None:
-            scores = (q.to(exact) * scale) @ keys  # (B, G, R*T, S)
-        else:  # both sets of queries in one product, so that the keys are still read once
-            both = torch.cat((q, far[0].reshape(*fold, -1)), dim=2).to(exact) * scale
-            near, distant = (both @ keys).chunk(2, dim=2)
-            scores = torch.where(far[1].unsqueeze(2), distant, near)
+        scores = (q.to(exact) * scale) @ keys  # (B, G, R*T, S)
+        if far is not None:
+            n = far[1].size(-1)
+            distant = (far[0].reshape(*fold, -1).to(exact) * scale) @ keys[..., :n]
+            scores = torch.cat((torch.where(far[1].unsqueeze(2), distant, scores[..., :n]), scores[..., n:]), dim=-1)
         if softcap is not None:
             scores = do_softcapping(scores, softcap)
         if mask is not None:

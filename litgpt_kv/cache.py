@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from litgpt.config import Config
 from litgpt_kv import registry, storage  # noqa: F401  (storage registers itself)
 from litgpt_kv.config import KVCacheArgs, unsupported
-from litgpt_kv.layer import LayerCache, Step, Turn
+from litgpt_kv.layer import DecodeStep, LayerCache, PromptStep, Turn
 from litgpt_kv.plan import Plan, limit_of, settle
 from litgpt_kv.positions import Angles, angles_at, ranks, rows_at, visible
 from litgpt_kv.slots import Slots
@@ -62,17 +62,20 @@ class KVCache(nn.Module):
             slots = Slots(first, facts, batch_size, exact, device)
             self.slots.append(slots)
             for i, plan in enumerate(group):
-                make = registry.get("storage", plan.storage)
+                store = registry.get("storage", plan.storage)
+                layer = registry.get("cache", plan.strategy.layer_cache)
                 keys, values = (
-                    make(batch_size, plan.facts.groups, plan.slots, width, dtype, device)
+                    store(batch_size, plan.facts.groups, plan.slots, width, dtype, device)
                     for width in (plan.facts.key_size, plan.facts.value_size)
                 )
-                layers[plan.facts.index] = LayerCache(plan.facts, slots, slots.place(i), keys, values, plan.raw)
+                layers[plan.facts.index] = layer(plan.facts, slots, slots.place(i), keys, values, plan.raw)
         self.layers = nn.ModuleList(layers[i] for i in range(config.n_layer))
         self._group = [next(g for g, s in enumerate(self.slots) if plan.facts in s.layers) for plan in plans]
         self._plans = plans
         self.limit, self.why = limit_of(plans, context)
-        self._turns: list[Angles] = []  # of each rope base, for angles beyond the model's tables
+        self._longest_block = max(1, min(plan.slots - plan.sinks for plan in plans))
+        self._most_slots = max(plan.slots for plan in plans)
+        self._theta: list[Angles] = []  # of each rope base, for angles beyond the model's tables
         self._seen: list[int] | None = [0] * batch_size  # what `pos` and `live` hold, known without a device sync
         self._alive = [True] * batch_size
         self._whole: tuple[KVCache, int] | None = None  # of a row's view: whose row it is
@@ -81,7 +84,7 @@ class KVCache(nn.Module):
     def build(
         cls,
         model: GPT,
-        args: KVCacheArgs | None = None,
+        args: KVCacheArgs | str | None = None,
         batch_size: int = 1,
         max_tokens: int | None = None,
         dtype: torch.dtype | None = None,
@@ -90,7 +93,7 @@ class KVCache(nn.Module):
 
         Args:
             model: The model it is for.
-            args: What to keep and how; the default keeps everything.
+            args: What to keep and how, or just the name of a strategy; the default keeps everything.
             batch_size: Rows, B.
             max_tokens: How many tokens a row may see, prompt included: the size of a dense cache, and the budget where
                 none is given. None: the model's context.
@@ -99,6 +102,7 @@ class KVCache(nn.Module):
         Raises:
             ValueError: If the arguments contradict each other or the model is not supported with a cache.
         """
+        args = KVCacheArgs(strategy=args) if isinstance(args, str) else args or KVCacheArgs()
         if reason := unsupported(model.config):
             raise ValueError(f"{model.config.name!r} is not supported with a cache yet: it uses {reason}.")
         if batch_size < 1:
@@ -110,9 +114,9 @@ class KVCache(nn.Module):
         devices = [block.attn.proj.weight.device for block in model.transformer.h]
         dtype = dtype or model.transformer.wte.weight.dtype
         with torch.inference_mode(False):  # tensors made inside could not be used outside of it
-            cache = cls(model.config, args or KVCacheArgs(), batch_size, max_tokens, context, dtype, devices)
+            cache = cls(model.config, args, batch_size, max_tokens, context, dtype, devices)
             if any(plan.endless for plan in cache._plans):
-                cache._turns = model.turns()
+                cache._theta = model.theta()
             return cache
 
     @classmethod
@@ -130,11 +134,13 @@ class KVCache(nn.Module):
 
     def allocated(self) -> dict[str, int]:
         """Bytes held by this cache's buffers, as `nbytes` names them; they never grow."""
-        kinds = {"keys": 0, "values": 0, "positions": 0, "ranks": 0}
-        for name, buffer in self.named_buffers():
-            kind = next((k for k in ("keys", "values", "rank") if f".{k}" in name), "positions")
-            kinds["ranks" if kind == "rank" else kind] += buffer.untyped_storage().nbytes()
-        return {**kinds, "total": sum(kinds.values())}
+        size = {
+            "keys": sum(_bytes(layer.keys) for layer in self.layers),
+            "values": sum(_bytes(layer.values) for layer in self.layers),
+            "positions": sum(slots.pos.nbytes for slots in self.slots) + self.pos.nbytes + self.live.nbytes,
+            "ranks": sum(slots.rank.nbytes for slots in self.slots if slots.rank is not None),
+        }
+        return {**size, "total": sum(size.values())}
 
     @property
     def batch_size(self) -> int:
@@ -148,8 +154,8 @@ class KVCache(nn.Module):
     @torch.no_grad()
     def reset(self, rows: Sequence[int] | None = None) -> None:
         """Empties all rows, or some; they may then be seeded again."""
-        chosen = range(self.batch_size) if rows is None else self._checked(rows)
-        where = slice(None) if rows is None else torch.tensor(list(rows), dtype=torch.int64, device=self.pos.device)
+        chosen = self._checked(range(self.batch_size) if rows is None else rows)
+        where = slice(None) if rows is None else torch.tensor(chosen, dtype=torch.int64, device=self.pos.device)
         for module in self.modules():
             if module is not self and hasattr(module, "reset"):
                 module.reset(where)
@@ -159,8 +165,9 @@ class KVCache(nn.Module):
     @torch.no_grad()
     def retire(self, rows: Sequence[int]) -> None:
         """Stops rows: later steps neither advance their counter nor change what they keep."""
-        self._note(dict.fromkeys(self._checked(rows)), alive=False)
-        self.live[torch.tensor(list(rows), dtype=torch.int64, device=self.pos.device)] = False
+        chosen = self._checked(rows)
+        self._note(dict.fromkeys(chosen), alive=False)
+        self.live[torch.tensor(chosen, dtype=torch.int64, device=self.pos.device)] = False
 
     def row(self, b: int) -> KVCache:
         """A cache of one row that shares this one's memory: seed it to admit a request without touching the others."""
@@ -192,8 +199,13 @@ class KVCache(nn.Module):
             kept = None
             if slots.rank is None:  # every layer of the group keeps the same: choose once
                 kept = slots.keep(pos.unsqueeze(1), length)
-            steps.append(Step(slots, pos, seeding=True, length=length, kept=kept))
+            steps.append(PromptStep(slots, length, kept))
         return [Turn(layer, steps[g], angles[t]) for layer, g, t in zip(self.layers, self._group, tables)]
+
+    def end_prompt(self, length: Tensor) -> None:
+        """Counts the tokens of a prefill that went well."""
+        self.pos.copy_(length)
+        self._note(dict(enumerate(length.tolist())))
 
     def begin(self, T: int, rope: list[Angles], tables: list[int]) -> list[Turn]:
         """Prepares to decode T tokens a row.
@@ -205,17 +217,17 @@ class KVCache(nn.Module):
         """
         extent, even = self._check_step(T)
         pos = self.pos.unsqueeze(1) + torch.arange(T, device=self.pos.device)  # (B, T)
-        steps = [self._step(slots, pos, min(extent, slots.size), even) for slots in self.slots]
+        steps = [self._step(slots, pos, extent, even) for slots in self.slots]
         angles: dict[tuple, tuple] = {}
         turns = []
         for layer, plan, g, t in zip(self.layers, self._plans, self._group, tables):
             if (g, t) not in angles:
-                angles[g, t] = self._angles(plan, steps[g], t, *rope[t])
+                angles[g, t] = self._angles(plan, steps[g], extent, t, *rope[t])
             turns.append(Turn(layer, steps[g], *angles[g, t]))
         return turns
 
-    def _step(self, slots: Slots, pos: Tensor, extent: int, even: bool) -> Step:
-        T, device = pos.size(1), slots.pos.device
+    def _step(self, slots: Slots, pos: Tensor, extent: int, even: bool) -> DecodeStep:
+        T, device, extent = pos.size(1), slots.pos.device, min(extent, slots.size)
         pos, live = pos.to(device), self._frozen(device)
         slot = slots.choose(pos[:, -1], T)
         window = slots.window
@@ -231,19 +243,17 @@ class KVCache(nn.Module):
             seen = torch.cat((old[..., :extent], pos[None, :, None].expand(slot.shape)), dim=-1)
             slots.put(slot, pos, live)
         mask = None
-        if not even or T > 1 or (slots.window is not None and slots.size > slots.window):
+        if not even or T > 1:
             mask = visible(pos[None, :, None], seen, window, slots.sinks if T > 1 else 0)
-        return Step(slots, pos, slot=slot, seen=seen, mask=mask, live=live, extent=extent)
+        return DecodeStep(slots, pos, slot, seen, mask, live, extent)
 
     def _frozen(self, device: torch.device) -> Tensor | None:
         """`live` on a device; None where the host knows that every row is."""
         known = not torch.compiler.is_compiling() and all(self._host()[1])
         return None if known else self.live.to(device)
 
-    def _angles(
-        self, plan: Plan, step: Step, table: int, cos: Tensor, sin: Tensor
-    ) -> tuple[Angles, Angles | None, tuple | None]:
-        """Angles of the new tokens, of queries that look at sinks, and of all keys, as the plan's positions ask."""
+    def _angles(self, plan: Plan, step: DecodeStep, extent: int, table: int, cos: Tensor, sin: Tensor) -> tuple:
+        """`Turn`'s angles, far and ranked, as the plan's positions ask for them."""
         T, slots = step.pos.size(1), step.slots
         if plan.raw:
             rank = ranks(step.seen)  # (L, B, P, N)
@@ -252,19 +262,17 @@ class KVCache(nn.Module):
         if not plan.endless:
             return rows_at(cos, sin, step.pos), None, None
         far = None
-        if slots.sinks:  # distances inside the window are the text's own; only the sinks are nearer than they were
-            far = rows_at(cos, sin, step.pos.clamp(max=slots.size - 1))
-        turn = tuple(x.to(step.pos.device) for x in self._turns[table])
-        return angles_at(turn, step.pos, cos.dtype), far, None
+        if slots.sinks and extent + T > slots.size:  # until something was evicted all distances are the text's own
+            # and inside the window they stay so: only the sinks, always in the first slots, are nearer than they were
+            first = step.seen[0, ..., : slots.sinks if T == 1 else None]
+            far = rows_at(cos, sin, step.pos.clamp(max=slots.size - 1)), (first >= 0) & (first < slots.sinks)
+        theta = tuple(x.to(step.pos.device) for x in self._theta[table])
+        return angles_at(theta, step.pos, cos.dtype), far, None
 
     def end(self, turns: list[Turn]) -> None:
-        """Counts the tokens of a pass that went well, and updates the ranks after a decode pass."""
-        step, T = turns[0].step, turns[0].step.pos.size(1)
-        if step.length is not None:
-            self.pos.copy_(step.length)
-            self._note(dict(enumerate(step.length.tolist())))
-            return
-        for step in {id(t.step): t.step for t in turns}.values():
+        """Counts the tokens of a decode pass that went well, and updates the ranks."""
+        T = turns[0].step.pos.size(1)
+        for step in {id(turn.step): turn.step for turn in turns}.values():
             step.slots.rerank(step.slot, step.entered, step.masses, step.pos[:, -1], step.live)
         self.pos.add_(self.live, alpha=T)
         if torch.compiler.is_compiling():
@@ -276,30 +284,31 @@ class KVCache(nn.Module):
     # -- the door: what a pass may do, checked on the host without waiting for the device ---------------------------
 
     def _check_prompt(self, T: int, length: Tensor) -> None:
-        if tuple(length.shape) != (self.batch_size,):
-            raise ValueError(f"length must have shape ({self.batch_size},), one a row, got {tuple(length.shape)}.")
+        if not isinstance(length, Tensor) or tuple(length.shape) != (self.batch_size,):
+            raise ValueError(
+                f"length must have shape ({self.batch_size},), one a row, got {getattr(length, 'shape', length)}."
+            )
         lengths = length.tolist()
         if min(lengths) < 1 or max(lengths) > T:
             bad = min(lengths) if min(lengths) < 1 else max(lengths)
             raise ValueError(f"Every row's prompt must have 1 to {T} tokens, got {bad}.")
         seen, alive = self._host()
         if any(seen) or not all(alive):
-            raise ValueError(f"A prompt needs empty rows; tokens seen are {seen}: call reset() first.")
+            what = f"tokens seen are {seen}" if any(seen) else f"row {alive.index(False)} is retired"
+            raise ValueError(f"A prompt needs empty rows; {what}: call reset() first.")
         if self.limit is not None and max(lengths) > self.limit:
             raise ValueError(f"A prompt of {max(lengths)} tokens is over the limit of {self.limit}: {self.why}.")
 
     def _check_step(self, T: int) -> tuple[int, bool]:
         """Raises if T more tokens do not fit; returns how many slots can be filled, and whether all of them are."""
-        longest = min(plan.slots - plan.sinks for plan in self._plans)
-        if T > max(1, longest):
-            raise ValueError(
-                f"A block of {T} tokens is longer than the {longest} a layer can take (budget less sinks)."
-            )
+        if T > self._longest_block:
+            most = self._longest_block
+            raise ValueError(f"A block of {T} tokens is longer than the {most} a layer can take (budget less sinks).")
         if torch.compiler.is_compiling():
             if self.limit is not None:
                 fits = ((self.pos + T <= self.limit) | ~self.live).all()
                 torch._assert_async(fits, f"A row is over the limit of {self.limit} tokens: {self.why}.")
-            return max(plan.slots for plan in self._plans), False
+            return self._most_slots + T, False
         seen, alive = self._host()
         for b, n in enumerate(seen):
             if self.limit is not None and alive[b] and n + T > self.limit:
@@ -335,6 +344,10 @@ class KVCache(nn.Module):
             self._seen = None
         else:
             self._whole[0]._forget()
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(buffer.nbytes for buffer in module.buffers())
 
 
 def _row_of(module: nn.Module, b: int) -> nn.Module:

@@ -14,26 +14,33 @@ from torch import Tensor, nn
 
 from litgpt_kv.config import LayerFacts
 from litgpt_kv.positions import Angles, rows_at
+from litgpt_kv.registry import register
 from litgpt_kv.slots import Slots
 from litgpt_kv.strategies import Seen
 
 
 @dataclass(eq=False)
-class Step:
-    """One group of layers' part in a pass, worked out once for all of them."""
+class PromptStep:
+    """A group of layers' part in a prefill, worked out once for all of them."""
+
+    slots: Slots
+    length: Tensor  # (B,) real tokens of each row
+    kept: tuple[Tensor, Tensor] | None  # indices and positions of what stays, (B, P, n); None: each layer chooses
+
+
+@dataclass(eq=False)
+class DecodeStep:
+    """A group of layers' part in decoding, worked out once for all of them."""
 
     slots: Slots
     pos: Tensor  # (B, T) positions of the new tokens
-    seeding: bool = False
-    length: Tensor | None = None  # prompt: (B,) real tokens of each row
-    kept: tuple[Tensor, Tensor] | None = None  # prompt: indices and positions of what stays, (B, P, n)
-    slot: Tensor | None = None  # decode: (L, B, P, T) the slots that the new tokens take
-    seen: Tensor | None = None  # decode: (L, B, P, N) positions of the keys attended to
-    mask: Tensor | None = None  # decode: (L, B, P, T, N), None where every query sees every key
-    live: Tensor | None = None  # decode: (B,) rows that take their token, None for all
-    extent: int = 0  # decode: slots from here on are empty
-    entered: list[Tensor] = field(default_factory=list)
-    masses: list[Tensor] = field(default_factory=list)
+    slot: Tensor  # (L, B, P, T) the slots that they take
+    seen: Tensor  # (L, B, P, N) positions of the keys attended to
+    mask: Tensor | None  # (L, B, P, T, N), None where every query sees every key
+    live: Tensor | None  # (B,) rows that take their token, None for all
+    extent: int  # slots from here on are empty
+    entered: list[Tensor] = field(default_factory=list)  # of each layer, the new tokens' ranks
+    masses: list[Tensor] = field(default_factory=list)  # of each layer, the attention that slots received
 
 
 @dataclass(eq=False)
@@ -41,9 +48,9 @@ class Turn:
     """One layer's part in a pass: what its attention needs besides the layer's own weights."""
 
     layer: LayerCache
-    step: Step
+    step: PromptStep | DecodeStep
     angles: Angles  # for the new queries and keys
-    far: Angles | None = None  # for queries that look at sinks from inside the cache, (B, T, E)
+    far: tuple[Angles, Tensor] | None = None  # for queries (B, T, E) from inside the cache, at the sinks (B, P, n)
     ranked: tuple[Tensor, Angles] | None = None  # ranks (L, B, P, N) and tables, for keys stored unrotated
 
     @property
@@ -51,17 +58,13 @@ class Turn:
         return None if self.step.mask is None else self.step.mask[self.layer.place]
 
     @property
-    def keys(self) -> Angles | None:
-        """Angles (B, P, N, E) of all keys, where they are stored unrotated; made for one layer at a time."""
-        return None if self.ranked is None else rows_at(*self.ranked[1], self.ranked[0][self.layer.place])
-
-    @property
-    def sinks(self) -> Tensor:
-        """(B, P, N) bool: the slots that hold sinks."""
-        seen = self.step.seen[self.layer.place]
-        return (seen >= 0) & (seen < self.step.slots.sinks)
+    def keys(self) -> Angles:
+        """Angles (B, P, N, E) of all keys stored unrotated; made for one layer at a time."""
+        rank, tables = self.ranked
+        return rows_at(*tables, rank[self.layer.place])
 
 
+@register("cache", "slots")
 class LayerCache(nn.Module):
     """Stored keys and values of one layer, and its place in a group's slots."""
 
@@ -73,7 +76,7 @@ class LayerCache(nn.Module):
         self.keys, self.values = keys, values
         self.observes = slots.strategy.attention
 
-    def seed(self, step: Step, q: Tensor, stored: Tensor, v: Tensor, mass: Tensor | None) -> None:
+    def seed(self, step: PromptStep, q: Tensor, stored: Tensor, v: Tensor, mass: Tensor | None) -> None:
         """Takes what the strategy keeps of right-padded prompts; pads are never written.
 
         Args:
@@ -96,11 +99,11 @@ class LayerCache(nn.Module):
         slots.seed(self.place, index, kept, rank)
         target = torch.arange(index.size(-1), device=v.device).expand(index.shape)
         for buffer, x in ((self.keys, stored), (self.values, v)):
-            wide = index.unsqueeze(-1).expand(-1, x.size(1), -1, x.size(-1))
-            chosen = x.gather(2, wide).masked_fill((kept < 0).unsqueeze(-1), 0.0)  # (B, G, n, D)
-            buffer.write(target, chosen)
+            if x.size(2) > index.size(-1):
+                x = x.gather(2, index.unsqueeze(-1).expand(-1, x.size(1), -1, x.size(-1)))  # (B, G, n, D)
+            buffer.write(target, x.masked_fill((kept < 0).unsqueeze(-1), 0.0))
 
-    def extend(self, step: Step, k: Tensor, v: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    def extend(self, step: DecodeStep, k: Tensor, v: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         """Writes new tokens (B, G, T, D) into their slots; returns the keys and values (B, G, N, D) to attend to.
 
         One token finds the slots as they are after it is written. A block is attended to beside what was there
@@ -122,7 +125,7 @@ class LayerCache(nn.Module):
             step.entered.append(step.slots.strategy.enter(seen))
         return keys, values
 
-    def observe(self, step: Step, mass: Tensor) -> None:
+    def observe(self, step: DecodeStep, mass: Tensor) -> None:
         """Notes the attention (B, G, N) that a pass paid to each key, in the order of its slots afterwards."""
         size, T, mass = step.slots.size, step.pos.size(1), mass.detach()
         if T > 1:  # the block's own keys stand after the slots: bring them to theirs

@@ -18,7 +18,7 @@ from litgpt_kv.attention import attend, attend_mass, mass
 from litgpt_kv.cache import KVCache
 from litgpt_kv.config import layer_facts
 from litgpt_kv.layer import Turn
-from litgpt_kv.positions import Angles, rotate, turn_of
+from litgpt_kv.positions import Angles, rotate, theta_of
 
 
 class GPT(base.GPT):
@@ -72,6 +72,8 @@ class GPT(base.GPT):
             ValueError: If the cache cannot do what is asked: another batch size, rows not empty before a prefill, a
                 block longer than the budget, a full dense cache, or a position past the model's context.
         """
+        if idx.dim() != 2:
+            raise ValueError(f"Tokens must have shape (B, T), got {tuple(idx.shape)}.")
         B, T = idx.shape
         if cache is not None and cache.batch_size != B:
             raise ValueError(f"The cache has {cache.batch_size} rows, the tokens have {B}.")
@@ -96,15 +98,16 @@ class GPT(base.GPT):
         for block, table, turn in zip(self.transformer.h, which, turns):
             x = block(x, angles[table] if whole else None, turn)
 
-        if cache is not None:
-            cache.end(turns)
-        else:
+        if cache is None:
             x = self.transformer.ln_f(x)
             if lm_head_chunk_size > 0:
                 return [self._head(part) for part in x.split(lm_head_chunk_size, dim=1)]
             return self._head(x)  # (B, T, V)
         if length is not None:  # only last positions meet the vocabulary
+            cache.end_prompt(length)
             x = x[torch.arange(B, device=x.device), length.to(x.device) - 1]  # (B, C)
+        else:
+            cache.end(turns)
         return self._head(self.transformer.ln_f(x))  # (B, V) or (B, T, V)
 
     def _head(self, x: Tensor) -> Tensor:
@@ -112,14 +115,14 @@ class GPT(base.GPT):
         cap = self.config.final_logit_softcapping
         return logits if cap is None else do_softcapping(logits, cap)
 
-    def turns(self) -> list[Angles]:
+    def theta(self) -> list[Angles]:
         """What one position turns and the amplitude, for each rope base; exact where the tables were cast."""
         if self.cos.dtype == torch.float64:
             tables = self._rope()[0]
         else:  # made anew: a cast to bfloat16 and back leaves no trace but the rounding
             cos, sin = self.rope_cache(self.cos.device)
             tables = [(cos, sin)] if cos.dim() == 2 else [(cos[..., i], sin[..., i]) for i in range(cos.size(-1))]
-        return [turn_of(cos, sin) for cos, sin in tables]
+        return [theta_of(cos, sin) for cos, sin in tables]
 
     def _rope(self) -> tuple[list[Angles], list[int]]:
         """The rope tables (N, E), one pair for each rope base, and which of them each layer uses."""
@@ -205,7 +208,7 @@ class CausalSelfAttention(base.CausalSelfAttention):
         q, k = rotate(qk, turn.angles, size).split((facts.heads, facts.groups), dim=1)
         far = None
         if turn.far is not None:
-            far = rotate(qk[:, : facts.heads], turn.far, size), turn.sinks
+            far = rotate(qk[:, : facts.heads], turn.far[0], size), turn.far[1]
         keys, values = layer.extend(step, qk[:, facts.heads :] if layer.raw else k, v, q)
         if turn.ranked is not None:
             keys = rotate(keys, turn.keys, size)

@@ -51,10 +51,13 @@ def settle(config: Config, args: KVCacheArgs, max_tokens: int, context: int) -> 
     """
     n = config.n_layer
     values = [per_layer(name, getattr(args, name), n) for name in ("strategy", "budget", "sinks", "recent", "storage")]
+    fields = {name: registry.options("strategy", name) for name in dict.fromkeys(values[0])}
+    if unknown := [k for k in args.options if not any(k in own for own in fields.values())]:
+        registry.build("strategy", values[0][0], **{unknown[0]: None})  # says what there is
     plans = []
     for i, (name, budget, sinks, recent, kind) in enumerate(zip(*values)):
         facts = layer_facts(config, i)
-        strategy = registry.build("strategy", name, **args.options)
+        strategy = registry.build("strategy", name, **{k: v for k, v in args.options.items() if k in fields[name]})
         budget = percent(budget, max_tokens) if isinstance(budget, str) else budget
         slots = max_tokens if budget is None else budget
         positions = args.positions or strategy.positions
@@ -73,8 +76,10 @@ def settle(config: Config, args: KVCacheArgs, max_tokens: int, context: int) -> 
             sinks = 0
         elif window is not None:  # inside the cache all tokens are nearer than the window
             window = None
-        own = strategy.protected(slots)
-        sinks, recent = (own[0] if sinks is None else sinks), (own[1] if recent is None else recent)
+        own = strategy.protected(slots)  # defaults, which give way to what the user says
+        if sinks is None:
+            sinks = own[0] if budget is not None else min(own[0], slots - 1)
+        recent = min(own[1], max(0, slots - sinks)) if recent is None else recent
         if sinks >= slots:
             raise ValueError(f"The budget must be more than the sinks: budget {slots}, sinks {sinks} ({name}).")
         if sinks + recent > slots:

@@ -22,7 +22,7 @@ def rows_at(cos: Tensor, sin: Tensor, pos: Tensor) -> Angles:
     return tuple(table.index_select(0, flat).view(*pos.shape, *table.shape[1:]) for table in (cos, sin))  # type: ignore[return-value]
 
 
-def turn_of(cos: Tensor, sin: Tensor) -> Angles:
+def theta_of(cos: Tensor, sin: Tensor) -> Angles:
     """What one position turns, (E,) float64, and the amplitude (E,) of a table (YaRN's is not 1): rows 1 and 0 of it.
 
     The table must be float32 or float64: a rounded angle is wrong by radians a thousand positions on.
@@ -30,14 +30,14 @@ def turn_of(cos: Tensor, sin: Tensor) -> Angles:
     return torch.atan2(sin[1], cos[1]).double(), cos[0].double().clone()
 
 
-def angles_at(turn: Angles, pos: Tensor, dtype: torch.dtype) -> Angles:
-    """As `rows_at`, beyond the table too: `turn` of `turn_of`, `pos` (...), to cos, sin (..., E) of `dtype`.
+def angles_at(theta: Angles, pos: Tensor, dtype: torch.dtype) -> Angles:
+    """As `rows_at`, beyond the table too: `theta` of `theta_of`, `pos` (...), to cos, sin (..., E) of `dtype`.
 
     The angle is multiplied in float64, where a position of 10^9 still has seven exact digits; float32 loses the angle
     near 10^6.
     """
-    theta, amplitude = turn
-    angle = pos.double().unsqueeze(-1) * theta
+    per_position, amplitude = theta
+    angle = pos.double().unsqueeze(-1) * per_position
     return (angle.cos() * amplitude).to(dtype), (angle.sin() * amplitude).to(dtype)
 
 

@@ -11,13 +11,13 @@ A name is registered by decorating its class; packages outside this one do it th
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
 ENTRY_POINT = "litgpt_kv.strategies"
 _KINDS: dict[str, dict[str, Any]] = {"strategy": {}, "storage": {}, "cache": {}}
-_loaded_entry_points: list[str] = []
 
 C = TypeVar("C", bound=type)
 
@@ -65,18 +65,23 @@ def get(kind: str, name: str) -> Any:
     return table[name]
 
 
-def build(kind: str, name: str, **options: Any) -> Any:
+def options(kind: str, name: str) -> list[str]:
+    """The names of the options that the class registered under a name takes."""
+    cls = get(kind, name)
+    return [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+
+
+def build(kind: str, name: str, **given: Any) -> Any:
     """An instance of the class registered under a name, made with its own options.
 
     Raises:
         ValueError: For an unknown name, or for options that the class does not take.
     """
-    cls = get(kind, name)
-    fields = {f.name for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
-    if unknown := sorted(set(options) - fields):
-        takes = f"It takes {', '.join(sorted(fields))}." if fields else "It takes no options."
+    known = options(kind, name)
+    if unknown := sorted(set(given) - set(known)):
+        takes = f"It takes {', '.join(sorted(known))}." if known else "It takes no options."
         raise ValueError(f"Unknown option {', '.join(map(repr, unknown))} for the {kind} {name!r}. {takes}")
-    return cls(**options)
+    return get(kind, name)(**given)
 
 
 def _table(kind: str) -> dict[str, Any]:
@@ -85,8 +90,10 @@ def _table(kind: str) -> dict[str, Any]:
     return _KINDS[kind]
 
 
+@functools.cache
 def _load_entry_points() -> None:
-    if not _loaded_entry_points:
-        _loaded_entry_points.append(ENTRY_POINT)
-        for point in entry_points(group=ENTRY_POINT):
+    for point in entry_points(group=ENTRY_POINT):
+        try:
             point.load()
+        except Exception as error:  # another package's code: say whose
+            raise ValueError(f"The entry point {point.name} = {point.value} cannot be loaded: {error!r}") from error

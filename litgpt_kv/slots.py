@@ -95,7 +95,7 @@ class Slots(nn.Module):
         rank = self.rank.scatter(-1, slot, entering)  # (L, B, P, S)
         if type(self.strategy).update is not Strategy.update:
             fold = (-1, *rank.shape[2:])  # layers are rows to a strategy
-            seen = Seen(pos=self.pos.reshape(fold), now=now.repeat(rank.size(0)), prompt=False, layer=self.layers[0])
+            seen = Seen(pos=self.pos.reshape(fold), now=now.repeat(rank.size(0)), prompt=False, layer=None)
             if masses:
                 observed = torch.stack(masses)  # (L, B, G, S)
                 seen.mass = (observed if rank.size(2) > 1 else observed.mean(2, keepdim=True)).reshape(fold)

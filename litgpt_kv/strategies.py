@@ -28,7 +28,7 @@ class Seen:
         pos: (B, P, T) positions of the tokens (of the slots, in `update`; -1 is an empty slot).
         now: (B,) the row's clock: the position of its newest token.
         prompt: Whether the tokens are a prompt's.
-        layer: The layer's static facts; `layer.index` is that of the first of the stacked layers in `update`.
+        layer: The layer's static facts; None in `update`, which is called for all layers at once.
         mass: (B, P, T) attention received, summed over queries and averaged over a group's query heads, or None.
         k, v: (B, G, T, D) keys as they are stored, and values; None in `update`.
         q: (B, H, T, D) the queries of this pass, rotated; None in `update`.
@@ -37,7 +37,7 @@ class Seen:
     pos: Tensor
     now: Tensor
     prompt: bool
-    layer: LayerFacts
+    layer: LayerFacts | None
     mass: Tensor | None = None
     k: Tensor | None = None
     v: Tensor | None = None
@@ -56,6 +56,8 @@ class Strategy:
     """Whether a full cache makes room; otherwise it refuses the next token."""
     per_head: ClassVar[bool] = True
     """Whether each key/value head keeps its own tokens; otherwise all heads of a layer keep the same ones."""
+    layer_cache: ClassVar[str] = "slots"
+    """The registered layer cache it runs in; another one may choose, store and read as it likes."""
     positions: ClassVar[str] = "absolute"
     """The positions it runs with unless the user says otherwise."""
     paper: ClassVar[str] = ""
@@ -66,7 +68,7 @@ class Strategy:
 
     def enter(self, seen: Seen) -> Tensor:
         """The rank (B, P, T) with which tokens enter; by default their position."""
-        return seen.pos.float()
+        return seen.pos
 
     def update(self, rank: Tensor, seen: Seen) -> Tensor:
         """The rank (B, P, S) of every slot after attention was paid to it; by default unchanged."""

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from litgpt import LLM as LitLLM
 
+from litgpt import LLM as LitLLM
 from litgpt_kv import LLM, KVCacheArgs
 from litgpt_kv.checkpoint import DEMO
 

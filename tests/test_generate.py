@@ -178,8 +178,8 @@ def test_stop_sequences_against_a_search_in_the_whole_output():
         ends = [n for n in range(1, 26) if any(tokens[:n][-len(s) :] == s for s in stops)]
         if ends:
             end = ends[0]
-            cut = max(len(s) for s in stops if tokens[:end][-len(s) :] == s and end >= len(s))
-            assert out in [tokens[: end - len(s)] for s in stops if tokens[:end][-len(s) :] == s], (tokens, stops, cut)
+            cut = max(len(s) for s in stops if end >= len(s) and tokens[end - len(s) : end] == s)
+            assert out == tokens[: end - cut], (tokens, stops)
             assert row.reason == "stop"
         else:
             assert out == tokens[:25]

@@ -15,7 +15,7 @@ class Row:
         reason: Why the row ended, "stop" or "length"; None while it runs.
     """
 
-    stop: Sequence[Sequence[int]]
+    stop: list[list[int]]
     max_new_tokens: int
     tokens: list[int] = field(default_factory=list)
     reason: str | None = None
@@ -24,15 +24,12 @@ class Row:
     def push(self, token: int) -> list[int]:
         """Takes the next token; returns those that are now certain to belong to the output."""
         held = [*self._held, token]
-        keep = 0  # a match may restart inside a partial one: of all begun stops, the longest counts
-        for stop in self.stop:
-            for n in range(min(len(stop), len(held)), 0, -1):
-                if held[-n:] == list(stop[:n]):
-                    keep = max(keep, n)
-                    if n == len(stop):
-                        self.reason = "stop"
-                        return self._release(held[:-n], [])
-                    break
+        if ended := [len(stop) for stop in self.stop if held[-len(stop) :] == stop]:
+            self.reason = "stop"
+            return self._release(held[: -max(ended)], [])
+        # a match may restart inside a partial one: of all begun stops, the longest is held back
+        begun = [n for stop in self.stop for n in range(1, len(stop)) if held[-n:] == stop[:n]]
+        keep = max(begun, default=0)
         if len(self.tokens) + len(held) >= self.max_new_tokens:
             self.reason = "length"
             keep = 0
@@ -47,7 +44,6 @@ class Row:
 
 def check_stops(stop: Sequence[Sequence[int]]) -> list[list[int]]:
     """Stop sequences as lists; an empty one would end every row at once."""
-    stops = [list(s) for s in stop]
-    if not all(stops):
-        raise ValueError("A stop sequence must have at least one token, got an empty one.")
-    return stops
+    if any(not isinstance(one, Sequence) or not one for one in stop):
+        raise ValueError(f"stop must be a list of stop sequences of at least one token, [[2], [5, 7]], got {stop}.")
+    return [list(one) for one in stop]

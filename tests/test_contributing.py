@@ -1,0 +1,51 @@
+"""The example in CONTRIBUTING.md, run as it stands there."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+GUIDE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+STRATEGY, USE = re.findall(r"```python\n(.*?)```", GUIDE, flags=re.S)
+
+GENERATE = """
+import torch
+from litgpt.config import Config
+from litgpt_kv import GPT, KVCache, registry
+
+config = Config(name="x", n_layer=2, n_head=4, n_query_groups=2, n_embd=32, block_size=256, padded_vocab_size=64)
+torch.manual_seed(0)
+model = GPT(config).double()
+cache = KVCache.build(model, args, batch_size=2, max_tokens=200)
+text = torch.randint(0, 64, (2, 200))
+with torch.no_grad():
+    model(text[:, :150], cache, torch.tensor([150, 150]))
+    for t in range(150, 200):
+        model(text[:, t : t + 1], cache)
+assert cache.tokens() == {"seen": [200, 200], "kept": [64, 64]}
+pos = cache.slots[0].pos
+assert all(set(range(185, 200)) <= set(pos[0, b, g].tolist()) for b in range(2) for g in range(2))  # 16 are protected
+longest, kept = cache.layers[0].keys.read(64).norm(dim=-1), cache.slots[0].rank
+torch.testing.assert_close(kept[0], longest, atol=1e-5, rtol=1e-5)  # sharpness 1: the rank is the length of the key
+assert "unusual" in registry.names("strategy")
+print("done")
+"""
+
+
+def test_the_complete_strategy_works_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "unusual.py").write_text(STRATEGY)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    command = [sys.executable, "-c", USE + GENERATE]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("done\n")
+
+
+def test_it_is_a_strategy_under_20_lines() -> None:
+    body = STRATEGY[STRATEGY.index("@register") :].strip().splitlines()
+    assert len(body) < 20
