@@ -150,12 +150,16 @@ class LLM:
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         ids = [self.encode(text, sys_prompt) for text in texts]
         args = KVCacheArgs(strategy=kv_cache) if isinstance(kv_cache, str) else kv_cache
-        if args is not None and budget is not None:
+        if budget is not None:
+            if args is None:
+                raise ValueError(f"Without a cache there is no budget, got {budget}.")
             args = replace(args, budget=budget)
+        if stream and return_as_token_ids:
+            raise ValueError("stream=True gives text; for tokens as they are made see litgpt_kv.generate.stream.")
         sampling = SamplingArgs(temperature, top_k, top_p, seed)
         steps = self.steps(ids, args, max_new_tokens, sampling, prefill, ignore_eos)
         if stream:
-            pieces = self._pieces(ids, steps)
+            pieces = self.pieces(ids, steps)
             return (row[0] for row in pieces) if isinstance(prompt, str) else pieces
         rows: list[list[int]] = [[] for _ in ids]
         for step in steps:
@@ -182,7 +186,11 @@ class LLM:
         self.stats, self.cache = Stats(), None
         if args is not None:
             tokens = max(map(len, ids), default=1) + max_new_tokens - 1
-            self.cache = KVCache.build(self.model, args, max(1, len(ids)), tokens)
+            if self._decoder is not self.model and tokens <= self.model.max_seq_length:
+                tokens = min(-(-tokens // 128) * 128, self.model.max_seq_length)  # few sizes: each is compiled once
+            mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # what autocast makes of keys and values
+            dtype = mixed.get(self.fabric._precision.precision)
+            self.cache = KVCache.build(self.model, args, max(1, len(ids)), tokens, dtype)
         stop = [] if ignore_eos else [s for s in self.prompt_style.stop_tokens(self.tokenizer) if None not in s]
         return stream(
             self.model,
@@ -196,7 +204,7 @@ class LLM:
             stats=self.stats,
         )
 
-    def _pieces(self, ids: list[Tensor], steps: Iterator[list[list[int]]]) -> Iterator[list[str]]:
+    def pieces(self, ids: list[Tensor], steps: Iterator[list[list[int]]]) -> Iterator[list[str]]:
         texts = [TextStream(self.decode, before.tolist()) for before in ids]
         for step in steps:
             yield [text.push(tokens) if tokens else "" for text, tokens in zip(texts, step)]

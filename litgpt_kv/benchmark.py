@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import litgpt
 from litgpt.config import Config
-from litgpt_kv import checkpoint
+from litgpt_kv import checkpoint, registry
 from litgpt_kv.cache import KVCache
 from litgpt_kv.config import KVCacheArgs
 from litgpt_kv.model import GPT
@@ -57,6 +57,7 @@ class Contender:
     """One way to run a model: how it reads a prompt, how it makes a token, what it holds."""
 
     name: str
+    reset: Callable[[], None]
     prefill: Callable[[Tensor], Any]
     step: Callable[[Tensor, int], Any]
     formula: int
@@ -90,7 +91,7 @@ def benchmark(
         checkpoint_dir: A checkpoint, "demo" for the shipped model; by default a random model of the given shape.
         shape: The random model.
         contexts: Prompt lengths in tokens (default: 1024 and 4096; half and most of the context for a checkpoint).
-        strategies: Which strategies to run (default: dense, window, sink, h2o).
+        strategies: Which strategies to run (default: all that are registered).
         budget: Of the strategies that evict: tokens, or a share of the context.
         batch_size: Rows.
         steps: Decode steps timed together in each repetition.
@@ -162,8 +163,8 @@ def _contenders(
     decoder = torch.compile(model, dynamic=False) if compiled else model
     length = torch.full((batch_size,), context, device=device)
     made = []
-    for name in strategies or ["dense", "window", "sink", "h2o"]:
-        args = KVCacheArgs(strategy=name, budget=budget if name != "dense" else None)
+    for name in strategies or registry.names("strategy"):
+        args = KVCacheArgs(strategy=name, budget=budget if registry.get("strategy", name).evicts else None)
         total = context + steps
         cache = KVCache.build(model, args, batch_size, total)
         dtype = model.transformer.wte.weight.dtype
@@ -171,13 +172,13 @@ def _contenders(
         held = cache.allocated()
 
         def prefill(tokens: Tensor, cache: KVCache = cache) -> Tensor:
-            cache.reset()
             return model(tokens, cache, length)
 
         def step(token: Tensor, _: int, cache: KVCache = cache) -> Tensor:
             return decoder(token, cache)
 
-        made.append(Contender(name, prefill, step, formula, held["total"], held["keys"] + held["values"]))
+        read = held["keys"] + held["values"]
+        made.append(Contender(name, cache.reset, prefill, step, formula, held["total"], read))
     if with_litgpt:
         made.append(_litgpt(model, context, steps, batch_size))
     return made
@@ -203,11 +204,12 @@ def _litgpt(model: GPT, context: int, steps: int, batch_size: int) -> Contender:
     def step(token: Tensor, at: int) -> Tensor:
         return other(token, positions[at : at + 1], input_pos_maxp1=at + 1)
 
-    return Contender("litgpt", prefill, step, total, total, held)
+    return Contender("litgpt", lambda: None, prefill, step, total, total, held)
 
 
 def _measure(contender: Contender, tokens: Tensor, context: int, steps: int, keep: bool) -> None:
     device = tokens.device
+    contender.reset()
     before = _resident(device, reset=True)
     began = _now(device)
     contender.prefill(tokens[:, :context])

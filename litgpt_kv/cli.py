@@ -6,6 +6,7 @@ become one mapping, whose keys are `KVCacheArgs`' fields and the strategy's own 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import json
@@ -112,25 +113,25 @@ def cache_args(value: str | dict[str, Any]) -> KVCacheArgs | None:
         if options or len(given) > 1:
             raise ValueError("kv_cache 'none' takes no options.")
         return None
-    for name in strategy if isinstance(strategy, list) else [strategy]:
-        if not isinstance(name, str):
-            raise ValueError(f"kv_cache needs a strategy's name, got {name!r}.")
-        options = _typed(name, options)
+    names = strategy if isinstance(strategy, list) else [strategy]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"kv_cache needs a strategy's name, got {strategy!r}.")
+    takes = {name: registry.options("strategy", name) for name in names}
+    if unknown := [k for k in options if not any(k in own for own in takes.values())]:
+        every = f"Every strategy takes {', '.join(_FIELDS[1:])}"
+        own = "; ".join(f"{name!r} {'also ' + ', '.join(t) if t else 'has no options'}" for name, t in takes.items())
+        raise ValueError(f"Unknown kv_cache option {', '.join(map(repr, unknown))}. {every}; {own}.")
+    for name, own in takes.items():
+        options |= _typed(name, {k: v for k, v in options.items() if k in own})
     return KVCacheArgs(**{**given, "strategy": strategy}, options=options)
 
 
 def _typed(strategy: str, options: dict[str, Any]) -> dict[str, Any]:
     """A strategy's own options with the types of its fields."""
-    cls = registry.get("strategy", strategy)
-    takes = [f.name for f in dataclasses.fields(cls)]
-    if unknown := [k for k in options if k not in takes]:
-        every = f"Every strategy takes {', '.join(_FIELDS[1:])}"
-        own = f"{strategy!r} also {', '.join(takes)}" if takes else f"{strategy!r} has no options of its own"
-        raise ValueError(f"Unknown kv_cache option {', '.join(map(repr, unknown))}. {every}; {own}.")
     if not options:
         return {}
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(cls)
+    parser.add_class_arguments(registry.get("strategy", strategy))
     try:
         return {k: v for k, v in parser.parse_object(options).as_dict().items() if k in options}
     except Exception as error:  # argparse's and jsonargparse's error types differ between versions
@@ -140,12 +141,13 @@ def _typed(strategy: str, options: dict[str, Any]) -> dict[str, Any]:
 def describe(name: str) -> str:
     """A strategy on a few lines: what it keeps, its parameters with defaults, its paper."""
     cls = registry.get("strategy", name)
-    line = (cls.__doc__ or "").strip().splitlines()[0]
-    sinks, recent = cls().protected(256)
-    own = [f"{f.name}={f.default!r}" for f in dataclasses.fields(cls)]
-    protects = [f"sinks={sinks}"] if sinks else []
-    protects += ["recent=budget//2"] if recent == 128 else [f"recent={recent}"] if recent else []
-    parameters = ", ".join([*protects, f"positions={cls.positions}", *own])
+    line = (inspect.getdoc(cls) or "").partition("\n")[0]
+    fields = [f"{f.name}={f.default!r}" for f in dataclasses.fields(cls)]
+    protects = []
+    with contextlib.suppress(TypeError):  # options without defaults: what it protects may hang on them
+        for what, at_100, at_200 in zip(("sinks", "recent"), cls().protected(100), cls().protected(200)):
+            protects += [f"{what}={at_100}%" if at_200 == 2 * at_100 else f"{what}={at_100}"] if at_100 else []
+    parameters = ", ".join([*protects, f"positions={cls.positions}", *fields])
     return "\n".join([f"{name}: {line}", f"    {parameters}", *([f"    {cls.paper}"] if cls.paper else [])])
 
 
@@ -156,7 +158,7 @@ def show_strategy(name: str) -> NoReturn:
     except ValueError as error:
         fail(str(error))
     print(describe(name))
-    print("\n" + "\n".join((cls.__doc__ or "").strip().splitlines()[1:]).strip())
+    print("\n" + (inspect.getdoc(cls) or "").partition("\n")[2].strip())
     print("\nEvery strategy also takes:")
     for f in dataclasses.fields(KVCacheArgs):
         if f.name not in ("strategy", "options"):

@@ -6,8 +6,6 @@ import sys
 import time
 from typing import Any
 
-import lightning as L
-
 from litgpt_kv import registry
 from litgpt_kv.api import LLM
 from litgpt_kv.cache import KVCache
@@ -67,7 +65,7 @@ def generate(
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     args = cache_args(kv_cache)
-    sampling = SamplingArgs(temperature, top_k, top_p, seed)
+    samplings = [SamplingArgs(temperature, top_k, top_p, seed + i) for i in range(num_samples)]
     if prefill not in PREFILLS:
         raise ValueError(f"prefill must be one of {', '.join(PREFILLS)}, got {prefill!r}.")
     if num_samples < 1:
@@ -78,12 +76,9 @@ def generate(
     if compile:
         llm.compile()
     ids = [llm.encode(text, sys_prompt) for text in prompts]
-    L.seed_everything(seed, verbose=False)
-    for i in range(num_samples):
-        steps = llm.steps(
-            ids, args, max_new_tokens, SamplingArgs(temperature, top_k, top_p, sampling.seed + i), prefill, ignore_eos
-        )
-        pieces = llm._pieces(ids, steps)
+    for sampling in samplings:
+        steps = llm.steps(ids, args, max_new_tokens, sampling, prefill, ignore_eos)
+        pieces = llm.pieces(ids, steps)
         if len(ids) == 1:  # shown as it is made
             first = next(pieces)
             print(llm.decode(ids[0].tolist()) + first[0], end="", flush=True)
@@ -107,11 +102,11 @@ def strategies() -> None:
 
 def report(stats: Stats, cache: KVCache | None) -> None:
     """What a run did, on standard error."""
-    read, made = stats.prefill_tokens, stats.decode_tokens
-    _say(
-        f"Read {read:,} prompt tokens in {stats.prefill_seconds:.2f} s ({_rate(read, stats.prefill_seconds)}), "
-        f"made {made:,} in {stats.decode_seconds:.2f} s ({_rate(made, stats.decode_seconds)})."
-    )
+    prefill = f"{stats.prefill_seconds:.2f} s ({_rate(stats.prefill_tokens, stats.prefill_seconds)})"
+    if (later := stats.prompt_tokens - stats.prefill_tokens) > 0:
+        prefill += f" and {later:,} beside decoding"
+    decode = f"{stats.decode_seconds:.2f} s ({_rate(stats.decode_tokens, stats.decode_seconds)})"
+    _say(f"Read {stats.prompt_tokens:,} prompt tokens in {prefill}, made {stats.new_tokens:,} in {decode}.")
     if cache is not None:
         size, tokens = cache.allocated(), cache.tokens()
         kept = ", ".join(f"{k:,} of {s:,}" for k, s in zip(tokens["kept"], tokens["seen"]))
@@ -124,7 +119,7 @@ def report(stats: Stats, cache: KVCache | None) -> None:
 
 
 def _rate(tokens: int, seconds: float) -> str:
-    return f"{tokens / seconds:,.0f} tokens/s" if seconds > 0 else "no time"
+    return f"{tokens / seconds:,.0f} tokens/s" if seconds > 0 and tokens else "not measured"
 
 
 def _say(text: str) -> None:

@@ -45,7 +45,7 @@ class KVCacheArgs:
             raise ValueError(f"positions must be 'absolute' or 'cache', got {self.positions!r}.")
         for name in ("budget", "sinks", "recent"):
             value = getattr(self, name)
-            for one in value if isinstance(value, (list, tuple)) else [value]:
+            for one in _each(value):
                 _check_count(name, one)
 
 
@@ -71,13 +71,27 @@ def percent(text: str, of: int) -> int:
     return max(1, round(of * share / 100))
 
 
+def _each(value: T | Sequence[T]) -> Sequence[T]:
+    return value if isinstance(value, (list, tuple)) else [value]  # type: ignore[list-item]
+
+
+def _spread(name: str, value: T | Sequence[T], count: int, what: str) -> list[T]:
+    values = _each(value)
+    if values is not value:
+        return [*values] * count
+    if len(values) != count:
+        raise ValueError(f"{name} has {len(values)} values for {count} {what}s: give one value, or one a {what}.")
+    return list(values)
+
+
 def per_layer(name: str, value: T | Sequence[T], n_layer: int) -> list[T]:
     """One value a layer from one value for all or from a list; the list must have `n_layer` entries."""
-    if not isinstance(value, (list, tuple)):
-        return [value] * n_layer  # type: ignore[list-item]
-    if len(value) != n_layer:
-        raise ValueError(f"{name} has {len(value)} values for {n_layer} layers: give one value, or one a layer.")
-    return list(value)
+    return _spread(name, value, n_layer, "layer")
+
+
+def per_row(name: str, value: T | Sequence[T], batch_size: int) -> list[T]:
+    """One value a row from one value for all or from a list; the list must have `batch_size` entries."""
+    return _spread(name, value, batch_size, "row")
 
 
 @dataclass(frozen=True)
@@ -89,23 +103,29 @@ class SamplingArgs:
         top_k: Sample among the so many most probable tokens; None: among all.
         top_p: Sample among the smallest set of tokens whose probabilities sum to more than this; 1.0: among all,
             0.0: greedy.
-        seed: Seeds the generator of this run; None: torch's global generator.
+        seed: Makes the run repeatable, and a row independent of its partners; None: torch's global generator.
+
+    Each may be one value for all rows, or a list with one a row.
     """
 
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float = 1.0
-    seed: int | None = None
+    temperature: float | Sequence[float] = 1.0
+    top_k: int | None | Sequence[int | None] = None
+    top_p: float | Sequence[float] = 1.0
+    seed: int | None | Sequence[int] = None
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature must be 0 or greater, got {self.temperature}.")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {self.top_k}.")
-        if not 0.0 <= self.top_p <= 1.0:
-            raise ValueError(f"top_p must be between 0 and 1, got {self.top_p}.")
-        if self.seed is not None and self.seed < 0:
-            raise ValueError(f"seed must be 0 or greater, got {self.seed}.")
+        for value in _each(self.temperature):
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"temperature must be 0 or greater, got {value}.")
+        for value in _each(self.top_k):
+            if value is not None and value < 1:
+                raise ValueError(f"top_k must be at least 1, got {value}.")
+        for value in _each(self.top_p):
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"top_p must be between 0 and 1, got {value}.")
+        for value in _each(self.seed):
+            if value is not None and not 0 <= value < 2**63:
+                raise ValueError(f"seed must be 0 or greater, got {value}.")
 
 
 @dataclass(frozen=True)

@@ -128,6 +128,8 @@ def test_strategies_lists_all(capsys):
     for name in registry.names("strategy"):
         assert re.search(rf"^{name}: \S", out, re.MULTILINE)
     assert "arXiv 2306.14048" in out
+    assert "sinks=4, positions=cache" in out
+    assert "recent=50%, positions=absolute" in out
     with pytest.raises(SystemExit) as end:
         main(["generate", "--kv-cache.help", "h2o"])
     assert end.value.code == 0

@@ -10,7 +10,7 @@ import litgpt.generate.base as litgpt_generate
 from litgpt.model import GPT as LitGPT
 from litgpt_kv import GPT, KVCache, KVCacheArgs, SamplingArgs, registry
 from litgpt_kv.generate import Stats, decode, generate, prefill, stream
-from litgpt_kv.generate.sampling import Sampler
+from litgpt_kv.generate.sampling import Sampler, exponential
 from litgpt_kv.generate.stopping import Row
 from litgpt_kv.generate.text import TextStream
 
@@ -111,10 +111,11 @@ def test_a_seed_repeats_a_run_and_another_does_not(model, prompts):
 
 def test_sampling_keeps_to_top_k_and_top_p():
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.05, 0.15, 0.3, 0.5]])).repeat(500, 1)
-    drawn = Sampler(SamplingArgs(top_k=2, seed=0), torch.device("cpu"))(logits).view(-1, 2)
+    rows, every = torch.device("cpu"), torch.ones(1000, dtype=torch.bool)
+    drawn = Sampler(SamplingArgs(top_k=2, seed=list(range(1000))), 1000, rows)(logits, every).view(-1, 2)
     assert set(drawn[:, 0].tolist()) == {0, 1}
     assert set(drawn[:, 1].tolist()) == {2, 3}
-    drawn = Sampler(SamplingArgs(top_p=0.7, seed=0), torch.device("cpu"))(logits).view(-1, 2)
+    drawn = Sampler(SamplingArgs(top_p=0.7, seed=list(range(1000))), 1000, rows)(logits, every).view(-1, 2)
     assert set(drawn[:, 0].tolist()) == {0, 1}
     share = (drawn[:, 0] == 0).float().mean().item()
     assert share == pytest.approx(0.5 / 0.8, abs=0.08)
@@ -189,7 +190,10 @@ def test_stop_sequences_against_a_search_in_the_whole_output():
 def test_statistics_count_prompt_and_new_tokens(model, prompts):
     stats = Stats()
     generate(model, prompts, max_new_tokens=9, sampling=GREEDY, stats=stats)
-    assert stats.decode_tokens == 9 * len(prompts)
+    assert stats.new_tokens == 9 * len(prompts)
+    assert stats.decode_tokens == 8 * len(prompts)
+    assert stats.prompt_tokens == sum(LENGTHS)
+    assert stats.prefill_tokens == len(prompts)  # the shortest prompt has one token
     assert stats.prefill_seconds > 0
     assert stats.decode_seconds > 0
 
@@ -199,7 +203,7 @@ def test_prefill_and_decode_are_the_pieces_of_generate(model, prompts):
     (expected,) = generate(model, [prompt], kv, max_new_tokens=8, sampling=GREEDY)
     cache, out = KVCache.build(model, kv, 1, 40), []
     logits, read = prefill(model, [prompt], cache)
-    assert (logits.shape, read) == ((1, 61), 10)
+    assert (logits.shape, read) == ((1, 61), [10])
     for _ in range(8):
         out.append(logits.argmax(-1))
         logits = decode(model, out[-1], cache)
@@ -234,3 +238,54 @@ def test_text_never_breaks_inside_a_character():
     assert not any("\ufffd" in piece for piece in pieces)
     cut = TextStream(lambda ids: bytes(ids).decode("utf-8", errors="replace"))
     assert cut.push(list(data[:4])) + cut.push([], last=True) == data[:4].decode(errors="replace")
+
+
+def test_a_sampled_row_does_not_depend_on_its_partners(model, prompts):
+    sampling = {"temperature": [0.5, 1.0, 1.5, 0.0, 1.0, 2.0], "top_k": [None, 5, None, 3, 7, None]}
+    sampling |= {"top_p": [1.0, 0.9, 0.8, 1.0, 0.0, 0.95], "seed": [1, 2, 3, 4, 5, 1]}
+    together = generate(model, prompts, args_of("h2o"), max_new_tokens=20, sampling=SamplingArgs(**sampling))
+    for b, (row, prompt) in enumerate(zip(together, prompts)):
+        own = SamplingArgs(**{name: values[b] for name, values in sampling.items()})
+        (alone,) = generate(model, [prompt], args_of("h2o"), max_new_tokens=20, sampling=own)
+        assert torch.equal(row, alone), b
+
+
+def test_the_noise_is_exponential_and_its_draws_are_independent():
+    noise = exponential(torch.arange(40), torch.arange(40) * 3, 5000).double()
+    assert noise.mean().item() == pytest.approx(1, abs=0.01)
+    assert noise.var().item() == pytest.approx(1, abs=0.03)
+    ranked = (-noise).exp()  # uniform
+    counts = torch.histc(ranked, 20, 0, 1) / noise.numel() * 20
+    assert (counts - 1).abs().max() < 0.05
+    rows = (ranked - 0.5) / ranked.std()
+    for a, b in ((rows[:-1], rows[1:]), (rows[:, :-1], rows[:, 1:])):  # neighbouring seeds, neighbouring tokens
+        assert (a * b).mean().abs() < 0.02
+    steps = torch.stack([exponential(torch.tensor([7]), torch.tensor([n]), 5000)[0] for n in range(40)])
+    assert (((-steps[:-1]).exp() - 0.5) * ((-steps[1:]).exp() - 0.5)).mean().abs() < 0.002
+
+
+def test_sampling_with_a_seed_follows_the_probabilities():
+    probs = torch.tensor([0.5, 0.25, 0.15, 0.1])
+    sampler = Sampler(SamplingArgs(seed=list(range(4000))), 4000, torch.device("cpu"))
+    drawn = sampler(probs.log().expand(4000, 4), torch.ones(4000, dtype=torch.bool))
+    share = torch.bincount(drawn, minlength=4) / 4000
+    assert (share - probs).abs().max() < 0.03
+
+
+def test_sampling_values_one_a_row_must_fit_the_batch(model, prompts):
+    with pytest.raises(ValueError, match="top_k has 2 values for 6 rows"):
+        generate(model, prompts, max_new_tokens=2, sampling=SamplingArgs(top_k=[1, 2]))
+    with pytest.raises(ValueError, match="for every row or for none"):
+        generate(model, prompts[:2], max_new_tokens=2, sampling=SamplingArgs(seed=[1, None]))
+
+
+def test_arguments_are_checked_before_the_first_step(model):
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        stream(model, [[1]], None, max_new_tokens=0)
+    for given, message in (("h2o", "needs a KVCache"), (KVCacheArgs(), "needs a KVCache")):
+        with pytest.raises(ValueError, match=message):
+            stream(model, [[1]], given, max_new_tokens=2)
+    with pytest.raises(ValueError, match="integer token ids"):
+        generate(model, [[1.5]], max_new_tokens=2)
+    with pytest.raises(ValueError, match="stop sequences"):
+        generate(model, [[1]], max_new_tokens=2, stop=[2])

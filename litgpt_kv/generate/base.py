@@ -24,8 +24,18 @@ Model = Callable[..., Tensor]
 
 @dataclass
 class Stats:
-    """What a run did: tokens and seconds of reading prompts and of making new tokens, and why each row ended."""
+    """What a run did.
 
+    Attributes:
+        prompt_tokens, new_tokens: Tokens read and made, by all rows.
+        prefill_tokens, prefill_seconds: Tokens read before the first new one was made, and the time that took.
+        decode_tokens, decode_seconds: Tokens made after each row's first, and the time of the steps that made them;
+            what the caller does between two steps is not counted.
+        reasons: Why each row ended: "stop" or "length".
+    """
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_tokens: int = 0
@@ -42,14 +52,17 @@ class Prompts:
 
     @classmethod
     def of(cls, prompts: Sequence[Tensor | Sequence[int]], vocabulary: int, device: torch.device) -> Prompts:
-        rows = [torch.as_tensor(p, dtype=torch.int64, device=device) for p in prompts]
+        rows = [torch.as_tensor(p) for p in prompts]
         if not rows:
             raise ValueError("There are no prompts.")
         for b, row in enumerate(rows):
             if row.dim() != 1 or row.numel() == 0:
                 raise ValueError(f"Prompt {b} must be a list of at least one token, got shape {tuple(row.shape)}.")
+            if row.is_floating_point():
+                raise ValueError(f"Prompt {b} must be integer token ids, got {row.dtype}.")
             if not 0 <= int(row.min()) <= int(row.max()) < vocabulary:
                 raise ValueError(f"Prompt {b} has a token outside the vocabulary of {vocabulary}.")
+        rows = [row.to(device, torch.int64) for row in rows]
         longest = max(map(len, rows))
         padded = torch.stack([torch.cat((row, row[-1:].expand(longest - len(row)))) for row in rows])
         return cls(padded, [len(row) for row in rows])
@@ -58,7 +71,7 @@ class Prompts:
 @torch.inference_mode()
 def prefill(
     model: Model, prompts: Sequence[Tensor | Sequence[int]], cache: KVCache, method: str = "min-length"
-) -> tuple[Tensor, int]:
+) -> tuple[Tensor, list[int]]:
     """The first pass over a batch of prompts, into an empty cache.
 
     Args:
@@ -70,21 +83,21 @@ def prefill(
             is then compressed to its budget.
 
     Returns:
-        The logits (B, V) after the last token read of each row, and how many tokens a row were read at most.
+        The logits (B, V) after the last token read of each row, and how many tokens of each row were read.
     """
+    if method not in PREFILLS:
+        raise ValueError(f"prefill must be one of {', '.join(PREFILLS)}, got {method!r}.")
     batch = Prompts.of(prompts, _vocabulary(model), cache.pos.device)
     return _prefill(model, batch, cache, method)
 
 
-def _prefill(model: Model, batch: Prompts, cache: KVCache, method: str) -> tuple[Tensor, int]:
-    if method not in PREFILLS:
-        raise ValueError(f"prefill must be one of {', '.join(PREFILLS)}, got {method!r}.")
+def _prefill(model: Model, batch: Prompts, cache: KVCache, method: str) -> tuple[Tensor, list[int]]:
     lengths = batch.lengths
     if method == "min-length":
         first = min(*lengths, cache.first_chunk)
         lengths = [first] * len(lengths)
     length = torch.tensor(lengths, device=batch.padded.device)
-    return model(batch.padded[:, : max(lengths)], cache, length), max(lengths)
+    return model(batch.padded[:, : max(lengths)], cache, length), lengths
 
 
 @torch.inference_mode()
@@ -103,16 +116,19 @@ class _Recompute:
         self.model, self.limit, self.rows = model, model.max_seq_length, torch.arange(B, device=batch.padded.device)
         self.text = torch.nn.functional.pad(batch.padded, (0, max_new_tokens))
         self.pos = torch.tensor(batch.lengths, device=batch.padded.device)
-        self.longest = T
+        self.longest, self.lengths = T, batch.lengths
 
-    def first(self) -> Tensor:
-        return self.model(self.text[:, : self.longest])[self.rows, self.pos - 1]
+    def first(self) -> tuple[Tensor, list[int]]:
+        return self._logits(), self.lengths
 
     def step(self, token: Tensor) -> Tensor:
         self.text[self.rows, self.pos] = token
         self.pos += 1
         self.longest += 1
-        return self.first()
+        return self._logits()
+
+    def _logits(self) -> Tensor:
+        return self.model(self.text[:, : self.longest])[self.rows, self.pos - 1]
 
     def retire(self, rows: Sequence[int]) -> None:
         """Rows are independent: a finished one goes on unseen."""
@@ -125,8 +141,8 @@ class _Cached:
         self.model, self.decoder, self.batch, self.cache, self.method = model, decoder, batch, cache, method
         self.limit, self.retire = cache.limit, cache.retire
 
-    def first(self) -> Tensor:
-        return _prefill(self.model, self.batch, self.cache, self.method)[0]
+    def first(self) -> tuple[Tensor, list[int]]:
+        return _prefill(self.model, self.batch, self.cache, self.method)
 
     def step(self, token: Tensor) -> Tensor:
         return decode(self.decoder, token, self.cache)
@@ -136,7 +152,6 @@ class _Cached:
         return self.cache.pos
 
 
-@torch.inference_mode()
 def stream(
     model: Model,
     prompts: Sequence[Tensor | Sequence[int]],
@@ -151,8 +166,8 @@ def stream(
 ) -> Iterator[list[list[int]]]:
     """Generates for a batch of prompts of different lengths, a token a row at a time.
 
-    A row equals the same prompt alone, whatever its partners are: it stops at its own stop sequence or length, and
-    another row's length decides nothing but when its turn comes.
+    A row equals the same prompt alone, whatever its partners are (sampled rows if they have a seed): it stops at its
+    own stop sequence or length, and another row's length decides nothing but when its turn comes.
 
     Args:
         model: A `litgpt_kv.GPT`, plain, compiled or wrapped.
@@ -174,52 +189,65 @@ def stream(
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+    if prefill not in PREFILLS:
+        raise ValueError(f"prefill must be one of {', '.join(PREFILLS)}, got {prefill!r}.")
+    if not (cache is None or isinstance(cache, KVCache)):
+        raise ValueError(f"stream needs a KVCache or None, got {cache!r}; generate builds one from KVCacheArgs.")
     device = next(model.parameters()).device if cache is None else cache.pos.device
     batch = Prompts.of(prompts, _vocabulary(model), device)
-    run = (
-        _Recompute(model, batch, max_new_tokens)
-        if cache is None
-        else _Cached(model, model if decoder is None else decoder, batch, cache, prefill)
-    )
-    _check_fit(batch, max_new_tokens, run.limit, cache)
     rows = [Row(check_stops(stop), max_new_tokens) for _ in batch.lengths]
-    stats = stats or Stats()
-    stats.reasons = [None] * len(rows)
-    sample = Sampler(sampling or SamplingArgs(), device)
-    length = torch.tensor(batch.lengths, device=device)
-    began = time.perf_counter()
+    if cache is None:
+        run = _Recompute(model, batch, max_new_tokens)
+    else:
+        run = _Cached(model, model if decoder is None else decoder, batch, cache, prefill)
+    _check_fit(batch, max_new_tokens, run.limit, cache)
+    sampler = Sampler(sampling or SamplingArgs(), len(rows), device)
+    return _loop(run, batch, rows, sampler, Stats() if stats is None else stats)
 
-    logits = run.first()  # (B, V)
-    read = batch.lengths if cache is None or prefill == "full" else [min(*batch.lengths, cache.first_chunk)] * len(rows)
+
+@torch.inference_mode()
+def _loop(
+    run: _Cached | _Recompute, batch: Prompts, rows: list[Row], sample: Sampler, stats: Stats
+) -> Iterator[list[list[int]]]:
+    length = torch.tensor(batch.lengths, device=batch.padded.device)
+    stats.reasons = [None] * len(rows)
+    began = time.perf_counter()
+    logits, read = run.first()  # (B, V), and how many tokens of each row have been read
+    stats.prompt_tokens = sum(read)
     while True:
         new = [b for b, row in enumerate(rows) if row.reason is None and read[b] >= batch.lengths[b]]
-        token = sample(logits) if new else None  # (B,)
+        reading = [b for b, n in enumerate(read) if n < batch.lengths[b]]
         inside = run.pos < length
-        if not all(n >= full for n, full in zip(read, batch.lengths)):
+        token = sample(logits, ~inside) if new else None  # (B,)
+        if reading:
             of_prompt = batch.padded.gather(1, run.pos.clamp(max=batch.padded.size(1) - 1).unsqueeze(1)).squeeze(1)
             token = of_prompt if token is None else torch.where(inside, of_prompt, token)
         if new:
             chosen = token.tolist()  # the one copy to the host
-            now = time.perf_counter()
-            if stats.decode_tokens == 0:
-                stats.prefill_seconds, stats.prefill_tokens = now - began, sum(read)
-                began = now
-            stats.decode_tokens += len(new)
-            stats.decode_seconds = now - began
-            yield [rows[b].push(chosen[b]) if b in new else [] for b in range(len(rows))]
+            seconds = time.perf_counter() - began
+            if stats.new_tokens == 0:
+                stats.prefill_seconds, stats.prefill_tokens = seconds, stats.prompt_tokens
+            else:
+                stats.decode_seconds += seconds
+            stats.new_tokens += len(new)
+            stats.decode_tokens += sum(read[b] > batch.lengths[b] for b in new)
+            out = [rows[b].push(chosen[b]) if b in new else [] for b in range(len(rows))]
+            stats.reasons = [row.reason for row in rows]
+            yield out
+            if all(stats.reasons):
+                return
+            began = time.perf_counter()
             if ended := [b for b in new if rows[b].reason is not None]:
-                stats.reasons = [row.reason for row in rows]
-                if all(stats.reasons):
-                    return
                 run.retire(ended)
         logits = run.step(token)
+        stats.prompt_tokens += len(reading)
         read = [n + (row.reason is None) for n, row in zip(read, rows)]
 
 
 def generate(
     model: GPT,
     prompts: Sequence[Tensor | Sequence[int]],
-    cache: KVCacheArgs | KVCache | None = None,
+    cache: KVCacheArgs | str | KVCache | None = "dense",
     *,
     max_new_tokens: int,
     sampling: SamplingArgs | None = None,
@@ -231,12 +259,13 @@ def generate(
     """New tokens for each of a batch of prompts of different lengths; arguments as in `stream`.
 
     Args:
-        cache: What to keep; a cache of the right size is built. Or an empty cache. None: a dense cache.
+        cache: What to keep, `KVCacheArgs` or a strategy's name: a cache of the right size is built. Or an empty cache.
+            None: no cache, the whole text is computed again at every step.
 
     Returns:
         For each prompt its new tokens, 1-D int64 on the host, without the prompt and without a stop sequence.
     """
-    if cache is None or isinstance(cache, KVCacheArgs):
+    if isinstance(cache, (KVCacheArgs, str)):
         longest = max((len(p) for p in prompts), default=0)
         cache = KVCache.build(model, cache, max(1, len(prompts)), max(1, longest + max_new_tokens - 1))
     rows: list[list[int]] = [[] for _ in prompts]
