@@ -42,6 +42,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float | No
     return F.softmax(scores, dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype) @ v
 
 
+def attend_last(
+    q: Tensor, k: Tensor, v: Tensor, last: Tensor, *, scale: float, softcap: float | None, window: int | None
+) -> Tensor:
+    """What `attend` gives at one token a row: positions last (B,) of q (B, H, T, D), to (B, H, 1, Dv)."""
+    mask = visible(last.view(-1, 1, 1), torch.arange(k.size(2), device=k.device), window)  # (B, 1, 1, T)
+    q = q.gather(2, last.view(-1, 1, 1, 1).expand(-1, q.size(1), 1, q.size(-1)))
+    return attend_mass(q, k, v, mask, scale=scale, softcap=softcap)[0]
+
+
 def attend_mass(
     q: Tensor,
     k: Tensor,

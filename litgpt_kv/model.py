@@ -14,10 +14,11 @@ from torch import Tensor, nn
 import litgpt.model as base
 from litgpt.config import Config
 from litgpt.model import do_softcapping
-from litgpt_kv.attention import attend, attend_mass, mass
+from litgpt_kv.attention import attend, attend_last, attend_mass, mass
 from litgpt_kv.cache import KVCache
 from litgpt_kv.config import layer_facts
 from litgpt_kv.layer import Turn
+from litgpt_kv.linear import speed_up
 from litgpt_kv.positions import Angles, rotate, theta_of
 
 
@@ -49,6 +50,7 @@ class GPT(base.GPT):
                 ln_f=config.norm_class(config.n_embd, eps=config.norm_eps),
             )
         )
+        speed_up(self)
         self.mask_cache: Tensor | None = None
         self.max_seq_length = config.block_size  # makes the rope tables
 
@@ -95,17 +97,19 @@ class GPT(base.GPT):
         else:
             angles, turns = [], cache.begin(T, tables, which)
 
-        for block, table, turn in zip(self.transformer.h, which, turns):
-            x = block(x, angles[table] if whole else None, turn)
+        for i, (block, table, turn) in enumerate(zip(self.transformer.h, which, turns)):
+            # a prefill needs every key and value of the last layer, but only the output of each row's last token
+            last = length.to(x.device) - 1 if length is not None and i == len(which) - 1 else None
+            x = block(x, angles[table] if whole else None, turn, last)
 
         if cache is None:
             x = self.transformer.ln_f(x)
             if lm_head_chunk_size > 0:
                 return [self._head(part) for part in x.split(lm_head_chunk_size, dim=1)]
             return self._head(x)  # (B, T, V)
-        if length is not None:  # only last positions meet the vocabulary
+        if length is not None:
             cache.end_prompt(length)
-            x = x[torch.arange(B, device=x.device), length.to(x.device) - 1]  # (B, C)
+            x = x.squeeze(1)  # (B, C)
         else:
             cache.end(turns)
         return self._head(self.transformer.ln_f(x))  # (B, V) or (B, T, V)
@@ -140,13 +144,23 @@ class Block(base.Block):
         if not config.latent_attention:
             self.attn = CausalSelfAttention(config, block_idx)
 
-    def forward(self, x: Tensor, angles: Angles | None, turn: Turn | None = None) -> Tensor:
-        """x (B, T, C) through attention and MLP; `angles` of the positions for a whole pass, `turn` with a cache."""
+    def forward(self, x: Tensor, angles: Angles | None, turn: Turn | None = None, last: Tensor | None = None) -> Tensor:
+        """x (B, T, C) through attention and MLP.
+
+        Args:
+            x: Hidden states.
+            angles: Of the positions, for a whole pass; None for new tokens.
+            turn: This layer's part of a pass with a cache.
+            last: (B,) the only tokens whose output is wanted; it is then (B, 1, C).
+        """
         normed = self.norm_1(x)
-        attended = (
-            self.attn(normed, angles, turn) if turn or not self.config.latent_attention else self.attn(normed, *angles)
-        )
+        if self.config.latent_attention:
+            attended = self.attn(normed, *angles)
+        else:
+            attended = self.attn(normed, angles, turn, last)
         attended = self.post_attention_norm(attended)
+        if last is not None:
+            x, normed = (tokens_at(z, last) for z in (x, normed))
         if self.config.parallel_residual:
             if not self.config.shared_attention_norm:
                 normed = self.norm_2(x)
@@ -164,10 +178,10 @@ class CausalSelfAttention(base.CausalSelfAttention):
         super().__init__(config, block_idx)
         self.facts = layer_facts(config, block_idx)
 
-    def forward(self, x: Tensor, angles: Angles | None, turn: Turn | None = None) -> Tensor:
-        """x (B, T, C) to (B, T, C)."""
+    def forward(self, x: Tensor, angles: Angles | None, turn: Turn | None = None, last: Tensor | None = None) -> Tensor:
+        """x (B, T, C) to (B, T, C), or to (B, 1, C) for the tokens `last` (B,) alone."""
         qk, v = self.heads(x)
-        y = self.whole(qk, v, angles, turn) if angles is not None else self.new(qk, v, turn)  # (B, H, T, D)
+        y = self.whole(qk, v, angles, turn, last) if angles is not None else self.new(qk, v, turn)  # (B, H, T, D)
         return self.proj(y.transpose(1, 2).flatten(2))
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,12 +203,12 @@ class CausalSelfAttention(base.CausalSelfAttention):
             qk = self._deinterleave(qk)
         return qk, v
 
-    def whole(self, qk: Tensor, v: Tensor, angles: Angles, turn: Turn | None) -> Tensor:
-        """A whole sequence attends to itself; with a turn, the cache is seeded with what it keeps of it."""
+    def whole(self, qk: Tensor, v: Tensor, angles: Angles, turn: Turn | None, last: Tensor | None) -> Tensor:
+        """A whole sequence, or its tokens `last`, attends to itself; with a turn, it seeds the cache."""
         facts = self.facts
         math = {"scale": facts.scale, "softcap": facts.softcap, "window": facts.window}
         q, k = rotate(qk, angles, facts.rope_size).split((facts.heads, facts.groups), dim=1)
-        y = attend(q, k, v, **math)
+        y = attend(q, k, v, **math) if last is None else attend_last(q, k, v, last, **math)
         if turn is not None:
             layer, step = turn.layer, turn.step
             received = mass(q, k, step.length, layer.observes, **math) if layer.observes else None
@@ -230,3 +244,8 @@ class CausalSelfAttention(base.CausalSelfAttention):
         size = self.config.rope_n_elem
         head = x[..., :size].unflatten(-1, (size // 2, 2)).transpose(-1, -2).flatten(-2)
         return torch.cat((head, x[..., size:]), dim=-1)
+
+
+def tokens_at(x: Tensor, pos: Tensor) -> Tensor:
+    """One token a row: x (B, T, C) at pos (B,) is (B, 1, C)."""
+    return x.gather(1, pos.view(-1, 1, 1).expand(-1, 1, x.size(-1)))

@@ -13,7 +13,18 @@ ROOT = Path(litgpt_kv.__file__).parent
 MODULES = {p.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): p for p in ROOT.rglob("*.py")}
 INNER = sorted(m for m in MODULES if m != "__init__")  # the package's own face stands above all floors
 FLOORS = dict(
-    registry=0, config=0, positions=1, attention=1, storage=1, strategies=2, slots=3, plan=3, layer=3, cache=3, model=4
+    registry=0,
+    config=0,
+    positions=1,
+    attention=1,
+    storage=1,
+    strategies=2,
+    slots=3,
+    linear=1,
+    plan=3,
+    layer=3,
+    cache=3,
+    model=4,
 )
 FLOORS |= dict.fromkeys(["generate", "parallel"], 5)
 FLOORS |= dict.fromkeys(["api", "checkpoint", "cli", "commands", "benchmark", "__main__"], 6)

@@ -1,0 +1,45 @@
+"""Linear layers for a few rows on a CPU with all its threads. Floor 1.
+
+The CPU library that torch multiplies float32 with runs a product of a few rows on one thread; a decode step is nothing
+but such products, and is bound by how fast weights are read. Cut into one piece of the weight a thread they run side by
+side: 234 instead of 427 us for one row and 2,048 × 768 on two threads (`litgpt_kv benchmark` shows the whole step).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MOST_ROWS = 16  # with more rows the library uses its threads by itself
+LEAST_WEIGHTS = 90_000  # smaller ones are over before a second thread has begun
+
+
+class Linear(nn.Linear):
+    """`nn.Linear`; in inference mode, few rows of float32 or float64 on a CPU run on all threads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        if (
+            weight.device.type == "cpu"
+            and weight.dtype in (torch.float32, torch.float64)
+            and x.dtype == weight.dtype
+            and weight.numel() >= LEAST_WEIGHTS
+            and x.numel() <= MOST_ROWS * weight.size(1)
+            and torch.is_inference_mode_enabled()
+            and not torch.compiler.is_compiling()
+        ):
+            pieces = torch.get_num_threads()
+            if pieces > 1 and weight.size(0) % pieces == 0:
+                rows = x.reshape(1, -1, weight.size(1)).expand(pieces, -1, -1)  # (threads, rows, in)
+                y = torch.bmm(rows, weight.view(pieces, -1, weight.size(1)).mT)  # (threads, rows, out / threads)
+                y = y.transpose(0, 1).reshape(*x.shape[:-1], -1)
+                return y if self.bias is None else y + self.bias
+        return F.linear(x, weight, self.bias)
+
+
+def speed_up(model: nn.Module) -> None:
+    """Makes every plain `nn.Linear` of a model a `Linear`, its parameters and names untouched."""
+    for module in model.modules():
+        if type(module) is nn.Linear:  # a quantized or adapted layer keeps its own way
+            module.__class__ = Linear  # the modules around it are litgpt's: they cannot be told which class to use
