@@ -8,6 +8,7 @@ TORCH_VERSION ?= 2.13.0
 GPU := $(shell command -v nvidia-smi 2>/dev/null)
 TORCH ?= torch==$(TORCH_VERSION)$(if $(GPU),,$(if $(filter Linux,$(shell uname -s)),+cpu))
 TORCH_INDEX ?=
+CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP_EXTRA_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -33,10 +34,12 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make ... PYTHON=python3.12")'
 	$(PYTHON) -m venv "$(VENV)"
 	@echo "Installing $(TORCH) in $(VENV)"
-	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(PIP_EXTRA_ARGS) "$(TORCH)" || { echo >&2; \
-	  echo "$(TORCH) could not be installed. The CPU build of torch is on PyTorch's CPU index of wheels: add TORCH_INDEX=URL" >&2; \
-	  echo "to the command, or take what your package index has (often with gigabytes of CUDA): TORCH=torch==$(TORCH_VERSION)" >&2; \
-	  exit 1; }
+	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(PIP_EXTRA_ARGS) "$(TORCH)" \
+	  || { echo "Not there; trying PyTorch's own index, $(CPU_INDEX)"; \
+	       $(PIP) --index-url $(CPU_INDEX) $(PIP_EXTRA_ARGS) "$(TORCH)"; } \
+	  || { echo >&2; echo "$(TORCH) could not be installed. Name another index of wheels with TORCH_INDEX=URL, or take" >&2; \
+	       echo "what your package index has, on Linux often with gigabytes of CUDA: TORCH=torch==$(TORCH_VERSION)" >&2; \
+	       exit 1; }
 	$(PIP) $(PIP_EXTRA_ARGS) "pip>=22.3"
 	$(PIP) $(PIP_EXTRA_ARGS) -e ".[test]"
 	@touch "$@"

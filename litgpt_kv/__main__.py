@@ -7,10 +7,13 @@ from litgpt_kv.commands import generate, strategies
 COMMANDS = {"generate": generate, "strategies": strategies, "benchmark": benchmark}
 DESCRIPTION = """Key/value caches for litgpt's models.
 
-Try the shipped model:  litgpt_kv generate demo --kv-cache h2o --kv-cache.budget 128 --prompt "def fib("
-All strategies:         litgpt_kv strategies
-One strategy:           litgpt_kv generate --kv-cache.help h2o
-A command's options:    litgpt_kv generate --help
+  litgpt_kv generate demo --prompt "def fib("                                  the shipped model, every token kept
+  litgpt_kv generate demo --kv-cache h2o --kv-cache.budget 128 --prompt "def " another cache
+  litgpt_kv generate demo --prompt "import os" --prompt "class A:"             a batch
+  litgpt_kv generate demo --config config_hub/generate/sink.yaml               options from a file
+  litgpt_kv strategies                                                         what --kv-cache takes
+  litgpt_kv generate --kv-cache.help h2o                                       one of them
+  litgpt_kv generate --help                                                    a command's options
 """
 
 

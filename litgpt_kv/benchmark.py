@@ -91,7 +91,7 @@ def benchmark(
         checkpoint_dir: A checkpoint, "demo" for the shipped model; by default a random model of the given shape.
         shape: The random model.
         contexts: Prompt lengths in tokens (default: 1024 and 4096; half and most of the context for a checkpoint).
-        strategies: Which strategies to run (default: all that are registered).
+        strategies: Which strategies to run (default: all that are registered); "none" runs the whole text at every step.
         budget: Of the strategies that evict: tokens, or a share of the context.
         batch_size: Rows.
         steps: Decode steps timed together in each repetition.
@@ -164,6 +164,9 @@ def _contenders(
     length = torch.full((batch_size,), context, device=device)
     made = []
     for name in strategies or registry.names("strategy"):
+        if name == "none":
+            made.append(_none(model))
+            continue
         args = KVCacheArgs(strategy=name, budget=budget if registry.get("strategy", name).evicts else None)
         total = context + steps
         cache = KVCache.build(model, args, batch_size, total)
@@ -182,6 +185,21 @@ def _contenders(
     if with_litgpt:
         made.append(_litgpt(model, context, steps, batch_size))
     return made
+
+
+def _none(model: GPT) -> Contender:
+    """No cache: every step runs the whole text again."""
+    text: list[Tensor] = []
+
+    def prefill(tokens: Tensor) -> Tensor:
+        text[:] = [tokens]
+        return model(tokens)[:, -1]
+
+    def step(token: Tensor, _: int) -> Tensor:
+        text.append(token)
+        return model(torch.cat(text, dim=1))[:, -1]
+
+    return Contender("none", lambda: None, prefill, step, 0, 0, 0)
 
 
 def _litgpt(model: GPT, context: int, steps: int, batch_size: int) -> Contender:

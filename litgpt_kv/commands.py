@@ -6,6 +6,8 @@ import sys
 import time
 from typing import Any
 
+import torch
+
 from litgpt_kv import registry
 from litgpt_kv.api import LLM
 from litgpt_kv.cache import KVCache
@@ -13,6 +15,8 @@ from litgpt_kv.cli import cache_args, describe
 from litgpt_kv.config import SamplingArgs
 from litgpt_kv.generate import Stats
 from litgpt_kv.generate.base import PREFILLS
+
+SMALL_MODEL = 20_000_000  # weights
 
 
 def generate(
@@ -31,17 +35,10 @@ def generate(
     ignore_eos: bool = False,
     precision: str | None = None,
     accelerator: str = "auto",
+    threads: int | None = None,
     compile: bool = False,
 ) -> None:
     """Continue one prompt, or several in one batch.
-
-    Examples:
-
-      litgpt_kv generate demo --prompt "def fib(" --max-new-tokens 64
-
-      litgpt_kv generate demo --kv-cache h2o --kv-cache.budget 128 --prompt "import os" --prompt "class A:"
-
-      litgpt_kv generate demo --config config_hub/generate/sink.yaml
 
     Args:
         checkpoint_dir: A checkpoint folder in litgpt's layout, or "demo" for the shipped model.
@@ -61,6 +58,8 @@ def generate(
         ignore_eos: Go on when the model ends its text.
         precision: Lightning Fabric's name; by default 32-true on a CPU and bf16-true on a GPU.
         accelerator: cpu, cuda, mps, or auto.
+        threads: CPU threads; by default one for a small model, whose steps are over before a second one has begun, and
+            torch's own choice for others.
         compile: Compile the decode step: slow to start, fast to run.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -70,9 +69,15 @@ def generate(
         raise ValueError(f"prefill must be one of {', '.join(PREFILLS)}, got {prefill!r}.")
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}.")
     began = time.perf_counter()
     llm = LLM.load(checkpoint_dir, precision=precision, accelerator=accelerator)
     _say(f"Loaded {checkpoint_dir} on {llm.fabric.device} in {time.perf_counter() - began:.2f} s.")
+    if threads is None and llm.fabric.device.type == "cpu":
+        threads = 1 if sum(p.numel() for p in llm.model.parameters()) < SMALL_MODEL else None
+    if threads is not None:
+        torch.set_num_threads(threads)
     if compile:
         llm.compile()
     ids = [llm.encode(text, sys_prompt) for text in prompts]

@@ -31,10 +31,11 @@ def test_table_and_json(capsys, tmp_path):
 
 
 def test_a_checkpoint_one_strategy_without_litgpt(capsys):
-    flags = ["--checkpoint-dir", "demo", "--strategies", "[h2o]", "--litgpt", "false", "--contexts", "[40]"]
+    flags = ["--checkpoint-dir", "demo", "--strategies", "[h2o, none]", "--litgpt", "false", "--contexts", "[40]"]
     main(["benchmark", "--accelerator", "cpu", *flags, "--steps", "2", "--repeats", "1", "--budget", "16"])
     out = capsys.readouterr().out
     assert "h2o" in out
+    assert "none" in out
     assert "litgpt" not in out
 
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from litgpt.config import Config
 from torch import nn
 
+from litgpt.config import Config
 from litgpt_kv import GPT
 from litgpt_kv.linear import LEAST_WEIGHTS, MOST_ROWS, Linear, speed_up
 
