@@ -91,7 +91,7 @@ def benchmark(
         checkpoint_dir: A checkpoint, "demo" for the shipped model; by default a random model of the given shape.
         shape: The random model.
         contexts: Prompt lengths in tokens (default: 1024 and 4096; half and most of the context for a checkpoint).
-        strategies: Which strategies to run (default: all that are registered); "none" runs the whole text at every step.
+        strategies: Which strategies to run (default: all that are registered); "none" runs the whole text each step.
         budget: Of the strategies that evict: tokens, or a share of the context.
         batch_size: Rows.
         steps: Decode steps timed together in each repetition.

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 MOST_ROWS = 16  # with more rows the library uses its threads by itself
-LEAST_WEIGHTS = 90_000  # smaller ones are over before a second thread has begun
+LEAST_WEIGHTS = 200_000  # smaller ones are over before a second thread has begun
 
 
 class Linear(nn.Linear):
@@ -21,12 +21,11 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
         if (
-            weight.device.type == "cpu"
+            x.numel() <= MOST_ROWS * weight.size(1)
+            and torch.is_inference_mode_enabled()
+            and weight.device.type == "cpu"
             and weight.dtype in (torch.float32, torch.float64)
             and x.dtype == weight.dtype
-            and weight.numel() >= LEAST_WEIGHTS
-            and x.numel() <= MOST_ROWS * weight.size(1)
-            and torch.is_inference_mode_enabled()
             and not torch.compiler.is_compiling()
         ):
             pieces = torch.get_num_threads()
@@ -39,7 +38,9 @@ class Linear(nn.Linear):
 
 
 def speed_up(model: nn.Module) -> None:
-    """Makes every plain `nn.Linear` of a model a `Linear`, its parameters and names untouched."""
+    """Makes every large plain `nn.Linear` of a model a `Linear`, its parameters and names untouched."""
     for module in model.modules():
-        if type(module) is nn.Linear:  # a quantized or adapted layer keeps its own way
+        if (
+            type(module) is nn.Linear and module.weight.numel() >= LEAST_WEIGHTS
+        ):  # a quantized or adapted layer keeps its own way
             module.__class__ = Linear  # the modules around it are litgpt's: they cannot be told which class to use

@@ -41,25 +41,23 @@ def test_the_same_numbers(two_threads, monkeypatch, bias, shape):
 
 def test_only_few_rows_of_large_float_layers_in_inference_mode(two_threads, monkeypatch):
     calls = products(monkeypatch)
-    large, small = Linear(300, 512), Linear(30, 32)
-    odd = Linear(512, 301)
+    large, odd = Linear(300, 700), Linear(700, 301)
     with torch.inference_mode():
-        for layer, rows in ((large, MOST_ROWS + 1), (small, 1), (odd, 1)):
+        for layer, rows in ((large, MOST_ROWS + 1), (odd, 1)):
             x = torch.randn(rows, layer.in_features)
             assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
         half = large.to(torch.bfloat16)
         half(torch.randn(1, 300, dtype=torch.bfloat16))
-    x = torch.randn(1, 512, requires_grad=True)
+    x = torch.randn(1, 700, requires_grad=True)
     odd(x).sum().backward()
     assert x.grad is not None
     assert not calls
-    assert small.weight.numel() < LEAST_WEIGHTS <= large.weight.numel()
 
 
 def test_the_model_uses_it_and_keeps_names_and_classes_of_others(two_threads, monkeypatch):
-    config = Config.from_name("pythia-14m", n_layer=1, padded_vocab_size=1024)
+    config = Config.from_name("pythia-14m", n_layer=1, padded_vocab_size=4096)
     model = GPT(config).eval()
-    assert {type(m) for m in model.modules() if isinstance(m, nn.Linear)} == {Linear}
+    assert isinstance(model.lm_head, Linear)
     calls = products(monkeypatch)
     x = torch.tensor([[3]])
     with torch.no_grad():
@@ -72,6 +70,7 @@ def test_the_model_uses_it_and_keeps_names_and_classes_of_others(two_threads, mo
     class Other(nn.Linear):
         pass
 
-    holder = nn.Sequential(Other(2, 2), nn.Linear(2, 2))
+    n = int(LEAST_WEIGHTS**0.5) + 1
+    holder = nn.Sequential(Other(n, n), nn.Linear(n, n), nn.Linear(2, 2))
     speed_up(holder)
-    assert [type(m) for m in holder] == [Other, Linear]
+    assert [type(m) for m in holder] == [Other, Linear, nn.Linear]
