@@ -124,6 +124,7 @@ class LLM:
         kv_cache: str | KVCacheArgs | None = "dense",
         budget: int | str | None = None,
         prefill: str = "min-length",
+        prefill_chunk: int | None = None,
         seed: int | None = None,
         ignore_eos: bool = False,
     ) -> str | Tensor | list[str] | list[Tensor] | Iterator[str] | Iterator[list[str]]:
@@ -139,6 +140,7 @@ class LLM:
             kv_cache: A strategy's name, or all of `KVCacheArgs`; None computes the whole text again at every step.
             budget: Tokens kept, instead of that of `kv_cache`.
             prefill: "min-length" (token by token beyond the shortest prompt) or "full" (one padded pass).
+            prefill_chunk: See `litgpt_kv.generate.stream`.
             ignore_eos: Go on when the model ends its text.
 
         Returns:
@@ -157,7 +159,7 @@ class LLM:
         if stream and return_as_token_ids:
             raise ValueError("stream=True gives text; for tokens as they are made see litgpt_kv.generate.stream.")
         sampling = SamplingArgs(temperature, top_k, top_p, seed)
-        steps = self.steps(ids, args, max_new_tokens, sampling, prefill, ignore_eos)
+        steps = self.steps(ids, args, max_new_tokens, sampling, prefill, prefill_chunk, ignore_eos)
         if stream:
             pieces = self.pieces(ids, steps)
             return (row[0] for row in pieces) if isinstance(prompt, str) else pieces
@@ -178,6 +180,7 @@ class LLM:
         max_new_tokens: int,
         sampling: SamplingArgs,
         prefill: str = "min-length",
+        prefill_chunk: int | None = None,
         ignore_eos: bool = False,
     ) -> Iterator[list[list[int]]]:
         """The token level of `generate`: see `litgpt_kv.generate.stream` for what it yields."""
@@ -200,6 +203,7 @@ class LLM:
             sampling=sampling,
             stop=stop,
             prefill=prefill,
+            prefill_chunk=prefill_chunk,
             decoder=self._decoder,
             stats=self.stats,
         )

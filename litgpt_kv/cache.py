@@ -151,6 +151,16 @@ class KVCache(nn.Module):
         """The most prompt tokens that every layer can keep: the first pass of the min-length prefill."""
         return min(plan.slots for plan in self._plans)
 
+    @property
+    def longest_block(self) -> int:
+        """The most tokens that a decode step can take."""
+        return self._longest_block
+
+    @property
+    def exact_blocks(self) -> bool:
+        """Whether a block of tokens gives what they give one at a time: what is kept does not hang on attention."""
+        return all(plan.strategy.recency for plan in self._plans)
+
     @torch.no_grad()
     def reset(self, rows: Sequence[int] | None = None) -> None:
         """Empties all rows, or some; they may then be seeded again."""

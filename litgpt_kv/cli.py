@@ -14,6 +14,7 @@ import re
 import sys
 from collections import deque
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -83,11 +84,21 @@ def normalise(args: list[str], flags: Collection[str] = ()) -> list[str]:
             prompts.append(value)
         elif name[2:] in flags and not equals and (not rest or rest[0] not in ("true", "false")):
             out.append(name + "=true")
+        elif name == "--config":
+            out.append(f"--config={shipped(value if equals else rest.popleft() if rest else '')}")
         elif name == "--kv_cache" and not (value or (rest[0] if rest and not equals else "")).startswith("{"):
             out.append("--kv_cache.strategy" + equals + value)
         else:
             out.append(name + equals + value)
     return [*out, f"--prompt={json.dumps(prompts)}"] if prompts else out
+
+
+def shipped(path: str) -> str:
+    """A configuration file's path; what starts with `config_hub/` is found beside the package from anywhere."""
+    if path.startswith("config_hub/") and not Path(path).exists():
+        package = Path(__file__).parent  # a wheel has config_hub inside of the package, a checkout beside it
+        path = next((str(p) for p in (package / path, package.parent / path) if p.exists()), path)
+    return path
 
 
 def load_yaml(text: str) -> Any:

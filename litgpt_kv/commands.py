@@ -17,6 +17,7 @@ from litgpt_kv.generate import Stats
 from litgpt_kv.generate.base import PREFILLS
 
 SMALL_MODEL = 20_000_000  # weights
+MANY_STEPS = 256  # prompt tokens read one at a time, from which on the user is told of a faster way
 
 
 def generate(
@@ -32,6 +33,7 @@ def generate(
     seed: int = 1234,
     kv_cache: dict[str, Any] | str = "dense",
     prefill: str = "min-length",
+    prefill_chunk: int | None = None,
     ignore_eos: bool = False,
     precision: str | None = None,
     accelerator: str = "auto",
@@ -55,6 +57,8 @@ def generate(
             `--kv-cache.help h2o` explains one.
         prefill: How prompts are read: "min-length", in one pass up to the shortest and then token by token; or "full",
             in one padded pass.
+        prefill_chunk: Read what prompts have beyond the first pass in blocks of so many tokens; by default in blocks
+            for strategies whose results do not depend on it (dense, window, sink), one at a time for others.
         ignore_eos: Go on when the model ends its text.
         precision: Lightning Fabric's name; by default 32-true on a CPU and bf16-true on a GPU.
         accelerator: cpu, cuda, mps, or auto.
@@ -82,7 +86,11 @@ def generate(
         llm.compile()
     ids = [llm.encode(text, sys_prompt) for text in prompts]
     for sampling in samplings:
-        steps = llm.steps(ids, args, max_new_tokens, sampling, prefill, ignore_eos)
+        steps = llm.steps(ids, args, max_new_tokens, sampling, prefill, prefill_chunk, ignore_eos)
+        if args is not None and prefill == "min-length" and prefill_chunk is None and not llm.cache.exact_blocks:
+            singly = max(map(len, ids)) - min(llm.cache.first_chunk, *map(len, ids))
+            if singly >= MANY_STEPS:
+                _say(f"{singly:,} prompt tokens will be read one at a time; --prefill full reads all in one pass.")
         pieces = llm.pieces(ids, steps)
         if len(ids) == 1:  # shown as it is made
             first = next(pieces)

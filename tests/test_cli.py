@@ -72,6 +72,14 @@ def test_none_recomputes_and_agrees_with_dense(capsys):
     assert run(capsys, *common, "--kv-cache", "none").out == run(capsys, *common).out
 
 
+def test_long_prompts_read_one_at_a_time_are_announced(capsys):
+    text = "x = 1\n" * 200
+    common = ["--prompt", text, "--max-new-tokens", "2", "--kv-cache.budget", "32"]
+    assert "tokens will be read one at a time; --prefill full" in run(capsys, *common, "--kv-cache", "h2o").err
+    for flags in (["--kv-cache", "sink"], ["--kv-cache", "h2o", "--prefill", "full"]):
+        assert "one at a time" not in run(capsys, *common, *flags).err
+
+
 def test_samples_differ_and_repeat(capsys):
     common = ["--prompt", "def ", "--max-new-tokens", "30", "--num-samples", "2", "--temperature", "1.0"]
     first, again = run(capsys, *common).out, run(capsys, *common).out

@@ -289,3 +289,40 @@ def test_arguments_are_checked_before_the_first_step(model):
         generate(model, [[1.5]], max_new_tokens=2)
     with pytest.raises(ValueError, match="stop sequences"):
         generate(model, [[1]], max_new_tokens=2, stop=[2])
+
+
+@pytest.mark.parametrize("name", ["dense", "window", "sink"])
+@pytest.mark.parametrize("positions", ["absolute", "cache"])
+def test_blocks_change_nothing_where_what_is_kept_does_not_hang_on_attention(model, prompts, name, positions):
+    batch = [prompts[-1], prompts[-1].flip(0), torch.cat((prompts[-1], prompts[2]))]
+    calls = []
+
+    def counting(*args):
+        calls.append(args[0].size(1))
+        return model(*args)
+
+    counting.lm_head = model.lm_head
+    runs = []
+    for chunk in (1, 3, None):
+        calls.clear()
+        cache = KVCache.build(model, args_of(name, positions=positions), 3, 80)
+        steps = stream(counting, batch, cache, max_new_tokens=12, sampling=GREEDY, prefill_chunk=chunk)
+        rows = [[], [], []]
+        for step in steps:
+            for row, tokens in zip(rows, step):
+                row += tokens
+        runs.append(rows)
+        if name != "dense":
+            assert calls[1] == {1: 1, 3: 3, None: 12 if name == "window" else 8}[chunk]
+    assert runs[0] == runs[1] == runs[2]
+
+
+def test_h2o_reads_one_token_at_a_time_unless_told(model, prompts):
+    by_default, singly, in_blocks = (
+        generate(model, prompts[-1:], args_of("h2o"), max_new_tokens=20, sampling=GREEDY, prefill_chunk=chunk)[0]
+        for chunk in (None, 1, 6)
+    )
+    assert torch.equal(by_default, singly)
+    assert not torch.equal(by_default, in_blocks)
+    with pytest.raises(ValueError, match="prefill_chunk must be 1 to 12"):
+        generate(model, prompts[-1:], args_of("h2o"), max_new_tokens=2, prefill_chunk=13)

@@ -19,6 +19,7 @@ from litgpt_kv.generate.stopping import Row, check_stops
 from litgpt_kv.model import GPT
 
 PREFILLS = ("min-length", "full")
+BLOCK = 128  # tokens; the logits of a block are (B, BLOCK, V), so a longer one would cost memory and save little
 Model = Callable[..., Tensor]
 
 
@@ -137,12 +138,21 @@ class _Recompute:
 class _Cached:
     """The loop below over a cache."""
 
-    def __init__(self, model: Model, decoder: Model, batch: Prompts, cache: KVCache, method: str) -> None:
+    def __init__(
+        self, model: Model, decoder: Model, batch: Prompts, cache: KVCache, method: str, chunk: int | None
+    ) -> None:
         self.model, self.decoder, self.batch, self.cache, self.method = model, decoder, batch, cache, method
         self.limit, self.retire = cache.limit, cache.retire
+        self.chunk = chunk or (min(BLOCK, cache.longest_block) if cache.exact_blocks else 1)
 
     def first(self) -> tuple[Tensor, list[int]]:
-        return _prefill(self.model, self.batch, self.cache, self.method)
+        logits, read = _prefill(self.model, self.batch, self.cache, self.method)
+        shortest = min(self.batch.lengths)
+        while self.chunk > 1 and self.method == "min-length" and read[0] < shortest:
+            end = min(read[0] + self.chunk, shortest)
+            logits = self.model(self.batch.padded[:, read[0] : end], self.cache)[:, -1]
+            read = [end] * len(read)
+        return logits, read
 
     def step(self, token: Tensor) -> Tensor:
         return decode(self.decoder, token, self.cache)
@@ -161,6 +171,7 @@ def stream(
     sampling: SamplingArgs | None = None,
     stop: Sequence[Sequence[int]] = (),
     prefill: str = "min-length",
+    prefill_chunk: int | None = None,
     decoder: Model | None = None,
     stats: Stats | None = None,
 ) -> Iterator[list[list[int]]]:
@@ -177,6 +188,10 @@ def stream(
         sampling: How tokens are chosen.
         stop: Token sequences that end a row; a stop sequence is not part of the output.
         prefill: "min-length" or "full", see `prefill`.
+        prefill_chunk: With "min-length", read what all prompts still have after the first pass in blocks of so many
+            tokens. None: in blocks where that changes nothing (dense, window, sink), else one at a time. A strategy
+            that looks at attention, such as h2o, evicts for a whole block before the block attends, so that its
+            results then depend on the blocks, and through the shortest prompt on a row's partners.
         decoder: Runs the one-token steps instead of `model`, a compiled one for instance.
         stats: Filled with what the run did.
 
@@ -199,7 +214,10 @@ def stream(
     if cache is None:
         run = _Recompute(model, batch, max_new_tokens)
     else:
-        run = _Cached(model, model if decoder is None else decoder, batch, cache, prefill)
+        if prefill_chunk is not None and not 1 <= prefill_chunk <= cache.longest_block:
+            most = cache.longest_block
+            raise ValueError(f"prefill_chunk must be 1 to {most} (budget less sinks), got {prefill_chunk}.")
+        run = _Cached(model, model if decoder is None else decoder, batch, cache, prefill, prefill_chunk)
     _check_fit(batch, max_new_tokens, run.limit, cache)
     sampler = Sampler(sampling or SamplingArgs(), len(rows), device)
     return _loop(run, batch, rows, sampler, Stats() if stats is None else stats)
@@ -253,6 +271,7 @@ def generate(
     sampling: SamplingArgs | None = None,
     stop: Sequence[Sequence[int]] = (),
     prefill: str = "min-length",
+    prefill_chunk: int | None = None,
     decoder: Model | None = None,
     stats: Stats | None = None,
 ) -> list[Tensor]:
@@ -277,6 +296,7 @@ def generate(
         sampling=sampling,
         stop=stop,
         prefill=prefill,
+        prefill_chunk=prefill_chunk,
         decoder=decoder,
         stats=stats,
     ):
