@@ -6,8 +6,8 @@ P sets of kept tokens (1, or one a key/value head) · E rotated elements.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -182,9 +182,23 @@ class KVCache(nn.Module):
     def row(self, b: int) -> KVCache:
         """A cache of one row that shares this one's memory: seed it to admit a request without touching the others."""
         (b,) = self._checked([b])
-        view = _row_of(self, b)
+        view = _with_rows(self, lambda buffer, dim: buffer.narrow(dim, b, 1))
         view._whole = (self, b)
         return view
+
+    def repeat(self, count: int) -> KVCache:
+        """A cache of its own in which every row stands `count` times, side by side: one context, many questions."""
+        if count < 1:
+            raise ValueError(f"count must be at least 1, got {count}.")
+        copy = _with_rows(self, lambda buffer, dim: buffer.repeat_interleave(count, dim))
+        copy._whole = None
+        copy._seen, copy._alive = ([x for x in values for _ in range(count)] for values in self._host())
+        return copy
+
+    def recount(self) -> None:
+        """Reads the counters off the buffers, after these were written from outside (a device sync)."""
+        self._forget()
+        self._alive = self.live.tolist()
 
     def tokens(self) -> dict[str, list[int]]:
         """For each row the tokens it has "seen" and the most that any layer has "kept" of them (a device sync)."""
@@ -360,11 +374,11 @@ def _bytes(module: nn.Module) -> int:
     return sum(buffer.nbytes for buffer in module.buffers())
 
 
-def _row_of(module: nn.Module, b: int) -> nn.Module:
-    """A shallow copy of a tree of modules whose buffers are the views of row b."""
-    view = module.__new__(type(module))
-    view.__dict__.update(module.__dict__)
+def _with_rows(module: nn.Module, change: Callable[[Tensor, int], Tensor]) -> Any:
+    """A shallow copy of a tree of modules in which every buffer is changed along its dimension of rows."""
+    copy = module.__new__(type(module))
+    copy.__dict__.update(module.__dict__)
     dim = getattr(module, "row_dim", 0)
-    view._buffers = {k: t if t is None else t.narrow(dim, b, 1) for k, t in module._buffers.items()}
-    view._modules = {k: _row_of(m, b) for k, m in module._modules.items()}
-    return view
+    copy._buffers = {k: t if t is None else change(t, dim) for k, t in module._buffers.items()}
+    copy._modules = {k: _with_rows(m, change) for k, m in module._modules.items()}
+    return copy

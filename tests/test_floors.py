@@ -26,7 +26,7 @@ FLOORS = dict(
     cache=3,
     model=4,
 )
-FLOORS |= dict.fromkeys(["generate", "parallel"], 5)
+FLOORS |= dict.fromkeys(["generate", "parallel", "saving"], 5)
 FLOORS |= dict.fromkeys(["api", "checkpoint", "cli", "commands", "benchmark", "__main__"], 6)
 HEAVY = {"lightning", "jsonargparse", "transformers", "triton"}
 NEVER = {("cache", "model"), *(("strategies", other) for other in ("storage", "slots", "cache", "model"))}

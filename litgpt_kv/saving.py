@@ -1,0 +1,62 @@
+"""A cache on disk: read a long text once, ask about it in other runs. Floor 5.
+
+The file is in safetensors' format: the cache's buffers, and in its metadata what the cache is and whose it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from litgpt_kv.cache import KVCache
+from litgpt_kv.config import KVCacheArgs
+from litgpt_kv.model import GPT
+
+FORMAT = "litgpt_kv cache 1"
+
+
+def save_cache(cache: KVCache, path: str | Path, model: GPT) -> None:
+    """Writes a cache and what it needs to be used again: its arguments and the fingerprint of its model."""
+    about = {"args": asdict(cache.args), "batch_size": cache.batch_size, "max_tokens": cache.max_tokens}
+    about["dtype"] = str(next(cache.layers[0].keys.buffers()).dtype).removeprefix("torch.")
+    metadata = {"format": FORMAT, "cache": json.dumps(about), "model": fingerprint(model)}
+    save_file({name: buffer.contiguous() for name, buffer in cache.named_buffers()}, str(path), metadata)
+
+
+def load_cache(path: str | Path, model: GPT) -> KVCache:
+    """The cache that `save_cache` wrote, on the devices of the model's layers.
+
+    Raises:
+        ValueError: If the file is missing or no cache, or was made with another model.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"{path} is not a cache written by this version ({FORMAT!r}).")
+            if metadata["model"] != fingerprint(model):
+                raise ValueError(f"{path} was made with another model than this {model.config.name!r}.")
+            about = json.loads(metadata["cache"])
+            args, dtype = KVCacheArgs(**about["args"]), getattr(torch, about["dtype"])
+            cache = KVCache.build(model, args, about["batch_size"], about["max_tokens"], dtype)
+            for name, buffer in cache.named_buffers():
+                buffer.copy_(file.get_tensor(name))
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read as a cache: {error}") from error
+    cache.recount()
+    return cache
+
+
+def fingerprint(model: GPT) -> str:
+    """A digest of a model's config and of a sample of its weights, the same on every device."""
+    digest = hashlib.sha256(json.dumps(asdict(model.config), sort_keys=True, default=str).encode())
+    for name, weight in sorted(model.state_dict().items()):
+        sample = weight.detach().flatten()[:64].float().cpu().view(torch.uint8)
+        digest.update(name.encode() + bytes(sample.tolist()))
+    return digest.hexdigest()
