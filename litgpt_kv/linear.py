@@ -21,12 +21,12 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
         if (
-            x.numel() <= MOST_ROWS * weight.size(1)
+            not torch.compiler.is_compiling()  # first: what follows cannot be traced
+            and x.numel() <= MOST_ROWS * weight.size(1)
             and torch.is_inference_mode_enabled()
             and weight.device.type == "cpu"
             and weight.dtype in (torch.float32, torch.float64)
             and x.dtype == weight.dtype
-            and not torch.compiler.is_compiling()
         ):
             pieces = torch.get_num_threads()
             if pieces > 1 and weight.size(0) % pieces == 0:

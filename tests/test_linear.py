@@ -54,6 +54,14 @@ def test_only_few_rows_of_large_float_layers_in_inference_mode(two_threads, monk
     assert not calls
 
 
+def test_it_compiles_to_one_graph(two_threads):
+    layer = Linear(500, 500)
+    with torch.inference_mode():
+        compiled = torch.compile(layer, fullgraph=True, backend="eager")
+        x = torch.randn(1, 500)
+        torch.testing.assert_close(compiled(x), layer(x), atol=1e-5, rtol=1e-5)
+
+
 def test_the_model_uses_it_and_keeps_names_and_classes_of_others(two_threads, monkeypatch):
     config = Config.from_name("pythia-14m", n_layer=1, padded_vocab_size=4096)
     model = GPT(config).eval()
