@@ -19,22 +19,27 @@ class Linear(nn.Linear):
     """`nn.Linear`; in inference mode, few rows of float32 or float64 on a CPU run on all threads."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
+        weight, pieces = self.weight, _threads()
         if (
-            not torch.compiler.is_compiling()  # first: what follows cannot be traced
+            pieces > 1
             and x.numel() <= MOST_ROWS * weight.size(1)
-            and torch.is_inference_mode_enabled()
+            and not torch.is_grad_enabled()
+            and (torch.compiler.is_compiling() or torch.is_inference_mode_enabled())
             and weight.device.type == "cpu"
             and weight.dtype in (torch.float32, torch.float64)
             and x.dtype == weight.dtype
+            and weight.size(0) % pieces == 0
         ):
-            pieces = torch.get_num_threads()
-            if pieces > 1 and weight.size(0) % pieces == 0:
-                rows = x.reshape(1, -1, weight.size(1)).expand(pieces, -1, -1)  # (threads, rows, in)
-                y = torch.bmm(rows, weight.view(pieces, -1, weight.size(1)).mT)  # (threads, rows, out / threads)
-                y = y.transpose(0, 1).reshape(*x.shape[:-1], -1)
-                return y if self.bias is None else y + self.bias
+            rows = x.reshape(1, -1, weight.size(1)).expand(pieces, -1, -1)  # (threads, rows, in)
+            y = torch.bmm(rows, weight.view(pieces, -1, weight.size(1)).mT)  # (threads, rows, out / threads)
+            y = y.transpose(0, 1).reshape(*x.shape[:-1], -1)
+            return y if self.bias is None else y + self.bias
         return F.linear(x, weight, self.bias)
+
+
+@torch.compiler.assume_constant_result
+def _threads() -> int:
+    return torch.get_num_threads()
 
 
 def speed_up(model: nn.Module) -> None:
