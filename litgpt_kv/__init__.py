@@ -1,5 +1,7 @@
 """Key/value caches for litgpt's models: exact, small, fast."""
 
+__version__ = "0.1.0"
+
 from litgpt_kv.api import LLM
 from litgpt_kv.cache import KVCache
 from litgpt_kv.config import KVCacheArgs, SamplingArgs

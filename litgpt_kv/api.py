@@ -99,6 +99,8 @@ class LLM:
 
     def encode(self, prompt: str, sys_prompt: str | None = None) -> Tensor:
         """A prompt in the model's prompt style as token ids, 1-D int64."""
+        if not isinstance(prompt, str):
+            raise ValueError(f"A prompt is a text, got {prompt!r}.")
         if not prompt:
             raise ValueError("The prompt is empty.")
         ids = self.tokenizer.encode(self.prompt_style.apply(prompt, sys_prompt=sys_prompt), device=self.fabric.device)
@@ -137,7 +139,8 @@ class LLM:
             temperature, top_k, top_p, seed: See `SamplingArgs`.
             return_as_token_ids: Return 1-D int64 tensors instead of text.
             stream: Return an iterator over pieces of text as they are made; of lists of pieces for a list of prompts.
-            kv_cache: A strategy's name, or all of `KVCacheArgs`; None computes the whole text again at every step.
+            kv_cache: A strategy's name, or all of `KVCacheArgs`; None or "none" computes the whole text again at
+                every step.
             budget: Tokens kept, instead of that of `kv_cache`.
             prefill: "min-length" (token by token beyond the shortest prompt) or "full" (one padded pass).
             prefill_chunk: See `litgpt_kv.generate.stream`.
@@ -149,9 +152,14 @@ class LLM:
         Raises:
             ValueError: If a prompt is empty, does not fit the model's context, or an argument is out of range.
         """
+        if not isinstance(prompt, (str, list, tuple)):
+            raise ValueError(f"prompt must be a text or a list of texts, got {prompt!r}.")
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         ids = [self.encode(text, sys_prompt) for text in texts]
+        kv_cache = None if kv_cache == "none" else kv_cache
         args = KVCacheArgs(strategy=kv_cache) if isinstance(kv_cache, str) else kv_cache
+        if not (args is None or isinstance(args, KVCacheArgs)):
+            raise ValueError(f"kv_cache must be a strategy's name, KVCacheArgs or None, got {kv_cache!r}.")
         if budget is not None:
             if args is None:
                 raise ValueError(f"Without a cache there is no budget, got {budget}.")

@@ -142,6 +142,10 @@ class KVCache(nn.Module):
         }
         return {**size, "total": sum(size.values())}
 
+    def __repr__(self) -> str:
+        kept = dict.fromkeys(f"{type(s.strategy).__name__.lower()} {s.size}" for s in self.slots)
+        return f"KVCache({', '.join(kept)} tokens a row; {len(self.layers)} layers, {self.batch_size} rows)"
+
     @property
     def batch_size(self) -> int:
         return self.pos.size(0)
@@ -205,10 +209,14 @@ class KVCache(nn.Module):
         kept = torch.stack([(s.pos >= 0).sum(-1).amax((0, 2)).to(self.pos.device) for s in self.slots]).amax(0)
         return {"seen": self.pos.tolist(), "kept": kept.tolist()}
 
-    def _checked(self, rows: Iterable[int]) -> list[int]:
+    def _checked(self, rows: Iterable[int] | Tensor) -> list[int]:
+        if isinstance(rows, Tensor):  # row numbers, or a mask of rows
+            rows = (rows.nonzero().flatten() if rows.dtype == torch.bool else rows).tolist()
+        if not isinstance(rows, Iterable):
+            raise ValueError(f"Rows are a list of row numbers, got {rows!r}.")
         rows = list(rows)
-        if bad := [b for b in rows if not 0 <= b < self.batch_size]:
-            raise ValueError(f"The cache has rows 0 to {self.batch_size - 1}, got {bad[0]}.")
+        if bad := [b for b in rows if isinstance(b, bool) or not isinstance(b, int) or not 0 <= b < self.batch_size]:
+            raise ValueError(f"The cache has rows 0 to {self.batch_size - 1}, got {bad[0]!r}.")
         return rows
 
     # -- one pass: begin works out slots, masks and angles once for all layers; end counts --------------------------
@@ -327,7 +335,10 @@ class KVCache(nn.Module):
         """Raises if T more tokens do not fit; returns how many slots can be filled, and whether all of them are."""
         if T > self._longest_block:
             most = self._longest_block
-            raise ValueError(f"A block of {T} tokens is longer than the {most} a layer can take (budget less sinks).")
+            hint = "" if any(self._host()[0]) else " To read a prompt into an empty cache give its length, too."
+            raise ValueError(
+                f"A block of {T} tokens is longer than the {most} a layer can take (budget less sinks).{hint}"
+            )
         if torch.compiler.is_compiling():
             if self.limit is not None:
                 fits = ((self.pos + T <= self.limit) | ~self.live).all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import textwrap
 from pathlib import Path
 
 import lightning as L
@@ -16,6 +17,7 @@ from litgpt.utils import extend_checkpoint_dir
 from litgpt_kv.model import GPT
 
 DEMO = Path(__file__).parent / "demo"
+ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps")
 PRECISIONS = ("32-true", "bf16-true", "16-true", "64-true", "bf16-mixed", "16-mixed")
 
 
@@ -44,7 +46,12 @@ def fabric_for(precision: str | None, accelerator: str = "auto") -> L.Fabric:
         precision = "32-true" if not gpu else "bf16-true" if torch.cuda.is_bf16_supported() else "16-true"
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}.")
-    return L.Fabric(accelerator=accelerator, devices=1, precision=precision)
+    if accelerator not in ACCELERATORS:
+        raise ValueError(f"accelerator must be one of {', '.join(ACCELERATORS)}, got {accelerator!r}.")
+    try:
+        return L.Fabric(accelerator=accelerator, devices=1, precision=precision)
+    except Exception as error:  # Lightning's error for a device that is not there differs by device
+        raise ValueError(f"accelerator {accelerator!r} cannot be used here: {first_line(error)}") from error
 
 
 def load_config(folder: Path) -> Config:
@@ -61,6 +68,8 @@ def load_model(folder: Path, config: Config, fabric: L.Fabric) -> GPT:
         weights = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path} cannot be read, it may be corrupt: {first_line(error)}") from error
+    if not isinstance(weights, dict):
+        raise ValueError(f"{path} cannot be read, it may be corrupt: it holds no weights by name.")
     with fabric.init_module(empty_init=True):
         model = GPT(config)
     try:
@@ -82,5 +91,6 @@ def load_prompt(folder: Path, config: Config) -> PromptStyle:
 
 
 def first_line(error: BaseException) -> str:
-    """An error's message on one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    """The first sentence of an error's message."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return textwrap.shorten(text.partition(". ")[0], 200)

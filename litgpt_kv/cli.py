@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import CLI, ArgumentParser, DefaultHelpFormatter, set_loader, set_parsing_settings
 
-from litgpt_kv import registry
+from litgpt_kv import __version__, registry
 from litgpt_kv.config import KVCacheArgs
 
 PROG = "litgpt_kv"
@@ -81,6 +81,8 @@ def normalise(args: list[str], flags: Collection[str] = ()) -> list[str]:
         if name == "--kv_cache.help":
             show_strategy(value)
         elif name == "--prompt":
+            if any("\ud800" <= c <= "\udfff" for c in value):
+                fail(f"{token} is no valid text in this terminal's encoding.")
             prompts.append(value)
         elif name[2:] in flags and not equals and (not rest or rest[0] not in ("true", "false")):
             out.append(name + "=true")
@@ -90,7 +92,7 @@ def normalise(args: list[str], flags: Collection[str] = ()) -> list[str]:
             out.append("--kv_cache.strategy" + equals + value)
         else:
             out.append(name + equals + value)
-    return [*out, f"--prompt={json.dumps(prompts)}"] if prompts else out
+    return [*out, f"--prompt={json.dumps(prompts, ensure_ascii=False)}"] if prompts else out
 
 
 def shipped(path: str) -> str:
@@ -170,10 +172,8 @@ def show_strategy(name: str) -> NoReturn:
         fail(str(error))
     print(describe(name))
     print("\n" + (inspect.getdoc(cls) or "").partition("\n")[2].strip())
-    print("\nEvery strategy also takes:")
-    for f in dataclasses.fields(KVCacheArgs):
-        if f.name not in ("strategy", "options"):
-            print(f"    --kv-cache.{f.name}")
+    print("\nWhat every strategy takes, as --kv-cache.budget and so on:\n")
+    print((inspect.getdoc(KVCacheArgs) or "").partition("Args:\n")[2])
     raise SystemExit(0)
 
 
@@ -184,14 +184,21 @@ def run(commands: dict[str, Callable[..., Any]], description: str, args: list[st
         p for command in commands.values() for p in inspect.signature(command, eval_str=True).parameters.values()
     ]
     flags = {p.name for p in parameters if p.annotation is bool}
-    args = normalise(sys.argv[1:] if args is None else args, flags)
+    args = sys.argv[1:] if args is None else args
+    if args == ["--version"]:
+        print(f"{PROG} {__version__}")
+        raise SystemExit(0)
+    args = normalise(args, flags) or ["--help"]
     set_loader("litgpt_kv", load_yaml, exceptions=(yaml.YAMLError,))
     try:
         return CLI(
             commands, args=args, prog=PROG, description=description, parser_class=Parser, parser_mode="litgpt_kv"
         )
-    except (ValueError, FileNotFoundError, NotADirectoryError) as error:
-        fail(str(error))
     except BrokenPipeError:  # the reader went away, as `| head` does
         sys.stderr.close()
         raise SystemExit(0) from None
+    except KeyboardInterrupt:
+        print(flush=True)
+        raise SystemExit(130) from None
+    except (ValueError, OSError) as error:
+        fail(str(error))

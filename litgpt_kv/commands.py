@@ -71,6 +71,10 @@ def generate(
     samplings = [SamplingArgs(temperature, top_k, top_p, seed + i) for i in range(num_samples)]
     if prefill not in PREFILLS:
         raise ValueError(f"prefill must be one of {', '.join(PREFILLS)}, got {prefill!r}.")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+    if "" in prompts or not prompts:
+        raise ValueError("The prompt is empty.")
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
     if threads is not None and threads < 1:
@@ -123,12 +127,12 @@ def report(stats: Stats, cache: KVCache | None) -> None:
     if cache is not None:
         size, tokens = cache.allocated(), cache.tokens()
         kept = ", ".join(f"{k:,} of {s:,}" for k, s in zip(tokens["kept"], tokens["seen"]))
-        name = cache.args.strategy if isinstance(cache.args.strategy, str) else ", ".join(cache.args.strategy)
-        budget = max(slots.size for slots in cache.slots)
-        _say(
-            f"Cache {name}: budget {budget:,} tokens, {size['total']:,} bytes "
-            f"(keys {size['keys']:,}, values {size['values']:,}); kept {kept} tokens seen."
-        )
+        names = cache.args.strategy if isinstance(cache.args.strategy, (list, tuple)) else [cache.args.strategy]
+        budgets = sorted({slots.size for slots in cache.slots})
+        parts = ", ".join(f"{what} {n:,}" for what, n in size.items() if n and what != "total")
+        budget = " to ".join(f"{b:,}" for b in dict.fromkeys([budgets[0], budgets[-1]]))
+        what = f"Cache {', '.join(dict.fromkeys(names))}: budget {budget} tokens, {size['total']:,} bytes ({parts})"
+        _say(f"{what}; kept {kept} tokens seen.")
 
 
 def _rate(tokens: int, seconds: float) -> str:

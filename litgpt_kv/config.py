@@ -67,7 +67,7 @@ def percent(text: str, of: int) -> int:
     except ValueError:
         share = math.nan
     if not 0 < share <= 100:
-        raise ValueError(f"A budget is a count of tokens or a percentage from 0% to 100%, got {text!r}.")
+        raise ValueError(f"A budget is a count of tokens or a percentage over 0% and up to 100%, got {text!r}.")
     return max(1, round(of * share / 100))
 
 

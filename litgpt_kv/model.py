@@ -83,7 +83,8 @@ class GPT(base.GPT):
             raise ValueError("A length without a cache means nothing: pass the cache to seed.")
         whole = cache is None or length is not None
         if whole and T > self.max_seq_length:
-            raise ValueError(f"Cannot forward {T} tokens, the model's context is {self.max_seq_length}.")
+            hint = "" if cache is None else " The min-length prefill reads longer prompts into a cache that evicts."
+            raise ValueError(f"Cannot forward {T} tokens, the model's context is {self.max_seq_length}.{hint}")
         tables, which = self._rope()
         x = self.transformer.wte(idx)  # (B, T, C); a token outside of the vocabulary ends here, before the cache moves
         if self.config.scale_embeddings:

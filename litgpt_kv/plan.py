@@ -68,7 +68,8 @@ def settle(config: Config, args: KVCacheArgs, max_tokens: int, context: int) -> 
                 slots = min(slots, context)
         if slots > context:
             what = "A dense cache" if not strategy.evicts else "A budget"
-            raise ValueError(f"{what} of {slots} tokens is over the limit of {context}: the model's context.")
+            hint = "; other strategies keep a budget, and sink goes on past it" if not strategy.evicts else ""
+            raise ValueError(f"{what} of {slots} tokens is over the limit of {context}: the model's context{hint}.")
         window = facts.window
         if window is not None and slots >= window:  # nothing beyond the window is ever attended to
             strategy, slots, sinks, recent = registry.build("strategy", "window"), window, 0, 0
@@ -91,7 +92,13 @@ def settle(config: Config, args: KVCacheArgs, max_tokens: int, context: int) -> 
 def limit_of(plans: list[Plan], context: int) -> tuple[int | None, str]:
     """The most tokens a row may see, and why; None if there is no end."""
     limits = [
-        (p.slots, "a dense cache keeps every token (its max_tokens or budget)") for p in plans if not p.strategy.evicts
+        (p.slots, "a dense cache keeps every token; other strategies keep a budget")
+        for p in plans
+        if not p.strategy.evicts
     ]
-    limits += [(context, "the model's context, for absolute positions") for p in plans if not p.endless]
+    limits += [
+        (context, "the model's context; only positions inside the cache, as sink has them, go on")
+        for p in plans
+        if not p.endless
+    ]
     return min(limits, default=(None, ""))

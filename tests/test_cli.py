@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -41,7 +42,9 @@ def test_text_on_standard_output_and_nothing_else(capsys):
     llm = LLM.load("demo", accelerator="cpu")
     assert out.out == "def fib(" + llm.generate("def fib(", max_new_tokens=12, temperature=0.0) + "\n"
     assert re.search(r"Read \d+ prompt tokens in .* tokens/s\), made 12 in .* tokens/s\)", out.err)
-    assert re.search(r"Cache dense: budget \d+ tokens, [\d,]+ bytes \(keys [\d,]+, values [\d,]+\); kept", out.err)
+    assert re.search(
+        r"Cache dense: budget \d+ tokens, [\d,]+ bytes \(keys [\d,]+, values [\d,]+, positions [\d,]+\); kept", out.err
+    )
 
 
 def test_several_prompts_make_a_ragged_batch(capsys):
@@ -141,7 +144,7 @@ def test_strategies_lists_all(capsys):
     with pytest.raises(SystemExit) as end:
         main(["generate", "--kv-cache.help", "h2o"])
     assert end.value.code == 0
-    assert "--kv-cache.recent" in capsys.readouterr().out
+    assert "recent: The last so many tokens" in capsys.readouterr().out
 
 
 def test_help_shows_dashes_and_examples(capsys):
@@ -260,3 +263,35 @@ def test_the_reader_of_a_pipe_may_leave():
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.startswith("def ")
     assert "Traceback" not in done.stderr
+
+
+def test_any_text_is_a_prompt(capsys):
+    for text in ("🙂 é 日本", "- [x] {y}: 1 \"z\" 'w' # no", "a: b\nc\t| > & *", "[1, 2]", "null", "--kv-cache"):
+        assert run(capsys, "--prompt", text, "--max-new-tokens", "1", "--temperature", "0").out.startswith(text)
+
+
+def test_an_interrupt_ends_quietly():
+    command = [sys.executable, "-m", "litgpt_kv", "generate", "demo", "--prompt", "def ", "--kv-cache", "sink"]
+    flags = ["--kv-cache.budget", "32", "--max-new-tokens", "100000"]
+    process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.read(4) == "def "
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+
+
+def test_devices_that_are_not_there_and_full_disks(capsys):
+    for device in ("mps", "tpu", "abacus"):
+        assert "accelerator" in refused(capsys, "generate", "demo", "--accelerator", device)
+    command = f"{sys.executable} -m litgpt_kv generate demo --prompt 'def ' --max-new-tokens 3 > /dev/full"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    assert "Traceback" not in done.stderr
+
+
+def test_version_and_no_arguments(capsys):
+    for args, expected in ((["--version"], "litgpt_kv "), ([], "usage: litgpt_kv")):
+        with pytest.raises(SystemExit) as end:
+            main(args)
+        assert end.value.code == 0
+        assert capsys.readouterr().out.startswith(expected)

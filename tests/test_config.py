@@ -68,7 +68,7 @@ def test_percent(text: str, of: int, count: int) -> None:
 
 @pytest.mark.parametrize("text", ["0%", "101%", "-5%", "20", "%", "x%", "", "nan%", "inf%", "20 percent"])
 def test_a_bad_percentage_is_refused_when_it_is_chosen(text: str) -> None:
-    with pytest.raises(ValueError, match="percentage from 0% to 100%"):
+    with pytest.raises(ValueError, match="percentage over 0% and up to 100%"):
         percent(text, 100)
     with pytest.raises(ValueError, match="budget"):
         KVCacheArgs(budget=text)

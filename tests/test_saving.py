@@ -67,3 +67,16 @@ def test_what_is_refused(tmp_path):
         load_cache(file, tiny(seed=7))
     with pytest.raises(ValueError, match="another model"):
         load_cache(file, tiny(n_layer=3))
+
+
+def test_rows_are_numbers_or_a_mask():
+    cache = seeded(tiny(), "h2o", "absolute", rows=3)
+    cache.retire(torch.tensor([False, False, True]))
+    assert cache.live.tolist() == [True, True, False]
+    cache.reset(torch.tensor([2]))
+    assert cache.live.tolist() == [True, True, True]
+    assert cache.pos.tolist() == [19, 14, 0]
+    for rows in (1, ["a"], [True], [3], [-1]):
+        with pytest.raises(ValueError, match="ows"):
+            cache.retire(rows)
+    assert repr(cache) == "KVCache(h2o 10 tokens a row; 2 layers, 3 rows)"
