@@ -108,7 +108,7 @@ def variants() -> Iterator[object]:
             yield pytest.param(combo, rope, id="-".join((*combo, name)))
 
 
-@pytest.mark.parametrize("combo, rope", variants())
+@pytest.mark.parametrize(("combo", "rope"), list(variants()))
 def test_budget_of_the_whole_sequence_equals_no_cache(combo: Combo, rope: dict) -> None:
     model, tokens, tol = tiny(seed=6, **rope), row_of(1, 20), max(1e-8, 30 * loss(combo.storage))
     full = dict(enumerate(model(torch.tensor([tokens]))[0]))
