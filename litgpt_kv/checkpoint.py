@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import textwrap
 from pathlib import Path
@@ -77,6 +78,15 @@ def load_model(folder: Path, config: Config, fabric: L.Fabric) -> GPT:
     except (RuntimeError, AttributeError) as error:
         raise ValueError(f"The weights in {path} do not fit its model_config.yaml: {first_line(error)}") from error
     return model.eval()
+
+
+def own_temperature(folder: Path) -> float:
+    """The temperature that a checkpoint's generation_config.json recommends, else litgpt's 0.8."""
+    try:
+        value = json.loads((folder / "generation_config.json").read_text()).get("temperature")
+    except (OSError, ValueError, AttributeError):  # litgpt's tokenizer reads the file, too, and mends what it can
+        value = None
+    return float(value) if isinstance(value, (int, float)) else 0.8
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

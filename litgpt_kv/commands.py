@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from litgpt_kv import registry
+from litgpt_kv import checkpoint, registry
 from litgpt_kv.api import LLM
 from litgpt_kv.cache import KVCache
 from litgpt_kv.cli import cache_args, describe
@@ -29,7 +29,7 @@ def generate(
     max_new_tokens: int = 50,
     top_k: int | None = 50,
     top_p: float = 1.0,
-    temperature: float = 0.8,
+    temperature: float | None = None,
     seed: int = 1234,
     kv_cache: dict[str, Any] | str = "dense",
     prefill: str = "min-length",
@@ -50,7 +50,8 @@ def generate(
         max_new_tokens: The most new tokens of a text.
         top_k: Sample among so many most probable tokens; null for all.
         top_p: Sample among the most probable tokens that together have this probability; 0 takes the most probable one.
-        temperature: Higher is more random; 0 takes the most probable token.
+        temperature: Higher is more random; 0 takes the most probable token. By default what the checkpoint's
+            generation_config.json says, else 0.8.
         seed: Of the random choices.
         kv_cache: What to keep: a strategy of `litgpt_kv strategies`, or "none" to compute the whole text at every step.
             With --kv-cache.budget, .sinks, .recent, .storage, .positions and the strategy's own options;
@@ -68,6 +69,8 @@ def generate(
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     args = cache_args(kv_cache)
+    if temperature is None:
+        temperature = checkpoint.own_temperature(checkpoint.find(checkpoint_dir))
     samplings = [SamplingArgs(temperature, top_k, top_p, seed + i) for i in range(num_samples)]
     if prefill not in PREFILLS:
         raise ValueError(f"prefill must be one of {', '.join(PREFILLS)}, got {prefill!r}.")

@@ -12,7 +12,7 @@ import torch
 
 from litgpt_kv import LLM, KVCacheArgs, registry
 from litgpt_kv.__main__ import main
-from litgpt_kv.checkpoint import DEMO
+from litgpt_kv.checkpoint import DEMO, own_temperature
 from litgpt_kv.cli import cache_args, normalise
 
 ROOT = Path(__file__).parents[1]
@@ -295,3 +295,21 @@ def test_version_and_no_arguments(capsys):
             main(args)
         assert end.value.code == 0
         assert capsys.readouterr().out.startswith(expected)
+
+
+def test_the_temperature_is_the_checkpoints_own_unless_given(capsys, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(DEMO, folder)
+    outs = {}
+    for text in ('{"temperature": 1.0}', '{"temperature": 0.0}', "{}", "rubbish"):
+        (folder / "generation_config.json").write_text(text)
+        flags = ["--prompt", "def ", "--max-new-tokens", "20", "--accelerator", "cpu"]
+        if text == "rubbish":
+            assert own_temperature(folder) == 0.8
+            continue
+        main(["generate", str(folder), *flags])
+        outs[text] = capsys.readouterr().out
+    common = ["--prompt", "def ", "--max-new-tokens", "20"]
+    assert outs['{"temperature": 1.0}'] == run(capsys, *common).out == run(capsys, *common, "--temperature", "1.0").out
+    assert outs['{"temperature": 0.0}'] == run(capsys, *common, "--temperature", "0").out
+    assert outs["{}"] == run(capsys, *common, "--temperature", "0.8").out
