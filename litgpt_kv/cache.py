@@ -78,6 +78,7 @@ class KVCache(nn.Module):
         self._theta: list[Angles] = []  # of each rope base, for angles beyond the model's tables
         self._seen: list[int] | None = [0] * batch_size  # what `pos` and `live` hold, known without a device sync
         self._alive = [True] * batch_size
+        self._lengths: list[int] = []  # of the prompts being read, between the door and the count
         self._whole: tuple[KVCache, int] | None = None  # of a row's view: whose row it is
 
     @classmethod
@@ -237,7 +238,7 @@ class KVCache(nn.Module):
     def end_prompt(self, length: Tensor) -> None:
         """Counts the tokens of a prefill that went well."""
         self.pos.copy_(length)
-        self._note(dict(enumerate(length.tolist())))
+        self._note(dict(enumerate(self._lengths)))
 
     def begin(self, T: int, rope: list[Angles], tables: list[int]) -> list[Turn]:
         """Prepares to decode T tokens a row.
@@ -320,7 +321,7 @@ class KVCache(nn.Module):
             raise ValueError(
                 f"length must have shape ({self.batch_size},), one a row, got {getattr(length, 'shape', length)}."
             )
-        lengths = length.tolist()
+        self._lengths = lengths = length.tolist()
         if min(lengths) < 1 or max(lengths) > T:
             bad = min(lengths) if min(lengths) < 1 else max(lengths)
             raise ValueError(f"Every row's prompt must have 1 to {T} tokens, got {bad}.")
