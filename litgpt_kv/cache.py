@@ -152,6 +152,11 @@ class KVCache(nn.Module):
         return self.pos.size(0)
 
     @property
+    def seen(self) -> list[int]:
+        """The tokens each row has seen: `pos` as the host knows it, without waiting for the device."""
+        return list(self._host()[0])
+
+    @property
     def first_chunk(self) -> int:
         """The most prompt tokens that every layer can keep: the first pass of the min-length prefill."""
         return min(plan.slots for plan in self._plans)
@@ -183,6 +188,12 @@ class KVCache(nn.Module):
         chosen = self._checked(rows)
         self._note(dict.fromkeys(chosen), alive=False)
         self.live[torch.tensor(chosen, dtype=torch.int64, device=self.pos.device)] = False
+
+    @torch.no_grad()
+    def revive(self) -> None:
+        """Lets retired rows go on where they stopped."""
+        self._note(dict.fromkeys(range(self.batch_size)), alive=True)
+        self.live.fill_(True)
 
     def row(self, b: int) -> KVCache:
         """A cache of one row that shares this one's memory: seed it to admit a request without touching the others."""

@@ -14,7 +14,7 @@ from litgpt_kv.cache import KVCache
 from litgpt_kv.cli import cache_args, describe
 from litgpt_kv.config import SamplingArgs
 from litgpt_kv.generate import Stats
-from litgpt_kv.generate.base import PREFILLS
+from litgpt_kv.generate.runners import PREFILLS
 
 SMALL_MODEL = 20_000_000  # weights
 MANY_STEPS = 256  # prompt tokens read one at a time, from which on the user is told of a faster way

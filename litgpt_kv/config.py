@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 from litgpt.config import Config
@@ -104,6 +104,8 @@ class SamplingArgs:
         top_p: Sample among the smallest set of tokens whose probabilities sum to more than this; 1.0: among all,
             0.0: greedy.
         seed: Makes the run repeatable, and a row independent of its partners; None: torch's global generator.
+        repetition_penalty: Divides the positive logits of tokens that the prompt or the text has, and multiplies the
+            negative ones, before all else (Keskar et al. 2019, arXiv 1909.05858; as in Hugging Face's generate).
 
     Each may be one value for all rows, or a list with one a row.
     """
@@ -111,7 +113,8 @@ class SamplingArgs:
     temperature: float | Sequence[float] = 1.0
     top_k: int | None | Sequence[int | None] = None
     top_p: float | Sequence[float] = 1.0
-    seed: int | None | Sequence[int] = None
+    seed: int | None | Sequence[int | None] = None
+    repetition_penalty: float | Sequence[float] = 1.0
 
     def __post_init__(self) -> None:
         for value in _each(self.temperature):
@@ -126,6 +129,14 @@ class SamplingArgs:
         for value in _each(self.seed):
             if value is not None and not 0 <= value < 2**63:
                 raise ValueError(f"seed must be 0 or greater, got {value}.")
+        for value in _each(self.repetition_penalty):
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"repetition_penalty must be greater than 0, got {value}.")
+
+    def rows(self, count: int) -> list[SamplingArgs]:
+        """The same for each of `count` rows, with one value each."""
+        names = [f.name for f in fields(self)]
+        return [SamplingArgs(*row) for row in zip(*(per_row(name, getattr(self, name), count) for name in names))]
 
 
 @dataclass(frozen=True)

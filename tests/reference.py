@@ -295,12 +295,17 @@ def arguments(policy: Policy, **others) -> KVCacheArgs:
 def walk(
     model: GPT, cache: KVCache, rows: list[list[int]], prompts: list[int], way: str, pad: int = 0, step: object = None
 ) -> Iterator[tuple[list[int | None], Tensor]]:
-    """Feeds each row its prompt and then its own next tokens, as both ways of generation do.
+    """Feeds each row its prompt and then its own next tokens, as the ways of generation do.
+
+    "streamed" and "full" are the two prefills; with "admitted", a row's whole prompt comes when others are under way.
 
     Yields for every pass the index of the token that each row's logits (B, V) belong to; None once a row has ended,
     which is then retired.
     """
     step = model if step is None else step
+    if way == "admitted":
+        yield from _admit(model, cache, rows, prompts, pad, step)
+        return
     first = min(*prompts, cache.first_chunk) if way == "streamed" else max(prompts)
     lengths = [first] * len(rows) if way == "streamed" else prompts
     idx = torch.tensor([row[:n] + [pad] * (first - n) for row, n in zip(rows, lengths)])
@@ -314,6 +319,32 @@ def walk(
         at = [None if i is None or b in over else i + 1 for b, i in enumerate(at)]
         idx = torch.tensor([[pad if i is None else row[i]] for i, row in zip(at, rows)])
         yield at, step(idx, cache)[:, -1]
+
+
+def _admit(
+    model: GPT, cache: KVCache, rows: list[list[int]], prompts: list[int], pad: int, step: object
+) -> Iterator[tuple[list[int | None], Tensor]]:
+    """Every third step another row begins, the last one first, in a cache whose rows are stopped until then."""
+    cache.retire(range(len(rows)))
+    coming, running, at = list(range(len(rows))), set(), [-1] * len(rows)
+    logits = torch.zeros(len(rows), model.lm_head.out_features, dtype=model.lm_head.weight.dtype)
+    for tick in range(10**6):
+        if tick % 3 == 0 and coming:
+            b = coming.pop()
+            cache.reset([b])
+            logits[b] = model(torch.tensor([rows[b][: prompts[b]]]), cache.row(b), torch.tensor([prompts[b]]))[0]
+            at[b] = prompts[b] - 1
+            running.add(b)
+            yield [at[i] if i == b else None for i in range(len(rows))], logits
+        if over := [b for b in running if at[b] + 1 >= len(rows[b])]:
+            cache.retire(over)
+            running -= set(over)
+        if not running and not coming:
+            return
+        at = [n + (b in running) for b, n in enumerate(at)]
+        idx = torch.tensor([[rows[b][n] if b in running else pad] for b, n in enumerate(at)])
+        logits = step(idx, cache)[:, -1]
+        yield [n if b in running else None for b, n in enumerate(at)], logits
 
 
 def logits_of(model: GPT, cache: KVCache, rows: list[list[int]], prompts: list[int], way: str, **others) -> list[dict]:
@@ -373,7 +404,7 @@ def compare(
     names = ("strategy", "budget", "sinks", "recent")
     args = KVCacheArgs(**{n: [getattr(g, n) for g in given] for n in names}, positions=policies[0].positions)
     cache = KVCache.build(model, args, batch_size=len(rows))
-    chunk = min(prompts[0] if way == "full" else p.budget for p in policies)
+    chunk = min(p.budget if way == "streamed" else prompts[0] for p in policies)
     blank = Oracle(model, policies)
     for i, p in enumerate(policies):  # a layer with a sliding window keeps no more than the window, and no sinks
         if (window := blank.window(i)) is not None:
@@ -386,7 +417,7 @@ def compare(
             if i is None:
                 continue
             reference = references[b]
-            if way == "full" and reference.seen == 0:
+            if way != "streamed" and reference.seen == 0:
                 moment = reference.feed(rows[b][: prompts[b]])[-1]
             else:  # its own passes: the library's first chunk may have been cut short by a partner
                 while reference.seen <= i:

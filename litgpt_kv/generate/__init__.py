@@ -1,5 +1,8 @@
 """Generation for batches of prompts of different lengths."""
 
-from litgpt_kv.generate.base import Stats, decode, generate, prefill, stream
+from litgpt_kv.generate.base import decode, generate, prefill, stream
+from litgpt_kv.generate.batching import serve
+from litgpt_kv.generate.loop import Stats
+from litgpt_kv.generate.stopping import Request
 
-__all__ = ["Stats", "decode", "generate", "prefill", "stream"]
+__all__ = ["Request", "Stats", "decode", "generate", "prefill", "serve", "stream"]

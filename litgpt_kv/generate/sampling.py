@@ -5,57 +5,113 @@ B rows · V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
-from litgpt_kv.config import SamplingArgs, per_row
+from litgpt_kv.config import SamplingArgs
+from litgpt_kv.generate.stopping import Request
 
 
 class Sampler:
-    """Draws a token a row, on the device.
+    """Draws a token a row, on the device; a row's settings are changed when another request takes its place.
 
     With a seed, a row's noise depends on its own seed and on how many tokens it has made, on nothing else: a row of a
-    batch draws what its prompt draws alone. Without one, torch's global generator draws for all rows.
+    batch draws what its prompt draws alone. Without one, torch's global generator draws; beside rows with a seed, it
+    draws a seed for the row.
 
     Args:
-        args: What to draw; values for all rows or one a row.
         batch_size: Rows, B.
+        vocabulary: Logits a row, V.
         device: Of the logits.
     """
 
-    def __init__(self, args: SamplingArgs, batch_size: int, device: torch.device) -> None:
-        values = {name: per_row(name, getattr(args, name), batch_size) for name in ("temperature", "top_k", "top_p")}
-        seeds = per_row("seed", args.seed, batch_size)
-        if any(s is None for s in seeds) != all(s is None for s in seeds):
-            raise ValueError(f"seed must be given for every row or for none, got {seeds}.")
-        self.seeds = None if seeds[0] is None else torch.tensor(seeds, dtype=torch.int64, device=device)
-        rows = list(zip(*values.values()))
-        greedy = [t == 0 or p == 0 for t, _, p in rows]
-        self.greedy = None if not any(greedy) else torch.tensor(greedy, device=device)
-        self.all_greedy = all(greedy)
-        self.top_k = None if all(k is None for _, k, _ in rows) else [k for _, k, _ in rows]
-        self.top_p = None if all(p == 1.0 for _, _, p in rows) else torch.tensor([p for *_, p in rows], device=device)
-        self.temperature = torch.tensor([t or 1.0 for t, *_ in rows], device=device)
+    def __init__(self, batch_size: int, vocabulary: int, device: torch.device) -> None:
+        self.size, self.device = (batch_size, vocabulary), device
+        self.args = [SamplingArgs()] * batch_size
+        self._own = [0] * batch_size  # seeds for rows without one
         self.made = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.least = [0] * batch_size
+        self.seen: Tensor | None = None  # (B, V) bool, the tokens in a row's text, for repetition penalties
+        self.banned: Tensor | None = None  # (B, V) bool, tokens that would end a row before it may end
 
-    def __call__(self, logits: Tensor, drawing: Tensor) -> Tensor:
+    def place(self, requests: Mapping[int, Request]) -> None:
+        """Gives rows to new requests."""
+        for b, request in requests.items():
+            self.args[b], self.least[b] = request.sampling, request.min_new_tokens
+            if request.sampling.seed is None:
+                self._own[b] = -1  # drawn when it is needed, so that a run without seeds stays litgpt's
+            stops = [stop[0] for stop in request.stop if len(stop) == 1 and 0 <= stop[0] < self.size[1]]
+            if request.min_new_tokens and stops:
+                self.banned = self._marks(self.banned, b, torch.tensor(stops, device=self.device))
+            elif self.banned is not None:
+                self.banned[b] = False
+            if request.sampling.repetition_penalty != 1.0:
+                self.seen = self._marks(self.seen, b, torch.as_tensor(request.prompt).to(self.device, torch.int64))
+        self.made[list(requests)] = 0
+        self._settle()
+
+    def _marks(self, marks: Tensor | None, row: int, tokens: Tensor) -> Tensor:
+        marks = torch.zeros(self.size, dtype=torch.bool, device=self.device) if marks is None else marks
+        marks[row] = False
+        marks[row, tokens] = True
+        return marks
+
+    def _settle(self) -> None:
+        """Brings the rows' settings to the device; None stands for what no row asks for."""
+        rows, put = self.args, lambda values: torch.tensor(values, device=self.device)
+        greedy = [a.temperature == 0 or a.top_p == 0 for a in rows]
+        self.greedy, self.all_greedy = put(greedy) if any(greedy) else None, all(greedy)
+        self.top_k = None if all(a.top_k is None for a in rows) else [a.top_k for a in rows]
+        self.top_p = None if all(a.top_p == 1.0 for a in rows) else put([a.top_p for a in rows])
+        self.temperature = put([float(a.temperature or 1.0) for a in rows])
+        penalties = [float(a.repetition_penalty) for a in rows]
+        self.penalty = put(penalties).unsqueeze(-1) if any(p != 1.0 for p in penalties) else None
+        self.minimum = put(self.least) if any(self.least) else None
+        self.seeds = None
+        if any(a.seed is not None for a in rows):
+            for b, args in enumerate(rows):
+                if args.seed is None and self._own[b] < 0:
+                    self._own[b] = int(torch.randint(2**62, ()))
+            self.seeds = put([self._own[b] if a.seed is None else a.seed for b, a in enumerate(rows)])
+
+    def __call__(self, logits: Tensor, drawing: Tensor | None = None) -> Tensor:
         """Tokens (B,) int64 from logits (B, V); `drawing` (B,) bool marks the rows whose token will be used."""
-        best = logits.argmax(dim=-1)
-        if self.all_greedy:
-            return best
-        probs = self.probabilities(logits)
+        logits = self._adjusted(logits)
+        token = logits.argmax(dim=-1)
+        if not self.all_greedy:
+            drawn = self._draw(self.probabilities(logits))
+            token = drawn if self.greedy is None else torch.where(self.greedy, token, drawn)
+        if self.seen is not None:
+            where = token.unsqueeze(-1)
+            used = torch.ones_like(where, dtype=torch.bool) if drawing is None else drawing.unsqueeze(-1)
+            self.seen.scatter_(-1, where, used | self.seen.gather(-1, where))
+        self.made += 1 if drawing is None else drawing
+        return token
+
+    def _draw(self, probs: Tensor) -> Tensor:
         if self.seeds is None:
-            token = torch.multinomial(probs, 1).squeeze(-1)
-        else:  # the most probable of probs / exponential noise is a draw from probs
-            token = (probs / exponential(self.seeds, self.made, logits.size(-1))).argmax(dim=-1)
-        self.made += drawing
-        return token if self.greedy is None else torch.where(self.greedy, best, token)
+            return torch.multinomial(probs, 1).squeeze(-1)
+        # the most probable of probs / exponential noise is a draw from probs
+        return (probs / exponential(self.seeds, self.made, probs.size(-1))).argmax(dim=-1)
+
+    def _adjusted(self, logits: Tensor) -> Tensor:
+        """Logits after repetition penalty, and without the tokens that would end a row too early."""
+        if self.penalty is not None and self.seen is not None:
+            logits = logits.float()
+            punished = torch.where(logits > 0, logits / self.penalty, logits * self.penalty)
+            logits = torch.where(self.seen & (self.penalty != 1.0), punished, logits)
+        if self.minimum is not None and self.banned is not None:
+            early = (self.made < self.minimum).unsqueeze(-1)
+            logits = logits.masked_fill(self.banned & early, float("-inf"))
+        return logits
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """What is drawn from, (B, V) float32: the logits after top-k, temperature and top-p, in this order."""
         logits = logits.float()
         if self.top_k is not None:
-            logits = self._crop(logits)
+            logits = self._crop(logits, self.top_k)
         probs = (logits / self.temperature.unsqueeze(-1)).softmax(dim=-1)
         if self.top_p is not None:
             ascending, index = probs.sort(dim=-1, stable=True)
@@ -65,14 +121,19 @@ class Sampler:
             probs = probs.masked_fill(drop.gather(-1, index.argsort(dim=-1)), 0.0)
         return probs
 
-    def _crop(self, logits: Tensor) -> Tensor:
+    def _crop(self, logits: Tensor, top_k: Sequence[int | None]) -> Tensor:
         V = logits.size(-1)
-        counts = [V if k is None else min(k, V) for k in self.top_k]
+        counts = [V if k is None else min(k, V) for k in top_k]
         best, index = logits.topk(max(counts), dim=-1)
         rank = torch.arange(max(counts), device=logits.device)
         outside = rank >= torch.tensor(counts, device=logits.device).unsqueeze(-1)
         best = best.masked_fill(outside, float("-inf"))
         return torch.full_like(logits, float("-inf")).scatter(-1, index, best)
+
+
+def logprobs_of(logits: Tensor, token: Tensor) -> Tensor:
+    """Log-probabilities (B,) float32 of tokens (B,) under logits (B, V), before any setting changes these."""
+    return logits.float().log_softmax(dim=-1).gather(-1, token.unsqueeze(-1)).squeeze(-1)
 
 
 def exponential(seed: Tensor, step: Tensor, size: int) -> Tensor:

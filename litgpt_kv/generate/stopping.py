@@ -1,49 +1,119 @@
-"""When a row ends: stop sequences of one or several tokens, and the most tokens it may make. Floor 5."""
+"""What is asked for a prompt, and the row that answers it: when it ends, and what of it is certain. Floor 5."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
 
-@dataclass
+from litgpt_kv.config import SamplingArgs
+from litgpt_kv.generate.text import TextStream
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt and what is asked for it.
+
+    Args:
+        prompt: Token ids, 1-D.
+        max_new_tokens: The most new tokens.
+        min_new_tokens: A stop sequence or stop text only counts after so many new tokens.
+        sampling: How tokens are chosen; one value each.
+        stop: Token sequences that end the row; they are not part of the output.
+    """
+
+    prompt: Tensor | Sequence[int]
+    max_new_tokens: int = 50
+    min_new_tokens: int = 0
+    sampling: SamplingArgs = field(default_factory=SamplingArgs)
+    stop: Sequence[Sequence[int]] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}.")
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            most = self.max_new_tokens
+            raise ValueError(f"min_new_tokens must be 0 to {most} (max_new_tokens), got {self.min_new_tokens}.")
+        if any(not isinstance(one, Sequence) or isinstance(one, str) or not one for one in self.stop):
+            raise ValueError(
+                f"stop must be a list of stop sequences of at least one token, [[2], [5, 7]], got {self.stop}."
+            )
+
+
+@dataclass(eq=False)
 class Row:
     """One row's output: holds back tokens that may turn out to begin a stop sequence, which itself is never shown.
 
     Attributes:
-        tokens: All tokens released so far.
+        request: What it answers, number `index` of its run.
+        stream: Makes its text and finds stop texts in it; None where only tokens are wanted.
+        read: How many tokens of the prompt were read.
+        tokens: All tokens released so far, and `new` those of the last push.
+        text: All text released so far, and `piece` that of the last push.
         reason: Why the row ended, "stop" or "length"; None while it runs.
+        began, first, ended: Seconds (`time.perf_counter`) when it was admitted, had its first token, and ended.
     """
 
-    stop: list[list[int]]
-    max_new_tokens: int
+    request: Request
+    index: int = 0
+    stream: TextStream | None = None
+    read: int = 0
     tokens: list[int] = field(default_factory=list)
+    new: list[int] = field(default_factory=list)
+    text: str = ""
+    piece: str = ""
     reason: str | None = None
+    began: float = 0.0
+    first: float = 0.0
+    ended: float = 0.0
     _held: list[int] = field(default_factory=list)
+    _logprobs: list[float] = field(default_factory=list)
 
-    def push(self, token: int) -> list[int]:
+    def __post_init__(self) -> None:
+        self._stop = [list(one) for one in self.request.stop]
+
+    @property
+    def ready(self) -> bool:
+        """Whether its whole prompt was read."""
+        return self.read >= len(self.request.prompt)
+
+    @property
+    def logprobs(self) -> list[float]:
+        """Of each token in `tokens` its log-probability, if it was asked for."""
+        return self._logprobs[: len(self.tokens)]
+
+    def push(self, token: int, logprob: float | None = None) -> list[int]:
         """Takes the next token; returns those that are now certain to belong to the output."""
+        if logprob is not None:
+            self._logprobs.append(logprob)
         held = [*self._held, token]
-        if ended := [len(stop) for stop in self.stop if held[-len(stop) :] == stop]:
+        made = len(self.tokens) + len(held)
+        ended = [len(stop) for stop in self._stop if held[-len(stop) :] == stop]
+        if ended and made - max(ended) >= self.request.min_new_tokens:
+            self.reason, cut, held = "stop", len(held) - max(ended), held[: -max(ended)]
+        elif made >= self.request.max_new_tokens:
+            self.reason, cut = "length", len(held)
+        else:  # a match may restart inside a partial one: of all begun stops, the longest is held back
+            begun = [n for stop in self._stop for n in range(1, len(stop)) if held[-n:] == stop[:n]]
+            cut = len(held) - max(begun, default=0)
+        self.new, self._held = held[:cut], held[cut:]
+        self.tokens = self.tokens + self.new
+        if self.stream is not None:
+            self._read_text(self.stream)
+        return self.new
+
+    def _read_text(self, stream: TextStream) -> None:
+        before = len(self.tokens) - len(self.new)
+        free = max(0, self.request.min_new_tokens - before)
+        self.piece = stream.push(self.new[:free], watch=False) if free and self.new else ""
+        if self.new[free:] or self.reason:
+            self.piece += stream.push(self.new[free:], last=self.reason is not None)
+        self.text += self.piece
+        if stream.stopped:  # of the tokens stay those whose text lies wholly before the stop
             self.reason = "stop"
-            return self._release(held[: -max(ended)], [])
-        # a match may restart inside a partial one: of all begun stops, the longest is held back
-        begun = [n for stop in self.stop for n in range(1, len(stop)) if held[-n:] == stop[:n]]
-        keep = max(begun, default=0)
-        if len(self.tokens) + len(held) >= self.max_new_tokens:
-            self.reason = "length"
-            keep = 0
-        cut = len(held) - keep
-        return self._release(held[:cut], held[cut:])
-
-    def _release(self, out: list[int], held: list[int]) -> list[int]:
-        self.tokens += out
-        self._held = held
-        return out
-
-
-def check_stops(stop: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Stop sequences as lists; an empty one would end every row at once."""
-    if any(not isinstance(one, Sequence) or not one for one in stop):
-        raise ValueError(f"stop must be a list of stop sequences of at least one token, [[2], [5, 7]], got {stop}.")
-    return [list(one) for one in stop]
+            context = stream.ids[: len(stream.ids) - len(self.tokens)][-8:]
+            room = len(stream.decode(context)) + len(self.text)
+            while self.tokens and len(stream.decode([*context, *self.tokens])) > room:
+                self.tokens.pop()
+            self.new = self.tokens[before:]

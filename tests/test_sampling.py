@@ -1,0 +1,98 @@
+"""Drawing tokens: what the settings mean, the noise, and rows that change hands."""
+
+import pytest
+import torch
+
+from litgpt_kv import SamplingArgs
+from litgpt_kv.generate.sampling import Sampler, exponential, logprobs_of
+from litgpt_kv.generate.stopping import Request
+
+
+def sampler_of(args: SamplingArgs, count: int, vocabulary: int, **request) -> Sampler:
+    sampler = Sampler(count, vocabulary, torch.device("cpu"))
+    prompt = request.pop("prompt", [0])
+    sampler.place({b: Request(prompt, sampling=one, **request) for b, one in enumerate(args.rows(count))})
+    return sampler
+
+
+def test_sampling_keeps_to_top_k_and_top_p():
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.05, 0.15, 0.3, 0.5]])).repeat(500, 1)
+    drawn = sampler_of(SamplingArgs(top_k=2, seed=list(range(1000))), 1000, 4)(logits).view(-1, 2)
+    assert set(drawn[:, 0].tolist()) == {0, 1}
+    assert set(drawn[:, 1].tolist()) == {2, 3}
+    drawn = sampler_of(SamplingArgs(top_p=0.7, seed=list(range(1000))), 1000, 4)(logits).view(-1, 2)
+    assert set(drawn[:, 0].tolist()) == {0, 1}
+    share = (drawn[:, 0] == 0).float().mean().item()
+    assert share == pytest.approx(0.5 / 0.8, abs=0.08)
+
+
+def test_the_noise_is_exponential_and_its_draws_are_independent():
+    noise = exponential(torch.arange(40), torch.arange(40) * 3, 5000).double()
+    assert noise.mean().item() == pytest.approx(1, abs=0.01)
+    assert noise.var().item() == pytest.approx(1, abs=0.03)
+    ranked = (-noise).exp()  # uniform
+    counts = torch.histc(ranked, 20, 0, 1) / noise.numel() * 20
+    assert (counts - 1).abs().max() < 0.05
+    rows = (ranked - 0.5) / ranked.std()
+    for a, b in ((rows[:-1], rows[1:]), (rows[:, :-1], rows[:, 1:])):  # neighbouring seeds, neighbouring tokens
+        assert (a * b).mean().abs() < 0.02
+    steps = torch.stack([exponential(torch.tensor([7]), torch.tensor([n]), 5000)[0] for n in range(40)])
+    assert (((-steps[:-1]).exp() - 0.5) * ((-steps[1:]).exp() - 0.5)).mean().abs() < 0.002
+
+
+def test_sampling_with_a_seed_follows_the_probabilities():
+    probs = torch.tensor([0.5, 0.25, 0.15, 0.1])
+    drawn = sampler_of(SamplingArgs(seed=list(range(4000))), 4000, 4)(probs.log().expand(4000, 4))
+    share = torch.bincount(drawn, minlength=4) / 4000
+    assert (share - probs).abs().max() < 0.03
+
+
+def test_a_row_without_a_seed_beside_one_with_it_draws_at_random():
+    logits = torch.zeros(2, 1000)
+    sampler = sampler_of(SamplingArgs(seed=[7, None]), 2, 1000)
+    runs = []
+    for _ in range(3):
+        sampler.place({b: Request([0], sampling=SamplingArgs(seed=s)) for b, s in enumerate((7, None))})
+        runs.append([sampler(logits).tolist() for _ in range(4)])
+    assert len({tuple(step[0] for step in run) for run in runs}) == 1
+    assert len({tuple(step[1] for step in run) for run in runs}) == 3
+
+
+def test_repetition_penalty_against_a_loop_over_tokens():
+    g = torch.Generator().manual_seed(3)
+    penalties, prompts = [1.0, 1.3, 0.5], [[1, 2], [3, 3, 9], [4]]
+    sampler = Sampler(3, 12, torch.device("cpu"))
+    settings = [SamplingArgs(temperature=0, repetition_penalty=p) for p in penalties]
+    sampler.place({b: Request(prompts[b], sampling=settings[b]) for b in range(3)})
+    texts = [list(p) for p in prompts]
+    for step in range(30):
+        if step == 12:  # another prompt takes the place of the second row
+            texts[1] = [0, 5]
+            sampler.place({1: Request(texts[1], sampling=settings[1])})
+        logits = torch.randn(3, 12, generator=g)
+        drawing = torch.tensor([True, step % 3 != 1, True])
+        token = sampler(logits, drawing).tolist()
+        for b, text in enumerate(texts):
+            expected = logits[b].clone()
+            for t in set(text):
+                expected[t] *= 1 / penalties[b] if expected[t] > 0 else penalties[b]
+            assert token[b] == int(expected.argmax()), (step, b)
+            if drawing[b]:
+                text.append(token[b])
+
+
+def test_a_stop_token_is_not_drawn_before_the_least_number_of_tokens():
+    logits = torch.tensor([[0.0, 5.0, 1.0]]).expand(2, 3)
+    sampler = Sampler(2, 3, torch.device("cpu"))
+    greedy = SamplingArgs(temperature=0)
+    sampler.place({0: Request([0], 9, 2, greedy, [[1], [2, 1]]), 1: Request([0], 9, 0, greedy, [[1]])})
+    assert [sampler(logits).tolist() for _ in range(3)] == [[2, 1], [2, 1], [1, 1]]
+    sampler.place({0: Request([0], 9, 0, greedy, [[1]]), 1: Request([0], 9, 1, greedy, [[1]])})
+    assert [sampler(logits).tolist() for _ in range(2)] == [[1, 2], [1, 1]]
+
+
+def test_logprobs_are_the_models_own():
+    logits = torch.randn(3, 7)
+    expected = logits.softmax(-1).log()
+    token = torch.tensor([1, 6, 0])
+    assert torch.allclose(logprobs_of(logits, token), expected[torch.arange(3), token], atol=1e-6)
