@@ -6,14 +6,16 @@ P sets of kept tokens (1, or one a key/value head) · E rotated elements.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from litgpt.config import Config
-from litgpt_kv import registry, storage  # noqa: F401  (storage registers itself)
+from litgpt_kv import registry, saving, storage  # noqa: F401  (storage registers itself)
 from litgpt_kv.config import KVCacheArgs, unsupported
 from litgpt_kv.layer import DecodeStep, LayerCache, PromptStep, Turn
 from litgpt_kv.plan import Plan, limit_of, settle
@@ -33,6 +35,7 @@ class KVCache(nn.Module):
     """
 
     row_dim: ClassVar[int] = 0
+    _model: weakref.ref[GPT] | None = None
 
     def __init__(
         self,
@@ -116,6 +119,7 @@ class KVCache(nn.Module):
         dtype = dtype or model.transformer.wte.weight.dtype
         with torch.inference_mode(False):  # tensors made inside could not be used outside of it
             cache = cls(model.config, args, batch_size, max_tokens, context, dtype, devices)
+            cache._model = weakref.ref(model)  # whose it is, for `save`
             if any(plan.endless for plan in cache._plans):
                 cache._theta = model.theta()
             return cache
@@ -142,6 +146,35 @@ class KVCache(nn.Module):
             "ranks": sum(slots.rank.nbytes for slots in self.slots if slots.rank is not None),
         }
         return {**size, "total": sum(size.values())}
+
+    def save(self, path: str | Path, model: GPT | None = None) -> None:
+        """Writes the cache to a file in safetensors' format, with its arguments and a fingerprint of its model.
+
+        Args:
+            path: Of the file.
+            model: The cache's model; needed only by a copy or where the model it was built for is gone.
+        """
+        model = model or (self._model and self._model())
+        if model is None:
+            raise ValueError("The cache's model is gone: give it, as save(path, model).")
+        saving.write(self, path, model)
+
+    @classmethod
+    def load(cls, path: str | Path, model: GPT, args: KVCacheArgs | None = None) -> KVCache:
+        """The cache that `save` wrote, on the devices of the model's layers.
+
+        Args:
+            path: Of the file.
+            model: The model that it was made with.
+            args: What it should be, if you want that checked.
+
+        Raises:
+            ValueError: If the file is missing or no cache, or was made with another model or other arguments.
+        """
+        return saving.read(cls, path, model, args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_model": None}  # a weak reference can neither be copied nor pickled
 
     def __repr__(self) -> str:
         kept = dict.fromkeys(f"{type(s.strategy).__name__.lower()} {s.size}" for s in self.slots)

@@ -1,10 +1,13 @@
 """Caches repeated, saved and loaded go on as if nothing had happened; another model's cache is refused."""
 
+import copy
+import gc
+import pickle
+
 import pytest
 import torch
 
 from litgpt_kv import KVCache, KVCacheArgs, registry
-from litgpt_kv.saving import load_cache, save_cache
 from reference import tiny
 
 COMBOS = [(name, positions) for name in registry.names("strategy") for positions in ("absolute", "cache")]
@@ -32,8 +35,8 @@ def test_a_saved_cache_goes_on(tmp_path, name, positions):
     model = tiny()
     cache = seeded(model, name, positions)
     cache.retire([1])
-    save_cache(cache, tmp_path / "a.safetensors", model)
-    again = load_cache(tmp_path / "a.safetensors", model)
+    cache.save(tmp_path / "a.safetensors")
+    again = KVCache.load(tmp_path / "a.safetensors", model, cache.args)
     assert again.args == cache.args
     assert again.tokens() == cache.tokens()
     for a, b in zip(steps(model, cache), steps(model, again)):
@@ -58,15 +61,35 @@ def test_a_repeated_cache_is_each_row_several_times_and_its_own(name, positions)
 def test_what_is_refused(tmp_path):
     model, file = tiny(), tmp_path / "a.safetensors"
     with pytest.raises(ValueError, match="cannot be read as a cache"):
-        load_cache(file, model)
+        KVCache.load(file, model)
     file.write_bytes(b"rubbish")
     with pytest.raises(ValueError, match="cannot be read as a cache"):
-        load_cache(file, model)
-    save_cache(seeded(model, "sink", "cache"), file, model)
+        KVCache.load(file, model)
+    seeded(model, "sink", "cache").save(file)
     with pytest.raises(ValueError, match="another model"):
-        load_cache(file, tiny(seed=7))
+        KVCache.load(file, tiny(seed=7))
     with pytest.raises(ValueError, match="another model"):
-        load_cache(file, tiny(n_layer=3))
+        KVCache.load(file, tiny(n_layer=3))
+    with pytest.raises(ValueError, match="other arguments: strategy is 'sink', not 'h2o', budget is 10, not 9"):
+        KVCache.load(file, model, KVCacheArgs("h2o", 9, positions="cache"))
+    with pytest.raises(ValueError, match="cannot be written"):
+        seeded(model, "sink", "cache").save(tmp_path / "no" / "folder")
+
+
+def test_copies_and_the_cache_of_a_model_that_is_gone(tmp_path):
+    model, file = tiny(), tmp_path / "a.safetensors"
+    cache = seeded(model, "h2o", "absolute")
+    for other in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+        with pytest.raises(ValueError, match="model is gone"):
+            other.save(file)
+        other.save(file, model)
+        assert KVCache.load(file, model).seen == cache.seen == [19, 14]
+    cache.repeat(2).save(file)
+    assert KVCache.load(file, model).seen == [19, 19, 14, 14]
+    del model
+    gc.collect()
+    with pytest.raises(ValueError, match="model is gone"):
+        cache.save(file)
 
 
 def test_rows_are_numbers_or_a_mask():

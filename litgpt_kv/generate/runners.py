@@ -88,7 +88,8 @@ class Cached:
             raise ValueError(f"prefill must be one of {', '.join(PREFILLS)}, got {method!r}.")
         if chunk is not None and not 1 <= chunk <= cache.longest_block:
             raise ValueError(f"prefill_chunk must be 1 to {cache.longest_block} (budget less sinks), got {chunk}.")
-        self.model, self.decoder, self.cache, self.method = model, decoder or model, cache, method
+        self.model, self.decoder = model, model if decoder is None else decoder
+        self.cache, self.method = cache, method
         self.chunk = chunk or (min(BLOCK, cache.longest_block) if cache.exact_blocks else 1)
         self.limit, self.why, self.retire = cache.limit, cache.why, cache.retire
         self.size, self.device = cache.batch_size, cache.pos.device
