@@ -2,14 +2,16 @@
 
 from litgpt_kv.benchmark import benchmark
 from litgpt_kv.cli import run
-from litgpt_kv.commands import generate, strategies
+from litgpt_kv.commands import chat, generate, strategies
 
-COMMANDS = {"generate": generate, "strategies": strategies, "benchmark": benchmark}
+COMMANDS = {"generate": generate, "chat": chat, "strategies": strategies, "benchmark": benchmark}
 DESCRIPTION = """Key/value caches for litgpt's models.
 
   litgpt_kv generate demo --prompt "def fib("                                  the shipped model, every token kept
   litgpt_kv generate demo --kv-cache h2o --kv-cache.budget 128 --prompt "def " another cache
   litgpt_kv generate demo --prompt "import os" --prompt "class A:"             a batch
+  litgpt_kv generate demo --prompts questions.jsonl --out answers.jsonl        a file of prompts
+  litgpt_kv chat demo --kv-cache sink --kv-cache.budget 512                    a conversation, as long as you like
   litgpt_kv generate demo --config config_hub/generate/sink.yaml               options from a file
   litgpt_kv strategies                                                         what --kv-cache takes
   litgpt_kv generate --kv-cache.help h2o                                       one of them

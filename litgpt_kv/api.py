@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -15,8 +17,10 @@ from litgpt.prompts import PromptStyle
 from litgpt.tokenizer import Tokenizer
 from litgpt_kv import checkpoint
 from litgpt_kv.cache import KVCache
+from litgpt_kv.chat import Chat
 from litgpt_kv.config import KVCacheArgs, SamplingArgs
-from litgpt_kv.generate import Stats, stream
+from litgpt_kv.generate import Request, Stats, serve
+from litgpt_kv.generate.stopping import Row
 from litgpt_kv.generate.text import TextStream
 from litgpt_kv.model import GPT
 
@@ -29,6 +33,7 @@ class LLM:
         fabric: The device and precision.
         stats: What the last run did, in tokens and seconds.
         cache: The last run's cache, None without one.
+        decoder: Runs the one-token steps: the model, or what `compile` made of it.
     """
 
     def __init__(
@@ -43,7 +48,7 @@ class LLM:
         self.model, self.tokenizer, self.prompt_style = model, tokenizer, prompt_style
         self.config, self.checkpoint_dir, self.fabric = config, checkpoint_dir, fabric
         self.stats, self.cache = Stats(), None
-        self._decoder = model
+        self.decoder = model
 
     @classmethod
     def load(
@@ -95,7 +100,7 @@ class LLM:
 
     def compile(self) -> None:
         """Compiles the decode step; the first steps then take a while, the others are faster."""
-        self._decoder = torch.compile(self.model, dynamic=False)
+        self.decoder = torch.compile(self.model, dynamic=False)
 
     def encode(self, prompt: str, sys_prompt: str | None = None) -> Tensor:
         """A prompt in the model's prompt style as token ids, 1-D int64."""
@@ -125,26 +130,35 @@ class LLM:
         *,
         kv_cache: str | KVCacheArgs | None = "dense",
         budget: int | str | None = None,
+        batch_size: int | None = None,
         prefill: str = "min-length",
         prefill_chunk: int | None = None,
+        min_new_tokens: int = 0,
+        stop: str | Sequence[str] = (),
+        repetition_penalty: float = 1.0,
         seed: int | None = None,
         ignore_eos: bool = False,
+        logprobs: bool = False,
     ) -> str | Tensor | list[str] | list[Tensor] | Iterator[str] | Iterator[list[str]]:
-        """Continues a prompt, or several of any lengths in one batch.
+        """Continues a prompt, or several of any lengths.
 
         Args:
             prompt: Text, or a list of texts.
             sys_prompt: For prompt styles that have one.
             max_new_tokens: The most new tokens of each prompt.
-            temperature, top_k, top_p, seed: See `SamplingArgs`.
+            temperature, top_k, top_p, repetition_penalty, seed: See `SamplingArgs`.
             return_as_token_ids: Return 1-D int64 tensors instead of text.
             stream: Return an iterator over pieces of text as they are made; of lists of pieces for a list of prompts.
             kv_cache: A strategy's name, or all of `KVCacheArgs`; None or "none" computes the whole text again at
                 every step.
             budget: Tokens kept, instead of that of `kv_cache`.
+            batch_size: Prompts at a time; when one ends the next takes its place. None: all at once.
             prefill: "min-length" (token by token beyond the shortest prompt) or "full" (one padded pass).
             prefill_chunk: See `litgpt_kv.generate.stream`.
+            min_new_tokens: The end of the model's text and `stop` count only after so many.
+            stop: A text that ends the output and is not part of it, or several.
             ignore_eos: Go on when the model ends its text.
+            logprobs: Fill `stats.logprobs`: one list of log-probabilities for each prompt.
 
         Returns:
             The new text, without the prompt; a list for a list of prompts.
@@ -154,70 +168,145 @@ class LLM:
         """
         if not isinstance(prompt, (str, list, tuple)):
             raise ValueError(f"prompt must be a text or a list of texts, got {prompt!r}.")
-        texts = [prompt] if isinstance(prompt, str) else list(prompt)
-        ids = [self.encode(text, sys_prompt) for text in texts]
-        kv_cache = None if kv_cache == "none" else kv_cache
-        args = KVCacheArgs(strategy=kv_cache) if isinstance(kv_cache, str) else kv_cache
-        if not (args is None or isinstance(args, KVCacheArgs)):
-            raise ValueError(f"kv_cache must be a strategy's name, KVCacheArgs or None, got {kv_cache!r}.")
-        if budget is not None:
-            if args is None:
-                raise ValueError(f"Without a cache there is no budget, got {budget}.")
-            args = replace(args, budget=budget)
         if stream and return_as_token_ids:
             raise ValueError("stream=True gives text; for tokens as they are made see litgpt_kv.generate.stream.")
-        sampling = SamplingArgs(temperature, top_k, top_p, seed)
-        steps = self.steps(ids, args, max_new_tokens, sampling, prefill, prefill_chunk, ignore_eos)
+        args = cache_args(kv_cache, budget)
+        sampling = SamplingArgs(temperature, top_k, top_p, seed, repetition_penalty)
+        rows = [
+            self.row(text, b, sys_prompt, max_new_tokens, min_new_tokens, sampling, stop, ignore_eos)
+            for b, text in enumerate([prompt] if isinstance(prompt, str) else prompt)
+        ]
+        steps = self.run(rows, args, batch_size, prefill, prefill_chunk, logprobs)
         if stream:
-            pieces = self.pieces(ids, steps)
-            return (row[0] for row in pieces) if isinstance(prompt, str) else pieces
-        rows: list[list[int]] = [[] for _ in ids]
-        for step in steps:
-            for row, tokens in zip(rows, step):
-                row += tokens
-        if return_as_token_ids:
-            out = [torch.tensor(row, dtype=torch.int64) for row in rows]
-        else:
-            out = [TextStream(self.decode, before.tolist()).push(row, last=True) for before, row in zip(ids, rows)]
+            pieces = ([row.piece if row in drew else "" for row in rows] for drew in steps)
+            return (one for (one,) in pieces) if isinstance(prompt, str) else pieces
+        for _ in steps:
+            pass
+        out = [torch.tensor(row.tokens, dtype=torch.int64) if return_as_token_ids else row.text for row in rows]
         return out[0] if isinstance(prompt, str) else out
 
-    def steps(
+    def row(
         self,
-        ids: list[Tensor],
+        prompt: str,
+        index: int = 0,
+        sys_prompt: str | None = None,
+        max_new_tokens: int = 50,
+        min_new_tokens: int = 0,
+        sampling: SamplingArgs | None = None,
+        stop: str | Sequence[str] = (),
+        ignore_eos: bool = False,
+    ) -> Row:
+        """A prompt and its settings, as `run` takes them; the arguments are those of `generate`."""
+        ids = self.encode(prompt, sys_prompt)
+        texts = [stop] if isinstance(stop, str) else list(stop)
+        if not all(isinstance(text, str) and text for text in texts):
+            raise ValueError(f"stop must be a text of at least one character, or several, got {stop!r}.")
+        request = Request(
+            ids, max_new_tokens, min_new_tokens, sampling or SamplingArgs(), () if ignore_eos else self.ends()
+        )
+        return Row(request, index, TextStream(self.decode, ids.tolist(), texts))
+
+    def ends(self) -> list[list[int]]:
+        """The token sequences with which the model ends its text, by its prompt style."""
+        return [list(stop) for stop in self.prompt_style.stop_tokens(self.tokenizer) if None not in stop]
+
+    def run(
+        self,
+        rows: Sequence[Row],
         args: KVCacheArgs | None,
-        max_new_tokens: int,
-        sampling: SamplingArgs,
+        batch_size: int | None = None,
         prefill: str = "min-length",
         prefill_chunk: int | None = None,
-        ignore_eos: bool = False,
-    ) -> Iterator[list[list[int]]]:
-        """The token level of `generate`: see `litgpt_kv.generate.stream` for what it yields."""
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
-        self.stats, self.cache = Stats(), None
+        logprobs: bool = False,
+    ) -> Iterator[list[Row]]:
+        """Builds a cache of the right size and answers rows, as many at a time as `batch_size` says.
+
+        Yields:
+            For each draw the rows that took part in it, see `litgpt_kv.generate.serve`. `stats` and `cache` are this
+            run's.
+        """
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        size = max(1, min(len(rows), batch_size or len(rows)))
+        self.stats = stats = Stats()
+        self.cache = None
         if args is not None:
-            tokens = max(map(len, ids), default=1) + max_new_tokens - 1
-            if self._decoder is not self.model and tokens <= self.model.max_seq_length:
-                tokens = min(-(-tokens // 128) * 128, self.model.max_seq_length)  # few sizes: each is compiled once
-            mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # what autocast makes of keys and values
-            dtype = mixed.get(self.fabric._precision.precision)
-            self.cache = KVCache.build(self.model, args, max(1, len(ids)), tokens, dtype)
-        stop = [] if ignore_eos else [s for s in self.prompt_style.stop_tokens(self.tokenizer) if None not in s]
-        return stream(
+            most = max((len(row.request.prompt) + row.request.max_new_tokens for row in rows), default=2)
+            self.cache = self.build_cache(args, size, most - 1)
+        steps = serve(
             self.model,
-            ids,
+            rows,
             self.cache,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            stop=stop,
+            rows=size,
             prefill=prefill,
             prefill_chunk=prefill_chunk,
-            decoder=self._decoder,
-            stats=self.stats,
+            decoder=self.decoder,
+            stats=stats,
+            logprobs=logprobs,
         )
+        return self._noted(steps, rows, stats)
 
-    def pieces(self, ids: list[Tensor], steps: Iterator[list[list[int]]]) -> Iterator[list[str]]:
-        texts = [TextStream(self.decode, before.tolist()) for before in ids]
-        for step in steps:
-            yield [text.push(tokens) if tokens else "" for text, tokens in zip(texts, step)]
-        yield [text.push([], last=True) for text in texts]
+    def _noted(self, steps: Iterator[list[Row]], rows: Sequence[Row], stats: Stats) -> Iterator[list[Row]]:
+        for drew in steps:
+            if any(row.reason for row in drew):
+                stats.reasons, stats.logprobs = [row.reason for row in rows], [row.logprobs for row in rows]
+            yield drew
+
+    def build_cache(self, args: KVCacheArgs, batch_size: int, tokens: int) -> KVCache:
+        """A cache in the dtype of this model's keys and values; `tokens` are what a row will see."""
+        if self.decoder is not self.model and tokens <= self.model.max_seq_length:
+            tokens = min(-(-tokens // 128) * 128, self.model.max_seq_length)  # few sizes: each is compiled once
+        mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # what autocast makes of keys and values
+        return KVCache.build(self.model, args, batch_size, tokens, mixed.get(self.fabric._precision.precision))
+
+    def chat(self, sys_prompt: str | None = None, *, kv_cache: str | KVCacheArgs = "dense", **settings: Any) -> Chat:
+        """A conversation whose cache stays between turns; see `Chat`."""
+        return Chat(self, sys_prompt, kv_cache=kv_cache, **settings)
+
+    def benchmark(self, num_iterations: int = 1, **kwargs: Any) -> tuple[Any, dict[str, list[float]]]:
+        """Times `generate`, whose arguments it takes; litgpt's names and units, one value an iteration.
+
+        Returns:
+            The last output, and lists of "Seconds total", "Seconds to first token", "Tokens generated", "Inference
+            speed in tokens/sec" (all tokens over all seconds), "Prefill speed in tokens/sec", "Decode speed in
+            tokens/sec", "Cache memory allocated in GB", and on a GPU "Total GPU memory allocated in GB". litgpt runs
+            `generate` twice an iteration and counts the tokens of the text, not those that were made; this does not.
+        """
+        if num_iterations < 1:
+            raise ValueError(f"num_iterations must be at least 1, got {num_iterations}.")
+        table: dict[str, list[float]] = {}
+        out = None
+        for _ in range(num_iterations):
+            began = time.perf_counter()
+            out = self.generate(**kwargs)
+            out = list(out) if kwargs.get("stream") else out
+            seconds, stats = time.perf_counter() - began, self.stats
+            row = {"Seconds total": seconds, "Seconds to first token": stats.prefill_seconds}
+            row |= {"Tokens generated": stats.new_tokens, "Inference speed in tokens/sec": stats.new_tokens / seconds}
+            row["Prefill speed in tokens/sec"] = stats.prefill_tokens / stats.prefill_seconds
+            if stats.decode_tokens:
+                row["Decode speed in tokens/sec"] = stats.decode_tokens / stats.decode_seconds
+            if self.cache is not None:
+                row["Cache memory allocated in GB"] = self.cache.allocated()["total"] / 1e9
+            if self.fabric.device.type == "cuda":
+                row["Total GPU memory allocated in GB"] = torch.cuda.max_memory_allocated() / 1e9
+            for name, value in row.items():
+                table.setdefault(name, []).append(value)
+        if kwargs.get("stream"):
+            pieces = out or []
+            single = isinstance(kwargs.get("prompt"), str)
+            out = "".join(pieces) if single else ["".join(row) for row in zip(*pieces)]
+        return out, table
+
+
+def cache_args(kv_cache: str | KVCacheArgs | None, budget: int | str | None = None) -> KVCacheArgs | None:
+    """`KVCacheArgs` from a strategy's name or themselves, with another budget if one is given; None for "none"."""
+    kv_cache = None if kv_cache == "none" else kv_cache
+    args = KVCacheArgs(strategy=kv_cache) if isinstance(kv_cache, str) else kv_cache
+    if not (args is None or isinstance(args, KVCacheArgs)):
+        raise ValueError(f"kv_cache must be a strategy's name, KVCacheArgs or None, got {kv_cache!r}.")
+    if budget is None:
+        return args
+    if args is None:
+        raise ValueError(f"Without a cache there is no budget, got {budget}.")
+    return replace(args, budget=budget)

@@ -58,12 +58,12 @@ def fail(message: str) -> NoReturn:
 
 
 def normalise(args: list[str], flags: Collection[str] = ()) -> list[str]:
-    """Dashes in option names to underscores, `--kv_cache X` to `.strategy X`, several `--prompt` to one list.
+    """Dashes in option names to underscores, `--kv_cache X` to `.strategy X`, several `--prompt` or `--stop` to a list.
 
     Those of `flags` that stand without a value get "true".
     """
     out: list[str] = []
-    prompts: list[str] = []
+    texts: dict[str, list[str]] = {"--prompt": [], "--stop": []}
     rest = deque(args)
     while rest:
         token = rest.popleft()
@@ -74,16 +74,16 @@ def normalise(args: list[str], flags: Collection[str] = ()) -> list[str]:
             continue
         name, equals, value = token.partition("=")
         name = "--" + name[2:].replace("-", "_")
-        if name in ("--kv_cache.help", "--prompt") and not equals:
+        if name in ("--kv_cache.help", *texts) and not equals:
             if not rest:
                 fail(f"{token} needs a value.")
             value = rest.popleft()
         if name == "--kv_cache.help":
             show_strategy(value)
-        elif name == "--prompt":
+        elif name in texts:
             if any("\ud800" <= c <= "\udfff" for c in value):
                 fail(f"{token} is no valid text in this terminal's encoding.")
-            prompts.append(value)
+            texts[name].append(value)
         elif name[2:] in flags and not equals and (not rest or rest[0] not in ("true", "false")):
             out.append(name + "=true")
         elif name == "--config":
@@ -92,7 +92,7 @@ def normalise(args: list[str], flags: Collection[str] = ()) -> list[str]:
             out.append("--kv_cache.strategy" + equals + value)
         else:
             out.append(name + equals + value)
-    return [*out, f"--prompt={json.dumps(prompts, ensure_ascii=False)}"] if prompts else out
+    return [*out, *(f"{name}={json.dumps(given, ensure_ascii=False)}" for name, given in texts.items() if given)]
 
 
 def shipped(path: str) -> str:

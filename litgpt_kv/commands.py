@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,8 +14,11 @@ from litgpt_kv.api import LLM
 from litgpt_kv.cache import KVCache
 from litgpt_kv.cli import cache_args, describe
 from litgpt_kv.config import SamplingArgs
-from litgpt_kv.generate import Stats
+from litgpt_kv.files import Answers, Line, Settings, answer_file, read_prompts
+from litgpt_kv.generate import Request, Stats
 from litgpt_kv.generate.runners import PREFILLS
+from litgpt_kv.generate.stopping import Row
+from litgpt_kv.talk import talk
 
 SMALL_MODEL = 20_000_000  # weights
 MANY_STEPS = 256  # prompt tokens read one at a time, from which on the user is told of a faster way
@@ -24,13 +28,21 @@ def generate(
     checkpoint_dir: str,
     prompt: list[str] | str = "What food do llamas eat?",
     *,
+    prompts: str | None = None,
+    out: str | None = None,
+    resume: bool = False,
+    batch_size: int | None = None,
     sys_prompt: str | None = None,
     num_samples: int = 1,
     max_new_tokens: int = 50,
+    min_new_tokens: int = 0,
+    stop: list[str] | str | None = None,
     top_k: int | None = 50,
     top_p: float = 1.0,
     temperature: float | None = None,
+    repetition_penalty: float = 1.0,
     seed: int = 1234,
+    logprobs: bool = False,
     kv_cache: dict[str, Any] | str = "dense",
     prefill: str = "min-length",
     prefill_chunk: int | None = None,
@@ -40,19 +52,28 @@ def generate(
     threads: int | None = None,
     compile: bool = False,
 ) -> None:
-    """Continue one prompt, or several in one batch.
+    """Continue one prompt, several in one batch, or all of a file.
 
     Args:
         checkpoint_dir: A checkpoint folder in litgpt's layout, or "demo" for the shipped model.
         prompt: The text to continue; give the option several times for a batch.
+        prompts: A file of prompts: .jsonl with {"prompt": ...} and, if it likes, settings of its own on each line, or
+            text with one prompt a line; - is standard input.
+        out: A file that takes the answers as JSON lines; by default they go to standard output.
+        resume: Go on with an interrupted run's file.
+        batch_size: Prompts at a time; one that ends makes room for the next. By default 8 for a file, else all.
         sys_prompt: The system prompt, for prompt styles that have one.
         num_samples: How many texts to make of each prompt.
         max_new_tokens: The most new tokens of a text.
+        min_new_tokens: The end of the model's text and `stop` count only after so many.
+        stop: A text that ends the output and is not part of it; give the option several times for several.
         top_k: Sample among so many most probable tokens; null for all.
         top_p: Sample among the most probable tokens that together have this probability; 0 takes the most probable one.
         temperature: Higher is more random; 0 takes the most probable token. By default what the checkpoint's
             generation_config.json says, else 0.8.
+        repetition_penalty: Over 1 makes tokens that the text has already less probable.
         seed: Of the random choices.
+        logprobs: With `prompts`, also give each new token and its log-probability.
         kv_cache: What to keep: a strategy of `litgpt_kv strategies`, or "none" to compute the whole text at every step.
             With --kv-cache.budget, .sinks, .recent, .storage, .positions and the strategy's own options;
             `--kv-cache.help h2o` explains one.
@@ -67,19 +88,95 @@ def generate(
             torch's own choice for others.
         compile: Compile the decode step: slow to start, fast to run.
     """
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     args = cache_args(kv_cache)
     if temperature is None:
         temperature = checkpoint.own_temperature(checkpoint.find(checkpoint_dir))
-    samplings = [SamplingArgs(temperature, top_k, top_p, seed + i) for i in range(num_samples)]
+    ends = max_new_tokens, min_new_tokens
+    settings = Settings(sys_prompt, *ends, temperature, top_k, top_p, repetition_penalty, seed, stop or (), ignore_eos)
+    SamplingArgs(temperature, top_k, top_p, seed, repetition_penalty)  # raises before anything is loaded
+    Request((), *ends)
     if prefill not in PREFILLS:
         raise ValueError(f"prefill must be one of {', '.join(PREFILLS)}, got {prefill!r}.")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
-    if "" in prompts or not prompts:
+    for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    if prompts is None and (out is not None or resume or logprobs):
+        raise ValueError("--out, --resume and --logprobs go with a file of prompts: --prompts FILE.")
+    lines = read_prompts(prompts) if prompts is not None else []
+    texts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if "" in texts or not texts:
         raise ValueError("The prompt is empty.")
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
+    answers = Answers(out, resume) if prompts is not None else None
+    llm = load(checkpoint_dir, precision, accelerator, threads)
+    if compile:
+        llm.compile()
+    how = {"batch_size": batch_size, "prefill": prefill, "prefill_chunk": prefill_chunk}
+    if answers is not None:
+        how |= {"batch_size": batch_size or 8, "num_samples": num_samples, "logprobs": logprobs}
+        _answer(llm, lines, answers, settings, args, **how)
+        return
+    for sample in range(num_samples):
+        rows = [settings.row(llm, {"prompt": text}, b, sample) for b, text in enumerate(texts)]
+        steps = llm.run(rows, args, **how)
+        _announce(llm, [len(row.request.prompt) for row in rows], prefill, prefill_chunk)
+        show(llm, rows, steps)
+        report(llm.stats, llm.cache)
+
+
+def show(llm: LLM, rows: list[Row], steps: Iterator[list[Row]]) -> None:
+    """Prompts and their continuations: one as it is made, several when all are."""
+    texts = [llm.decode(row.request.prompt.tolist()) for row in rows]
+    if len(rows) == 1:
+        begin = texts[0]
+        for _ in steps:
+            print(begin + rows[0].piece, end="", flush=True)
+            begin = ""
+        print()
+        return
+    for _ in steps:
+        pass
+    for text, row in zip(texts, rows):
+        print(text + row.text)
+
+
+def _answer(llm: LLM, lines: list[Line], answers: Answers, *others: Any, **how: Any) -> None:
+    before = len(answers.done)
+    try:
+        bad = answer_file(llm, lines, answers, *others, **how)
+    except KeyboardInterrupt:
+        if answers.path is not None:
+            _say(f"Interrupted: {len(answers.done):,} answers are in {answers.path}; --resume goes on.")
+        raise
+    answers.close()
+    for line in bad:
+        _say(f"Line {line.number} was left out: {line.error}")
+    if llm.stats.new_tokens:
+        report(llm.stats, llm.cache, brief=True)
+    where = "" if answers.path is None else f" in {answers.path}"
+    resumed = f", {before:,} of them from before" if before else ""
+    count = len(answers.done) if answers.path is not None else answers.given
+    _say(f"{count:,} answers{where}{resumed}; {len(bad):,} of {len(lines):,} lines could not be used.")
+    if bad:
+        raise SystemExit(1)
+
+
+def _announce(llm: LLM, lengths: list[int], prefill: str, prefill_chunk: int | None) -> None:
+    """Says when much of a prompt will be read slowly, and what would be faster."""
+    cache = llm.cache
+    if cache is None or prefill != "min-length" or prefill_chunk is not None or cache.exact_blocks:
+        return
+    longest, first = max(lengths), min(cache.first_chunk, *lengths)
+    if longest - first >= MANY_STEPS:
+        budget = min(slots.size for slots in cache.slots)
+        what = f"{longest:,} tokens, {longest / budget:.3g} times the budget"
+        _say(
+            f"The longest prompt has {what}: {longest - first:,} will be read one at a time; "
+            "--prefill full reads all in one pass."
+        )
+
+
+def load(checkpoint_dir: str, precision: str | None, accelerator: str, threads: int | None) -> LLM:
+    """A model, and as many CPU threads as suit it."""
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}.")
     began = time.perf_counter()
@@ -89,29 +186,67 @@ def generate(
         threads = 1 if sum(p.numel() for p in llm.model.parameters()) < SMALL_MODEL else None
     if threads is not None:
         torch.set_num_threads(threads)
+    return llm
+
+
+def chat(
+    checkpoint_dir: str,
+    *,
+    sys_prompt: str | None = None,
+    max_new_tokens: int = 256,
+    max_tokens: int | None = None,
+    top_k: int | None = 50,
+    top_p: float = 1.0,
+    temperature: float | None = None,
+    repetition_penalty: float = 1.0,
+    seed: int = 1234,
+    stop: list[str] | str | None = None,
+    multiline: bool = False,
+    kv_cache: dict[str, Any] | str = "dense",
+    prefill: str = "min-length",
+    precision: str | None = None,
+    accelerator: str = "auto",
+    threads: int | None = None,
+    compile: bool = False,
+) -> None:
+    """Talk with a model. Only each new turn is read: the cache stays.
+
+    /reset forgets the conversation, /cache tells what is kept, /quit ends; Ctrl-C ends a reply. A line that ends with a
+    backslash goes on with the next one.
+
+    Args:
+        checkpoint_dir: A checkpoint folder in litgpt's layout, or "demo" for the shipped model.
+        sys_prompt: The system prompt, for prompt styles that have one.
+        max_new_tokens: The most new tokens of a reply.
+        max_tokens: How many tokens the conversation may have: the size of a dense cache, and the budget where none is
+            given. By default the model's context, at most 8192.
+        top_k: Sample among so many most probable tokens; null for all.
+        top_p: Sample among the most probable tokens that together have this probability; 0 takes the most probable one.
+        temperature: Higher is more random; 0 takes the most probable token. By default what the checkpoint's
+            generation_config.json says, else 0.8.
+        repetition_penalty: Over 1 makes tokens that the text has already less probable.
+        seed: Of the random choices.
+        stop: A text that ends a reply and is not part of it; give the option several times for several.
+        multiline: Every input has several lines and ends with !submit on a line of its own.
+        kv_cache: What to keep: a strategy of `litgpt_kv strategies`. With --kv-cache.budget, .sinks, .recent, .storage,
+            .positions and the strategy's own options; `--kv-cache.help sink` explains one.
+        prefill: How the first turn is read: "min-length" or "full".
+        precision: Lightning Fabric's name; by default 32-true on a CPU and bf16-true on a GPU.
+        accelerator: cpu, cuda, mps, or auto.
+        threads: CPU threads; by default one for a small model.
+        compile: Compile the decode step: slow to start, fast to run.
+    """
+    args = cache_args(kv_cache)
+    if args is None:
+        raise ValueError("kv_cache 'none' keeps nothing between turns: choose a strategy.")
+    if temperature is None:
+        temperature = checkpoint.own_temperature(checkpoint.find(checkpoint_dir))
+    llm = load(checkpoint_dir, precision, accelerator, threads)
     if compile:
         llm.compile()
-    ids = [llm.encode(text, sys_prompt) for text in prompts]
-    for sampling in samplings:
-        steps = llm.steps(ids, args, max_new_tokens, sampling, prefill, prefill_chunk, ignore_eos)
-        if args is not None and prefill == "min-length" and prefill_chunk is None and not llm.cache.exact_blocks:
-            singly = max(map(len, ids)) - min(llm.cache.first_chunk, *map(len, ids))
-            if singly >= MANY_STEPS:
-                _say(f"{singly:,} prompt tokens will be read one at a time; --prefill full reads all in one pass.")
-        pieces = llm.pieces(ids, steps)
-        if len(ids) == 1:  # shown as it is made
-            first = next(pieces)
-            print(llm.decode(ids[0].tolist()) + first[0], end="", flush=True)
-            for (piece,) in pieces:
-                print(piece, end="", flush=True)
-            print()
-        else:
-            texts = [llm.decode(row.tolist()) for row in ids]
-            for step in pieces:
-                texts = [text + piece for text, piece in zip(texts, step)]
-            for text in texts:
-                print(text)
-        report(llm.stats, llm.cache)
+    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty}
+    settings |= {"max_tokens": max_tokens, "max_new_tokens": max_new_tokens, "seed": seed, "stop": stop or ()}
+    talk(llm.chat(sys_prompt, kv_cache=args, prefill=prefill, **settings), multiline)
 
 
 def strategies() -> None:
@@ -120,8 +255,8 @@ def strategies() -> None:
         print(describe(name))
 
 
-def report(stats: Stats, cache: KVCache | None) -> None:
-    """What a run did, on standard error."""
+def report(stats: Stats, cache: KVCache | None, brief: bool = False) -> None:
+    """What a run did, on standard error; `brief` without what each row keeps."""
     prefill = f"{stats.prefill_seconds:.2f} s ({_rate(stats.prefill_tokens, stats.prefill_seconds)})"
     if (later := stats.prompt_tokens - stats.prefill_tokens) > 0:
         prefill += f" and {later:,} beside decoding"
@@ -135,7 +270,7 @@ def report(stats: Stats, cache: KVCache | None) -> None:
         parts = ", ".join(f"{what} {n:,}" for what, n in size.items() if n and what != "total")
         budget = " to ".join(f"{b:,}" for b in dict.fromkeys([budgets[0], budgets[-1]]))
         what = f"Cache {', '.join(dict.fromkeys(names))}: budget {budget} tokens, {size['total']:,} bytes ({parts})"
-        _say(f"{what}; kept {kept} tokens seen.")
+        _say(what + "." if brief else f"{what}; kept {kept} tokens seen.")
 
 
 def _rate(tokens: int, seconds: float) -> str:

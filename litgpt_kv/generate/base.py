@@ -16,6 +16,7 @@ from litgpt_kv.generate.loop import Loop, Stats
 from litgpt_kv.generate.runners import (
     PREFILLS,
     Cached,
+    Limits,
     Model,
     Prompts,
     Recompute,
@@ -138,15 +139,20 @@ def run_rows(
         raise ValueError(f"The cache has {run.size} rows, there are {len(rows)} prompts.")
     sampler = Sampler(run.size, vocabulary(run.model), run.device)
     for row, seen in zip(rows, run.seen):
-        check(row.request, run, f"Prompt {max(0, row.index)}", seen)
+        check(row.request, run.limits, f"Prompt {max(0, row.index)}", seen)
     sampler.place(dict(enumerate(row.request for row in rows)))
     return Loop(run, list(rows), waiting, sampler, stats, logprobs).steps()
 
 
-def check(request: Request, run: Cached | Recompute, name: str = "The prompt", seen: int = 0) -> None:
+def check(request: Request, limits: Limits, name: str = "The prompt", seen: int = 0) -> None:
     """Raises ValueError if a request cannot be run; `seen` tokens came before it."""
-    prompt = check_prompt(request.prompt, vocabulary(run.model), name)
-    check_fit(name, seen + len(prompt), request.max_new_tokens, run.limit, run.why)
+    prompt = check_prompt(request.prompt, limits.vocabulary, name)
+    check_fit(name, seen + len(prompt), request.max_new_tokens, limits.limit, limits.why)
+    if limits.most is not None and len(prompt) > limits.most and not seen:
+        raise ValueError(
+            f"{name} has {len(prompt)} tokens; prefill 'full' reads it in one pass and the model's context is "
+            f"{limits.most}. The min-length prefill reads longer prompts into a cache that evicts."
+        )
 
 
 def generate(

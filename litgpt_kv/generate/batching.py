@@ -8,7 +8,7 @@ from itertools import islice
 from litgpt_kv.cache import KVCache
 from litgpt_kv.generate.base import check, run_rows, runner
 from litgpt_kv.generate.loop import Stats
-from litgpt_kv.generate.runners import Model
+from litgpt_kv.generate.runners import Limits, Model
 from litgpt_kv.generate.stopping import Request, Row
 
 
@@ -54,7 +54,7 @@ def serve(
     first = list(islice(waiting, size))
     if first:  # a cache larger than there are requests: the rows left over have ended before they began
         first += [Row(first[0].request, -1, reason="empty") for _ in range(size - len(first))]
-    return run_rows(run, first, checked(waiting, run), Stats() if stats is None else stats, logprobs)
+    return run_rows(run, first, checked(waiting, run.limits), Stats() if stats is None else stats, logprobs)
 
 
 def numbered(requests: Iterable[Request | Row]) -> Iterator[Row]:
@@ -62,7 +62,7 @@ def numbered(requests: Iterable[Request | Row]) -> Iterator[Row]:
         yield Row(request, index) if isinstance(request, Request) else request
 
 
-def checked(rows: Iterable[Row], run: object) -> Iterator[Row]:
+def checked(rows: Iterable[Row], limits: Limits) -> Iterator[Row]:
     for row in rows:
-        check(row.request, run, f"Prompt {row.index}")
+        check(row.request, limits, f"Prompt {row.index}")
         yield row

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from litgpt_kv.cache import KVCache
+from litgpt_kv.config import KVCacheArgs
 from litgpt_kv.model import GPT
+from litgpt_kv.plan import limit_of, settle
 
 PREFILLS = ("min-length", "full")
 BLOCK = 128  # tokens; the logits of a block are (B, BLOCK, V), so a longer one would cost memory and save little
@@ -73,11 +75,31 @@ def first_pass(model: Model, batch: Prompts, cache: KVCache, method: str) -> tup
     return model(batch.padded[:, : max(lengths)], cache, length), lengths
 
 
+@dataclass
+class Limits:
+    """What a request must fit: tokens of a row (`limit`, and `why`), tokens of one pass (`most`), vocabulary."""
+
+    vocabulary: int
+    limit: int | None
+    why: str
+    most: int | None
+
+    @classmethod
+    def of(cls, model: GPT, args: KVCacheArgs | None, prefill: str) -> Limits:
+        """Those of the largest cache that the arguments allow."""
+        context = model.max_seq_length
+        limit, why = context, "the model's context"
+        if args is not None:
+            limit, why = limit_of(settle(model.config, args, context, context), context)
+        return cls(vocabulary(model), limit, why, context if prefill == "full" else None)
+
+
 class Cached:
     """Rows of a cache.
 
     Args:
-        model: Runs prompts. decoder: Runs the one-token steps, a compiled model for instance.
+        model: Runs prompts.
+        decoder: Runs the one-token steps, a compiled model for instance.
         cache: Empty, or with what came before the prompts.
         method: "min-length" or "full".
         chunk: Blocks in which the rest of a prompt is read; None: the longest that changes nothing.
@@ -91,8 +113,10 @@ class Cached:
         self.model, self.decoder = model, model if decoder is None else decoder
         self.cache, self.method = cache, method
         self.chunk = chunk or (min(BLOCK, cache.longest_block) if cache.exact_blocks else 1)
-        self.limit, self.why, self.retire = cache.limit, cache.why, cache.retire
+        self.retire = cache.retire
         self.size, self.device = cache.batch_size, cache.pos.device
+        most = model.max_seq_length if method == "full" else None
+        self.limits = Limits(vocabulary(model), cache.limit, cache.why, most)
 
     @property
     def seen(self) -> list[int]:
@@ -132,12 +156,11 @@ class Cached:
 class Recompute:
     """Stands in for a cache and has none: every step runs the whole text again, the baseline."""
 
-    why = "the model's context"
-
     def __init__(self, model: GPT, rows: int) -> None:
-        self.model, self.size, self.limit = model, rows, model.max_seq_length
+        self.model, self.size, self.context = model, rows, model.max_seq_length
+        self.limits = Limits.of(model, None, "min-length")
         self.device = next(model.parameters()).device
-        self.text = torch.zeros(rows, self.limit, dtype=torch.int64, device=self.device)
+        self.text = torch.zeros(rows, self.context, dtype=torch.int64, device=self.device)
         self.length, self.seen = [1] * rows, [0] * rows
 
     def begin(self, batch: Prompts) -> tuple[Tensor, list[int]]:
@@ -153,7 +176,7 @@ class Recompute:
 
     def step(self, token: Tensor) -> Tensor:
         self.text.scatter_(1, torch.tensor(self.length, device=self.device).unsqueeze(1), token.unsqueeze(1))
-        self.length = [min(n + 1, self.limit - 1) for n in self.length]
+        self.length = [min(n + 1, self.context - 1) for n in self.length]
         return self._logits()
 
     def _logits(self) -> Tensor:

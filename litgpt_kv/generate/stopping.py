@@ -51,6 +51,7 @@ class Row:
         read: How many tokens of the prompt were read.
         tokens: All tokens released so far, and `new` those of the last push.
         text: All text released so far, and `piece` that of the last push.
+        last: The last token pushed, shown or not; it is the one that no cache has read yet.
         reason: Why the row ended, "stop" or "length"; None while it runs.
         began, first, ended: Seconds (`time.perf_counter`) when it was admitted, had its first token, and ended.
     """
@@ -63,6 +64,7 @@ class Row:
     new: list[int] = field(default_factory=list)
     text: str = ""
     piece: str = ""
+    last: int = -1
     reason: str | None = None
     began: float = 0.0
     first: float = 0.0
@@ -85,6 +87,7 @@ class Row:
 
     def push(self, token: int, logprob: float | None = None) -> list[int]:
         """Takes the next token; returns those that are now certain to belong to the output."""
+        self.last = token
         if logprob is not None:
             self._logprobs.append(logprob)
         held = [*self._held, token]

@@ -1,0 +1,271 @@
+"""Prompts from a file and answers to one: what cannot be used is named by its line, what is finished is never lost.
+
+Floor 6.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from litgpt_kv.api import LLM
+from litgpt_kv.config import KVCacheArgs, SamplingArgs
+from litgpt_kv.generate.base import check
+from litgpt_kv.generate.runners import Limits
+from litgpt_kv.generate.stopping import Row
+
+Place = tuple[int, int]  # a prompt's line and the number of its sample
+NUMBER = (int, float)
+FIELDS: Mapping[str, tuple[type, ...]] = {
+    "prompt": (str,),
+    "id": (str, int),
+    "sys_prompt": (str,),
+    "max_new_tokens": (int,),
+    "min_new_tokens": (int,),
+    "temperature": NUMBER,
+    "top_k": (int, type(None)),
+    "top_p": NUMBER,
+    "repetition_penalty": NUMBER,
+    "seed": (int,),
+    "stop": (str, list),
+}
+
+
+@dataclass
+class Line:
+    """One prompt of a file.
+
+    Attributes:
+        number: Of its line, from 1.
+        fields: "prompt", and the settings that differ from those of the command.
+        error: Why it cannot be used, None if it can.
+    """
+
+    number: int
+    fields: dict[str, Any]
+    error: str | None = None
+
+
+def read_prompts(path: str) -> list[Line]:
+    """The prompts of a file: of `.jsonl` one JSON object a line, of all others one prompt a line; empty lines are left
+    out. "-" is standard input, which is JSON if its first line is an object.
+
+    Raises:
+        ValueError: If the file cannot be read or has no line.
+    """
+    try:
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"The prompts {path!r} cannot be read: {error.strerror}.") from error
+    lines = [(n, raw) for n, raw in enumerate(data.splitlines(), 1) if raw.strip()]
+    if not lines:
+        raise ValueError(f"There are no prompts in {'standard input' if path == '-' else repr(path)}.")
+    as_json = path.endswith(".jsonl") or (path == "-" and lines[0][1].lstrip().startswith(b"{"))
+    return [_line(number, raw, as_json) for number, raw in lines]
+
+
+def _line(number: int, raw: bytes, as_json: bool) -> Line:
+    try:
+        text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+        fields = json.loads(text) if as_json else {"prompt": text}
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        return Line(number, {}, f"it is no {'JSON' if as_json else 'UTF-8 text'}: {error}")
+    return Line(number, fields if isinstance(fields, dict) else {}, _fault(fields))
+
+
+def _fault(fields: Any) -> str | None:
+    if not isinstance(fields, dict):
+        return f"it is no object with a prompt but {fields!r:.60}"
+    if unknown := [name for name in fields if name not in FIELDS]:
+        return f"unknown {', '.join(map(repr, unknown))}; a line may have {', '.join(FIELDS)}"
+    if not fields.get("prompt"):
+        return "it has no prompt"
+    for name, value in fields.items():
+        if not isinstance(value, FIELDS[name]) or isinstance(value, bool):
+            return f"{name} cannot be {value!r:.60}"
+    return None
+
+
+class Answers:
+    """Where answers go: a file of JSON lines, or standard output.
+
+    A file takes each answer when it is finished, so that an interrupted run loses none; at the end they are brought
+    into the order of the prompts. Standard output gets each as soon as all before it are there.
+
+    Args:
+        path: Of the file; None or "-" is standard output.
+        resume: Go on with a file that exists.
+
+    Attributes:
+        done: The answers that are there, by place.
+        expected: The places of those that standard output still waits for, in order.
+        given: How many standard output got.
+
+    Raises:
+        ValueError: If the file exists and `resume` is not given, or it holds something else.
+    """
+
+    def __init__(self, path: str | None, resume: bool = False) -> None:
+        self.path = None if path in (None, "-") else Path(path)
+        self.done: dict[Place, dict[str, Any]] = {}
+        self.expected: deque[Place] = deque()
+        self.given = 0
+        self._file: TextIO | None = None
+        if self.path is None:
+            if resume:
+                raise ValueError("--resume continues a file: give it with --out.")
+            return
+        if self.path.exists():
+            if not resume:
+                raise ValueError(f"{path} exists: --resume continues it, or choose another name.")
+            self._load(self.path)
+        try:
+            self._file = self.path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise ValueError(f"{path} cannot be written: {error.strerror}.") from error
+
+    def _load(self, path: Path) -> None:
+        data = path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]  # the last line may be torn
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                record = json.loads(line)
+                self.done[key(record)] = record
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{path} cannot be continued: line {number} is no answer of a run before.") from error
+        if len(whole) < len(data):
+            with path.open("r+b") as file:
+                file.truncate(len(whole))
+
+    def matches(self, number: int, sample: int, prompt: str) -> bool:
+        """Whether an answer is there already.
+
+        Raises:
+            ValueError: If it answers another prompt.
+        """
+        record = self.done.get((number, sample))
+        if record is not None and record.get("prompt") != prompt:
+            raise ValueError(
+                f"{self.path} answers other prompts than these: line {number} was {record['prompt']!r:.60}."
+            )
+        return record is not None
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Takes a finished answer."""
+        self.done[key(record)] = record
+        if self._file is not None:
+            self._file.write(_json(record) + "\n")
+            self._file.flush()
+            return
+        while self.expected and self.expected[0] in self.done:
+            print(_json(self.done.pop(self.expected.popleft())), flush=True)
+            self.given += 1
+
+    def close(self) -> None:
+        """Brings a file into the order of the prompts."""
+        if self._file is None or self.path is None:
+            return
+        self._file.close()
+        beside = self.path.with_name(self.path.name + ".tmp")
+        try:
+            with beside.open("w", encoding="utf-8") as file:
+                file.writelines(_json(self.done[place]) + "\n" for place in sorted(self.done))
+            os.replace(beside, self.path)
+        except OSError as error:  # all answers are in the file, in the order in which they came
+            with suppress(OSError):
+                beside.unlink()
+            raise ValueError(f"{self.path} could not be put in order: {error.strerror}.") from error
+
+
+def key(record: Mapping[str, Any]) -> Place:
+    """The place of an answer."""
+    return int(record["line"]), int(record.get("sample", 0))
+
+
+def _json(record: dict[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False)
+
+
+@dataclass
+class Settings:
+    """What a command says for all prompts; a line may say otherwise."""
+
+    sys_prompt: str | None = None
+    max_new_tokens: int = 50
+    min_new_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: str | Sequence[str] = ()
+    ignore_eos: bool = False
+
+    def row(self, llm: LLM, fields: Mapping[str, Any], index: int, sample: int = 0) -> Row:
+        """A prompt as `LLM.run` takes it; its seed is that of the settings plus the number of the sample."""
+        own = replace(self, **{name: value for name, value in fields.items() if name not in ("prompt", "id")})
+        seed = None if own.seed is None else own.seed + sample
+        sampling = SamplingArgs(own.temperature, own.top_k, own.top_p, seed, own.repetition_penalty)
+        ends = own.max_new_tokens, own.min_new_tokens
+        return llm.row(fields["prompt"], index, own.sys_prompt, *ends, sampling, own.stop, own.ignore_eos)
+
+
+def answer_file(
+    llm: LLM,
+    lines: Sequence[Line],
+    answers: Answers,
+    settings: Settings,
+    args: KVCacheArgs | None,
+    *,
+    num_samples: int = 1,
+    batch_size: int = 8,
+    prefill: str = "min-length",
+    prefill_chunk: int | None = None,
+    logprobs: bool = False,
+) -> list[Line]:
+    """Answers the prompts of a file, `batch_size` at a time, and shows a progress bar on a terminal.
+
+    Returns:
+        The lines that could not be used, with their error.
+    """
+    limits = Limits.of(llm.model, args, prefill)
+    rows, places = [], []
+    for line in lines:
+        for sample in range(num_samples if line.error is None else 0):
+            try:
+                row = settings.row(llm, line.fields, len(rows), sample)
+                check(row.request, limits)
+            except (ValueError, TypeError) as error:
+                line.error = str(error)
+                break
+            answers.expected.append((line.number, sample))
+            if not answers.matches(line.number, sample, line.fields["prompt"]):
+                rows.append(row)
+                places.append((line, sample))
+    with tqdm(total=len(rows) + len(answers.done), initial=len(answers.done), unit="prompt", disable=None) as bar:
+        for drew in llm.run(rows, args, batch_size, prefill, prefill_chunk, logprobs) if rows else ():
+            for row in drew:
+                if row.reason is not None:
+                    answers.add(_record(row, *places[row.index], many=num_samples > 1))
+                    bar.update()
+    return [line for line in lines if line.error is not None]
+
+
+def _record(row: Row, line: Line, sample: int, many: bool) -> dict[str, Any]:
+    """One answer; seconds count from when the prompt's turn came."""
+    record: dict[str, Any] = {"line": line.number, **({"sample": sample} if many else {})}
+    record |= {name: line.fields[name] for name in ("id", "prompt") if name in line.fields}
+    record |= {"text": row.text, "prompt_tokens": len(row.request.prompt), "new_tokens": len(row.tokens)}
+    record |= {"finish_reason": row.reason}
+    record["first_token_seconds"] = round(row.first - row.began, 6)
+    record["seconds"] = round(row.ended - row.began, 6)
+    return record | ({"tokens": row.tokens, "logprobs": row.logprobs} if row.logprobs else {})
