@@ -1,10 +1,17 @@
 """`litgpt_kv`, or `python -m litgpt_kv`."""
 
 from litgpt_kv.benchmark import benchmark
+from litgpt_kv.benchmark_batches import benchmark_batches
 from litgpt_kv.cli import run
 from litgpt_kv.commands import chat, generate, strategies
 
-COMMANDS = {"generate": generate, "chat": chat, "strategies": strategies, "benchmark": benchmark}
+COMMANDS = {
+    "generate": generate,
+    "chat": chat,
+    "strategies": strategies,
+    "benchmark": benchmark,
+    "benchmark_batches": benchmark_batches,
+}
 DESCRIPTION = """Key/value caches for litgpt's models.
 
   litgpt_kv generate demo --prompt "def fib("                                  the shipped model, every token kept

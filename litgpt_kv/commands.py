@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from collections.abc import Iterator
@@ -118,7 +119,7 @@ def generate(
     for sample in range(num_samples):
         rows = [settings.row(llm, {"prompt": text}, b, sample) for b, text in enumerate(texts)]
         steps = llm.run(rows, args, **how)
-        _announce(llm, [len(row.request.prompt) for row in rows], prefill, prefill_chunk)
+        _announce(llm, rows, prefill, prefill_chunk)
         show(llm, rows, steps)
         report(llm.stats, llm.cache)
 
@@ -142,7 +143,8 @@ def show(llm: LLM, rows: list[Row], steps: Iterator[list[Row]]) -> None:
 def _answer(llm: LLM, lines: list[Line], answers: Answers, *others: Any, **how: Any) -> None:
     before = len(answers.done)
     try:
-        bad = answer_file(llm, lines, answers, *others, **how)
+        begun = functools.partial(_announce, llm, prefill=how["prefill"], prefill_chunk=how["prefill_chunk"])
+        bad = answer_file(llm, lines, answers, *others, **how, begun=begun)
     except KeyboardInterrupt:
         if answers.path is not None:
             _say(f"Interrupted: {len(answers.done):,} answers are in {answers.path}; --resume goes on.")
@@ -160,11 +162,12 @@ def _answer(llm: LLM, lines: list[Line], answers: Answers, *others: Any, **how: 
         raise SystemExit(1)
 
 
-def _announce(llm: LLM, lengths: list[int], prefill: str, prefill_chunk: int | None) -> None:
+def _announce(llm: LLM, rows: list[Row], prefill: str, prefill_chunk: int | None) -> None:
     """Says when much of a prompt will be read slowly, and what would be faster."""
     cache = llm.cache
-    if cache is None or prefill != "min-length" or prefill_chunk is not None or cache.exact_blocks:
+    if not rows or cache is None or prefill != "min-length" or prefill_chunk is not None or cache.exact_blocks:
         return
+    lengths = [len(row.request.prompt) for row in rows]
     longest, first = max(lengths), min(cache.first_chunk, *lengths)
     if longest - first >= MANY_STEPS:
         budget = min(slots.size for slots in cache.slots)

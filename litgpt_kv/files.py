@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -231,8 +231,11 @@ def answer_file(
     prefill: str = "min-length",
     prefill_chunk: int | None = None,
     logprobs: bool = False,
+    begun: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Line]:
     """Answers the prompts of a file, `batch_size` at a time, and shows a progress bar on a terminal.
+
+    Calls `begun` with all that will be answered when the cache is there.
 
     Returns:
         The lines that could not be used, with their error.
@@ -251,12 +254,12 @@ def answer_file(
             if not answers.matches(line.number, sample, line.fields["prompt"]):
                 rows.append(row)
                 places.append((line, sample))
+    steps = llm.run(rows, args, batch_size, prefill, prefill_chunk, logprobs) if rows else ()
+    begun(rows)
     with tqdm(total=len(rows) + len(answers.done), initial=len(answers.done), unit="prompt", disable=None) as bar:
-        for drew in llm.run(rows, args, batch_size, prefill, prefill_chunk, logprobs) if rows else ():
-            for row in drew:
-                if row.reason is not None:
-                    answers.add(_record(row, *places[row.index], many=num_samples > 1))
-                    bar.update()
+        for row in (row for drew in steps for row in drew if row.reason is not None):
+            answers.add(_record(row, *places[row.index], many=num_samples > 1))
+            bar.update()
     return [line for line in lines if line.error is not None]
 
 

@@ -78,7 +78,8 @@ def test_none_recomputes_and_agrees_with_dense(capsys):
 def test_long_prompts_read_one_at_a_time_are_announced(capsys):
     text = "x = 1\n" * 200
     common = ["--prompt", text, "--max-new-tokens", "2", "--kv-cache.budget", "32"]
-    assert "tokens will be read one at a time; --prefill full" in run(capsys, *common, "--kv-cache", "h2o").err
+    err = run(capsys, *common, "--kv-cache", "h2o").err
+    assert "801 tokens, 25 times the budget: 769 will be read one at a time; --prefill full" in err
     for flags in (["--kv-cache", "sink"], ["--kv-cache", "h2o", "--prefill", "full"]):
         assert "one at a time" not in run(capsys, *common, *flags).err
 

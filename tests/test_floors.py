@@ -28,7 +28,9 @@ FLOORS = dict(
     model=4,
 )
 FLOORS |= dict.fromkeys(["generate", "parallel"], 5)
-FLOORS |= dict.fromkeys(["api", "chat", "checkpoint", "cli", "commands", "files", "talk", "benchmark", "__main__"], 6)
+FLOORS |= dict.fromkeys(
+    ["api", "chat", "checkpoint", "cli", "commands", "files", "talk", "benchmark", "benchmark_batches", "__main__"], 6
+)
 HEAVY = {"lightning", "jsonargparse", "transformers", "triton"}
 NEVER = {("cache", "model"), *(("strategies", other) for other in ("storage", "slots", "cache", "model"))}
 

@@ -41,7 +41,9 @@ def test_command(command, monkeypatch, capsys):
         assert words[1:3] in (["install", "torch==2.13.0"], ["install", "litgpt-kv"], ["install", "."])
         return
     assert words[0] == "litgpt_kv"
-    if command.startswith(LONG):
+    if command.startswith("litgpt_kv benchmark_batches"):
+        words += ["--prompts", "5", "--rows", "2", "--longest", "30", "--new-tokens", "4", "--repeats", "1"]
+    elif command.startswith(LONG):
         words += ["--contexts", "[64]", "--steps", "2", "--repeats", "1"]
         if "--checkpoint-dir" not in words:
             words += ["--shape.n_layer", "2", "--shape.n_embd", "96"]

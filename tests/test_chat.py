@@ -1,0 +1,126 @@
+"""A conversation keeps its cache: only new turns are read, and the reply is that of the whole text."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+
+from litgpt.prompts import R1Base, prompt_styles
+from litgpt_kv import LLM, KVCacheArgs, SamplingArgs, registry
+from litgpt_kv.__main__ import main
+from litgpt_kv.chat import later_turn
+from litgpt_kv.generate import generate
+
+GREEDY = SamplingArgs(temperature=0)
+TURNS = ["def fib(n):\n", "\n\nclass Parser:\n    def __init__(self):\n", "\nimport os\n"]
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM.load("demo", accelerator="cpu")
+
+
+@pytest.mark.parametrize("name", registry.names("strategy"))
+def test_turns_equal_the_whole_text_read_again(llm: LLM, name: str) -> None:
+    kind = registry.get("strategy", name)
+    args = KVCacheArgs(name, 24 if kind.evicts and kind.recency else None)  # others keep what came to them in its order
+    chat = llm.chat(kv_cache=args, max_tokens=200, max_new_tokens=12, temperature=0.0)
+    ids: list[int] = []
+    for n, turn in enumerate(TURNS):
+        before = chat.cache.seen[0]
+        new = llm.encode(turn).tolist()[bool(n) :]  # a later turn has no beginning of text
+        reply = chat.ask(turn)
+        assert chat.stats.prompt_tokens == len(new) + bool(n), "only the new turn and the last token are read"
+        assert chat.cache.seen[0] == before + len(new) + bool(n) + 11
+        ids += new
+        (made,) = generate(llm.model, [ids], llm.build_cache(args, 1, 200), max_new_tokens=12, sampling=GREEDY)
+        assert reply == llm.decode([*ids, *made.tolist()])[len(llm.decode(ids)) :]
+        ids += made.tolist()
+
+
+def test_reset_begins_anew(llm: LLM) -> None:
+    chat = llm.chat(max_tokens=200, max_new_tokens=8, seed=4)
+    first = [chat.ask(turn) for turn in TURNS]
+    chat.reset()
+    assert chat.cache.seen == [0]
+    assert [chat.ask(turn) for turn in TURNS] == first
+
+
+def test_a_reply_that_was_broken_off_stays_as_it_is(llm: LLM) -> None:
+    chat = llm.chat(max_tokens=200, max_new_tokens=30, temperature=0.0)
+    pieces = chat.say(TURNS[0])
+    said = [next(pieces) for _ in range(5)]
+    pieces.close()
+    seen = chat.cache.seen[0]
+    assert seen == len(llm.encode(TURNS[0])) + 4
+    chat.ask(TURNS[1])
+    assert chat.stats.prompt_tokens == len(llm.encode(TURNS[1]))  # the last token instead of the beginning of text
+    assert "".join(said)
+
+
+def test_a_conversation_that_is_full_says_so(llm: LLM) -> None:
+    chat = llm.chat(max_tokens=40, max_new_tokens=30, temperature=0.0)
+    chat.ask(TURNS[0])
+    seen = chat.cache.seen[0]
+    for _ in range(9):  # replies get shorter until nothing fits
+        try:
+            chat.ask("x")
+        except ValueError as error:
+            assert "do not fit the 40 of this conversation" in str(error)
+            break
+    else:
+        pytest.fail("it went on")
+    assert seen < chat.cache.seen[0] <= 40
+    with pytest.raises(ValueError, match="prompt is empty"):
+        chat.say("")
+    endless = llm.chat(kv_cache=KVCacheArgs("sink", 32), max_new_tokens=30)
+    for _ in range(4):
+        endless.ask(TURNS[1])
+    assert endless.cache.seen[0] > 100
+
+
+def test_what_stands_between_turns() -> None:
+    found = {name: later_turn(style(), "Hi?") for name, style in prompt_styles.items()}
+    assert all("Hi?" in text for text in found.values())
+    assert found["llama3"] == (
+        "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nHi?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+    assert found["qwen2.5"] == "<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n"
+    assert found["gemma"] == "<start_of_turn>user\nHi?<end_of_turn>\n<start_of_turn>model\n"
+    bar = "\uff5c"
+    assert later_turn(R1Base(), "Hi?") == f"<{bar}User{bar}>Hi?<{bar}Assistant{bar}>"  # not among the named styles
+
+
+def talk(text: str, *args: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> tuple[str, str]:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    main(["chat", "demo", "--accelerator", "cpu", "--threads", "1", "--temperature", "0", *args])
+    return capsys.readouterr()
+
+
+def test_the_command(llm: LLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    io_ = {"monkeypatch": monkeypatch, "capsys": capsys}
+    chat = llm.chat(max_new_tokens=8, temperature=0.0)
+    expected = [chat.ask(t) for t in ("def f(x):", "import\nos", "x")]
+    out, err = talk("def f(x):\nimport\\\nos\n\nx\n/quit\nnever\n", "--max-new-tokens", "8", **io_)
+    assert out == "".join(reply + "\n" for reply in expected)
+    lines = "def f(x):\n!submit\nimport\nos\n!submit\n/cache\nx\n!submit\n"
+    out, err = talk(lines, "--max-new-tokens", "8", "--multiline", **io_)
+    assert out == "".join(reply + "\n" for reply in expected)
+    assert "keeps 24 of 24 tokens" in err
+    out, err = talk("def f(x):\n/cache\n/reset\n/cache\n/nonsense\n", "--max-new-tokens", "8", "--kv-cache", "sink",
+                    "--kv-cache.budget", "9", **io_)  # fmt: skip
+    assert "keeps 9 of 13 tokens" in err
+    assert "keeps 0 of 0 tokens" in err
+    assert "There is no /nonsense" in err
+    out, err = talk("def f(x):\n" + "y" * 2000 + "\nx\n", "--max-new-tokens", "8", **io_)
+    assert "do not fit" in err
+    assert out.count("\n") >= 2, "the conversation goes on after a turn that was too long"
+
+
+def test_no_conversation_without_a_cache(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main(["chat", "demo", "--kv-cache", "none"])
+    assert "keeps nothing between turns" in capsys.readouterr().err
