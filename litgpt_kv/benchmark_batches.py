@@ -39,6 +39,8 @@ def benchmark_batches(
     shortest: int = 8,
     longest: int = 800,
     new_tokens: int = 32,
+    answers: int = 1000,
+    fewest: int = 16,
     spread: int = 10,
     kv_cache: dict[str, Any] | str = "dense",
     repeats: int = 3,
@@ -56,8 +58,10 @@ def benchmark_batches(
         rows: Of the cache.
         shortest: Tokens of the shortest prompt.
         longest: Tokens of the longest prompt; all lengths between are as probable.
-        new_tokens: Of each prompt in the first table; the fewest in the second.
-        spread: In the second table, the most new tokens are so many times the fewest; their logarithm is uniform.
+        new_tokens: Of each prompt in the first table.
+        answers: Prompts of the second table, which all have the shortest length.
+        fewest: New tokens of the shortest answer in the second table.
+        spread: The longest answer has so many times as many; the logarithm of their number is uniform.
         kv_cache: What to keep, as for `generate`.
         repeats: Repetitions of everything, interleaved; the table shows the best and the median.
         seed: Of lengths and tokens.
@@ -65,11 +69,12 @@ def benchmark_batches(
         accelerator: cpu, cuda, mps, or auto.
         threads: CPU threads; null is torch's own choice.
     """
-    for name, value in (("prompts", prompts), ("rows", rows), ("shortest", shortest), ("new_tokens", new_tokens)):
+    counts = {"prompts": prompts, "rows": rows, "shortest": shortest, "new_tokens": new_tokens, "answers": answers}
+    for name, value in {**counts, "fewest": fewest, "spread": spread, "repeats": repeats}.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
-    if longest < shortest or spread < 1 or repeats < 1:
-        raise ValueError(f"longest ({longest}) must be at least shortest ({shortest}), spread and repeats at least 1.")
+    if longest < shortest:
+        raise ValueError(f"longest must be at least shortest ({shortest}), got {longest}.")
     args = cache_args(kv_cache)
     if args is None:
         raise ValueError("kv_cache 'none' has no rows to fill: choose a strategy.")
@@ -78,7 +83,7 @@ def benchmark_batches(
     llm = LLM.load(checkpoint_dir, precision=precision, accelerator=accelerator)
     g = torch.Generator().manual_seed(seed)
     ragged = torch.randint(shortest, longest + 1, (prompts,), generator=g).tolist()
-    answers = (new_tokens * spread ** torch.rand(prompts, generator=g)).long().tolist()
+    new = (fewest * spread ** torch.rand(answers, generator=g)).long().tolist()
     vocabulary = llm.model.config.vocab_size
 
     def requests(lengths: Sequence[int], new: Sequence[int]) -> list[Request]:
@@ -86,17 +91,11 @@ def benchmark_batches(
         return [Request(i, n, sampling=GREEDY) for i, n in zip(ids, new)]
 
     print(f"{checkpoint_dir}, {llm.fabric.device}, {args.strategy}, {rows} rows, best and median of {repeats}\n")
-    few = [shortest] * prompts
-    _table(
-        f"{prompts} prompts of {shortest} to {longest} tokens, {new_tokens} new ones each",
-        ways(llm, requests(ragged, [new_tokens] * prompts), args, rows),
-        repeats,
-    )
-    _table(
-        f"{prompts} prompts of {shortest} tokens, {new_tokens} to {new_tokens * spread} new ones",
-        ways(llm, requests(few, answers), args, rows),
-        repeats,
-    )
+    every = ways(llm, requests(ragged, [new_tokens] * prompts), args, rows)
+    _table(f"{prompts} prompts of {shortest} to {longest} tokens, {new_tokens} new ones each", every, repeats)
+    every = ways(llm, requests([shortest] * answers, new), args, rows)
+    equal = [way for way in every if way.name.endswith("min-length")]  # prompts of one length: both prefills are one
+    _table(f"{answers:,} prompts of {shortest} tokens, {fewest} to {fewest * spread} new ones", equal, repeats)
 
 
 def ways(llm: LLM, requests: list[Request], args: KVCacheArgs, rows: int) -> list[Way]:
@@ -111,16 +110,8 @@ def ways(llm: LLM, requests: list[Request], args: KVCacheArgs, rows: int) -> lis
             part = requests[start : start + cache.batch_size]
             cache.reset()
             its = cache if len(part) == cache.batch_size else KVCache.build(llm.model, args, len(part), tokens)
-            new, stats = [r.max_new_tokens for r in part], Stats()
-            generate(
-                llm.model,
-                [r.prompt for r in part],
-                its,
-                max_new_tokens=new,
-                sampling=GREEDY,
-                prefill=prefill,
-                stats=stats,
-            )
+            ids, new, stats = [r.prompt for r in part], [r.max_new_tokens for r in part], Stats()
+            generate(llm.model, ids, its, max_new_tokens=new, sampling=GREEDY, prefill=prefill, stats=stats)
             total.prompt_tokens += stats.prompt_tokens
             total.new_tokens += stats.new_tokens
         return total

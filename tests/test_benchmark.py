@@ -52,3 +52,30 @@ def test_what_is_refused(capsys, flags, message):
         main(["benchmark", "--accelerator", "cpu", *SMALL, *flags])
     assert end.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_batches(capsys):
+    small = [
+        "--prompts",
+        "7",
+        "--rows",
+        "3",
+        "--longest",
+        "40",
+        "--new-tokens",
+        "5",
+        "--answers",
+        "10",
+        "--fewest",
+        "2",
+    ]
+    main(["benchmark_batches", "--accelerator", "cpu", "--repeats", "2", *small, "--kv-cache", "h2o"])
+    out = capsys.readouterr().out
+    ragged, spread = out.split("10 prompts of 8 tokens, 2 to 20 new ones")
+    assert "7 prompts of 8 to 40 tokens, 5 new ones each" in ragged
+    for name in ("one by one", "waiting, min-length", "waiting, full", "rows come and go, full"):
+        assert re.search(rf"^{name} +[\d,]+ · [\d,]+ +[\d,]+ +\d+\.\d+$", ragged, re.MULTILINE), name
+    assert len(re.findall("min-length", spread)) == 2
+    for bad in (["--rows", "0"], ["--longest", "7"], ["--kv-cache", "none"]):
+        with pytest.raises(SystemExit):
+            main(["benchmark_batches", *bad])

@@ -43,6 +43,7 @@ def test_command(command, monkeypatch, capsys):
     assert words[0] == "litgpt_kv"
     if command.startswith("litgpt_kv benchmark_batches"):
         words += ["--prompts", "5", "--rows", "2", "--longest", "30", "--new-tokens", "4", "--repeats", "1"]
+        words += ["--answers", "4", "--fewest", "2"]
     elif command.startswith(LONG):
         words += ["--contexts", "[64]", "--steps", "2", "--repeats", "1"]
         if "--checkpoint-dir" not in words:
