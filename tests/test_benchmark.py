@@ -69,7 +69,22 @@ def test_batches(capsys):
         "--fewest",
         "2",
     ]
-    main(["benchmark_batches", "--accelerator", "cpu", "--repeats", "2", *small, "--kv-cache", "h2o"])
+    main(
+        [
+            "benchmark_batches",
+            "--accelerator",
+            "cpu",
+            "--repeats",
+            "2",
+            *small,
+            "--answers",
+            "10",
+            "--fewest",
+            "2",
+            "--kv-cache",
+            "h2o",
+        ]
+    )
     out = capsys.readouterr().out
     ragged, spread = out.split("10 prompts of 8 tokens, 2 to 20 new ones")
     assert "7 prompts of 8 to 40 tokens, 5 new ones each" in ragged
