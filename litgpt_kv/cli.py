@@ -86,8 +86,8 @@ def normalise(args: list[str], flags: Collection[str] = ()) -> list[str]:
             texts[name].append(value)
         elif name[2:] in flags and not equals and (not rest or rest[0] not in ("true", "false")):
             out.append(name + "=true")
-        elif name == "--config":
-            out.append(f"--config={shipped(value if equals else rest.popleft() if rest else '')}")
+        elif name in ("--config", "--prompts"):
+            out.append(f"{name}={shipped(value if equals else rest.popleft() if rest else '')}")
         elif name == "--kv_cache" and not (value or (rest[0] if rest and not equals else "")).startswith("{"):
             out.append("--kv_cache.strategy" + equals + value)
         else:
@@ -96,7 +96,7 @@ def normalise(args: list[str], flags: Collection[str] = ()) -> list[str]:
 
 
 def shipped(path: str) -> str:
-    """A configuration file's path; what starts with `config_hub/` is found beside the package from anywhere."""
+    """A file's path; what starts with `config_hub/` is found beside the package from anywhere."""
     if path.startswith("config_hub/") and not Path(path).exists():
         package = Path(__file__).parent  # a wheel has config_hub inside of the package, a checkout beside it
         path = next((str(p) for p in (package / path, package.parent / path) if p.exists()), path)

@@ -4,6 +4,7 @@ import contextlib
 import io
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,9 +30,12 @@ def test_the_readme_has_commands():
 
 
 @pytest.mark.parametrize("command", commands())
-def test_command(command, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    words = shlex.split(command, comments=True)
+def test_command(command, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    said, _, piped = command.rpartition(" | ")
+    text = shlex.split(said)[1] + "\n" if said else ""  # echo "..." | litgpt_kv
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    words = shlex.split(piped, comments=True)
     if words[0] == "make":
         target = words[1]
         assert f"make {target}" in MAKE
@@ -48,14 +52,21 @@ def test_command(command, monkeypatch, capsys):
         words += ["--contexts", "[64]", "--steps", "2", "--repeats", "1"]
         if "--checkpoint-dir" not in words:
             words += ["--shape.n_layer", "2", "--shape.n_embd", "96"]
+    if "--resume" in words:  # there is something to go on with
+        main([word for word in words[1:] if word != "--resume"])
     with contextlib.suppress(SystemExit) if "--help" in words else contextlib.nullcontext():
         main(words[1:])
-    assert capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert out or "--out" in words or words[1] == "chat"
+    if "--out" in words:
+        assert (tmp_path / words[words.index("--out") + 1]).read_text().count("\n") == 5
+    if words[1] == "chat":
+        assert "Now chatting" in err
 
 
 @pytest.mark.parametrize("number", range(sum(kind == "python" for kind, _ in BLOCKS)))
-def test_python_example(number, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_python_example(number, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     code = [block for kind, block in BLOCKS if kind == "python"][number]
     with contextlib.redirect_stdout(io.StringIO()):
         exec(compile(code, f"README example {number}", "exec"), {"__name__": "readme"})
