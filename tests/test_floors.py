@@ -24,6 +24,7 @@ FLOORS = dict(
     plan=3,
     layer=3,
     cache=3,
+    latent=4,
     model=4,
 )
 FLOORS |= dict.fromkeys(["generate", "parallel", "saving"], 5)
