@@ -46,12 +46,14 @@ def exact_tables(model: base.GPT, device: torch.device | None = None) -> tuple[T
 
 
 def lift(model: base.GPT) -> base.GPT:
-    """Makes a litgpt or litgpt_kv GPT float64 throughout: norms, rope tables (rebuilt ones too), softcapped softmax."""
+    """Makes a litgpt or litgpt_kv GPT float64 throughout: norms, routers, rope tables, softcapped softmax."""
     model.double()
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, base.RMSNorm):
                 setattr(module, name, ExactNorm(child))
+            elif isinstance(child, base.GroupedTopkRouter):
+                child.forward = _routed.__get__(child)
     model.rope_cache = lambda device=None: exact_tables(model)
     model.cos, model.sin = model.rope_cache()
     if model.config.attention_logit_softcapping is not None:
@@ -66,6 +68,14 @@ def _softcapped(attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor |
     cap = attn.config.attention_logit_softcapping
     mask = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1) if mask is None else mask
     return ((torch.tanh(q @ k.mT * scale / cap) * cap + mask).softmax(-1) @ v).transpose(1, 2)
+
+
+def _routed(router: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """litgpt's grouped router without its float32."""
+    scores = (x @ router.weight.T).sigmoid()
+    index = router.get_topk_indices(scores)
+    weights = scores.gather(1, index)
+    return weights / (weights.sum(-1, keepdim=True) + 1e-20) if router.config.norm_topk_prob else weights, index
 
 
 def tiny(seed: int = 0, cls: type = GPT, exact: bool = True, **kwargs) -> base.GPT:
@@ -85,6 +95,8 @@ def tiny(seed: int = 0, cls: type = GPT, exact: bool = True, **kwargs) -> base.G
     for name, weight in model.named_parameters():
         if "norm" in name or "ln_f" in name:
             weight.add_(0.2 * torch.randn_like(weight))
+        if name.endswith("gate.weight"):  # litgpt leaves a grouped router's uninitialised
+            weight.normal_()
     return lift(model) if exact else model
 
 
