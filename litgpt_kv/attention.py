@@ -67,7 +67,8 @@ def attend_mass(
     The R query heads of a group are folded along the query axis, so K and V are read once and never copied.
 
     Args:
-        q: (B, H, T, D) queries. k, v: (B, G, S, D) and (B, G, S, Dv).
+        q: (B, H, T, D) queries. k, v: (B, G, S, D) and (B, G, S, Dv). Latent attention scores a token by its key and
+            its value: q is then (B, H, T, D + Dv), what meets k first.
         mask: (B, P, T, S) boolean, True where a query may attend; None where all may.
         far: (q2, where): use the queries q2 (B, H, T, D) instead of q for those of the first n slots that are marked
             in `where` (B, P, n).
@@ -81,19 +82,23 @@ def attend_mass(
     G, S = k.shape[1:3]
     fold = (B, G, H // G * T)
     q = q.reshape(*fold, -1)  # (B, G, R*T, D)
+    latent = q.size(-1) > k.size(-1)
     if mask is not None and T > 1:
         mask = mask.unsqueeze(2).expand(-1, -1, H // G, -1, -1).reshape(B, -1, H // G * T, S)
-    if softcap is None and far is None and not want_mass:
+    # no kernel takes keys in two parts; joining them for one takes longer than the products below (CPU: up to twice)
+    if softcap is None and far is None and not want_mass and not latent:
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
         return y.view(B, H, T, -1), None
     exact = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):  # scores and masses stay float32
-        keys = k.to(exact).mT
-        scores = (q.to(exact) * scale) @ keys  # (B, G, R*T, S)
+        keys, q = k.to(exact).mT, q.to(exact) * scale
+        scores = q[..., : k.size(-1)] @ keys  # (B, G, R*T, S)
         if far is not None:
             n = far[1].size(-1)
             distant = (far[0].reshape(*fold, -1).to(exact) * scale) @ keys[..., :n]
             scores = torch.cat((torch.where(far[1].unsqueeze(2), distant, scores[..., :n]), scores[..., n:]), dim=-1)
+        if latent:
+            scores = scores + q[..., k.size(-1) :] @ v.to(exact).mT
         if softcap is not None:
             scores = do_softcapping(scores, softcap)
         if mask is not None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from litgpt.config import Config
 from litgpt_kv import registry, saving, storage  # noqa: F401  (storage registers itself)
-from litgpt_kv.config import KVCacheArgs, unsupported
+from litgpt_kv.config import KVCacheArgs
 from litgpt_kv.layer import DecodeStep, LayerCache, PromptStep, Turn
 from litgpt_kv.plan import Plan, limit_of, settle
 from litgpt_kv.positions import Angles, angles_at, ranks, rows_at, visible
@@ -104,11 +104,9 @@ class KVCache(nn.Module):
             dtype: Of stored keys and values; None: that of the model's weights.
 
         Raises:
-            ValueError: If the arguments contradict each other or the model is not supported with a cache.
+            ValueError: If the arguments contradict each other or ask for more than the model's context.
         """
         args = KVCacheArgs(strategy=args) if isinstance(args, str) else args or KVCacheArgs()
-        if reason := unsupported(model.config):
-            raise ValueError(f"{model.config.name!r} is not supported with a cache yet: it uses {reason}.")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         context = model.max_seq_length

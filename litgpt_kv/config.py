@@ -145,6 +145,9 @@ class LayerFacts:
 
     `key_size` and `value_size` are the widths of a cached key and value; `rope_size` is how many leading elements
     of a key are rotated; `scale` multiplies the scores; `window` is the sliding window in tokens or None.
+
+    With `latent`, multi-head latent attention, a token's cached key is the rotary part that all heads share and its
+    value the latent that their keys and values are made of: queries meet both, and there is one group.
     """
 
     index: int
@@ -156,6 +159,7 @@ class LayerFacts:
     scale: float
     softcap: float | None
     window: int | None
+    latent: bool = False
 
 
 def layer_facts(config: Config, index: int) -> LayerFacts:
@@ -164,24 +168,19 @@ def layer_facts(config: Config, index: int) -> LayerFacts:
     factor, mscale_all_dim = adjust.get("factor"), adjust.get("mscale_all_dim")
     mscale = yarn_get_mscale(factor, mscale_all_dim) if factor and mscale_all_dim else 1.0
     latent = bool(config.latent_attention)
-    head_size = config.qk_head_dim if latent else config.head_size
+    width = config.qk_head_dim if latent else config.head_size
     sliding = config.sliding_window_size is not None and config.sliding_window_indices is not None
+    sliding = sliding and not latent  # litgpt's latent attention knows no window
     return LayerFacts(
         index=index,
         heads=config.n_head,
-        groups=config.n_query_groups,
+        groups=1 if latent else config.n_query_groups,
         # litgpt's rope table keeps two columns for a single rotated element, and its keys grow by one
-        key_size=head_size + (config.rope_n_elem == 1),
-        value_size=config.v_head_dim if latent else config.head_size,
+        key_size=(config.qk_rope_head_dim if latent else width) + (config.rope_n_elem == 1),
+        value_size=config.kv_lora_rank if latent else width,
         rope_size=config.rope_n_elem,
-        scale=mscale * mscale / math.sqrt(config.attention_scores_scalar or head_size),
+        scale=1.0 / math.sqrt(config.attention_scores_scalar or width) * mscale * mscale,  # in litgpt's order
         softcap=config.attention_logit_softcapping,
         window=config.sliding_window_size if sliding and config.sliding_window_indices[index] else None,
+        latent=latent,
     )
-
-
-def unsupported(config: Config) -> str | None:
-    """Why a model cannot be used with a cache yet, or None; such a model still trains."""
-    if config.latent_attention:
-        return "multi-head latent attention"
-    return None

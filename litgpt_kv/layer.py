@@ -91,7 +91,7 @@ class LayerCache(nn.Module):
         if step.kept is None:
             B, _, T, _ = v.shape
             pos = torch.arange(T, device=v.device).expand(B, slots.pos.size(2), T)
-            seen = Seen(pos, step.length - 1, True, self.facts, mass, stored, v, q)
+            seen = Seen(pos, step.length - 1, True, self.facts, mass, self._scored(stored, v), v, q)
             rank = slots.prompt_rank(seen)
             index, kept = slots.keep(rank, step.length)
         else:
@@ -121,9 +121,13 @@ class LayerCache(nn.Module):
             keys, values = self.keys.read(step.extent).to(k.dtype), self.values.read(step.extent).to(v.dtype)
         if step.slots.rank is not None:
             pos = step.pos.unsqueeze(1).expand(slot.shape)
-            seen = Seen(pos, step.pos[:, -1], False, self.facts, None, k, v, q)
+            seen = Seen(pos, step.pos[:, -1], False, self.facts, None, self._scored(k, v), v, q)
             step.entered.append(step.slots.strategy.enter(seen))
         return keys, values
+
+    def _scored(self, k: Tensor, v: Tensor) -> Tensor:
+        """What queries meet of stored tokens: their keys, and their latents too where there are any."""
+        return torch.cat((k, v), dim=-1) if self.facts.latent else k
 
     def observe(self, step: DecodeStep, mass: Tensor) -> None:
         """Notes the attention (B, G, N) that a pass paid to each key, in the order of its slots afterwards."""

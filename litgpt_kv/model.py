@@ -17,9 +17,10 @@ from litgpt.model import do_softcapping
 from litgpt_kv.attention import attend, attend_last, attend_mass, mass
 from litgpt_kv.cache import KVCache
 from litgpt_kv.config import layer_facts
+from litgpt_kv.latent import MultiheadLatentAttention
 from litgpt_kv.layer import Turn
 from litgpt_kv.linear import speed_up
-from litgpt_kv.positions import Angles, rotate, theta_of
+from litgpt_kv.positions import Angles, halves, rotate, theta_of
 
 
 class GPT(base.GPT):
@@ -142,8 +143,7 @@ class Block(base.Block):
 
     def __init__(self, config: Config, block_idx: int) -> None:
         super().__init__(config, block_idx)
-        if not config.latent_attention:
-            self.attn = CausalSelfAttention(config, block_idx)
+        self.attn = (MultiheadLatentAttention if config.latent_attention else CausalSelfAttention)(config, block_idx)
 
     def forward(self, x: Tensor, angles: Angles | None, turn: Turn | None = None, last: Tensor | None = None) -> Tensor:
         """x (B, T, C) through attention and MLP.
@@ -155,11 +155,7 @@ class Block(base.Block):
             last: (B,) the only tokens whose output is wanted; it is then (B, 1, C).
         """
         normed = self.norm_1(x)
-        if self.config.latent_attention:
-            attended = self.attn(normed, *angles)
-        else:
-            attended = self.attn(normed, angles, turn, last)
-        attended = self.post_attention_norm(attended)
+        attended = self.post_attention_norm(self.attn(normed, angles, turn, last))
         if last is not None:
             x, normed = (tokens_at(z, last) for z in (x, normed))
         if self.config.parallel_residual:
@@ -200,8 +196,8 @@ class CausalSelfAttention(base.CausalSelfAttention):
         if config.norm_qk and config.norm_qk_type == "default":  # a head at a time
             q, k = qk.split((H, G), dim=1)
             qk = torch.cat((self.norm_q(q), self.norm_k(k)), dim=1)
-        if config.rope_interleave:  # to litgpt's half-split layout, once: cached keys need no second permutation
-            qk = self._deinterleave(qk)
+        if config.rope_interleave:
+            qk = halves(qk, config.rope_n_elem)
         return qk, v
 
     def whole(self, qk: Tensor, v: Tensor, angles: Angles, turn: Turn | None, last: Tensor | None) -> Tensor:
@@ -240,11 +236,6 @@ class CausalSelfAttention(base.CausalSelfAttention):
         if received is not None:
             layer.observe(step, received)
         return y
-
-    def _deinterleave(self, x: Tensor) -> Tensor:
-        size = self.config.rope_n_elem
-        head = x[..., :size].unflatten(-1, (size // 2, 2)).transpose(-1, -2).flatten(-2)
-        return torch.cat((head, x[..., size:]), dim=-1)
 
 
 def tokens_at(x: Tensor, pos: Tensor) -> Tensor:

@@ -56,6 +56,15 @@ def rotate(x: Tensor, angles: Angles, size: int) -> Tensor:
     return torch.cat((rotated, tail), dim=-1) if tail.size(-1) else rotated
 
 
+def halves(x: Tensor, size: int) -> Tensor:
+    """Moves the first `size` elements of x (..., D), interleaved pairs, to litgpt's layout of pairs (i, i + size/2).
+
+    Done once, before `rotate`: cached keys need no second permutation.
+    """
+    head = x[..., :size].unflatten(-1, (size // 2, 2)).transpose(-1, -2).flatten(-2)
+    return torch.cat((head, x[..., size:]), dim=-1)
+
+
 def ranks(slot_pos: Tensor) -> Tensor:
     """The order of each slot's token among the live ones: (..., S) positions give (..., S) ranks 0..n-1, empty < 0."""
     order = slot_pos.argsort(dim=-1)

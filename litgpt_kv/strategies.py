@@ -32,6 +32,9 @@ class Seen:
         mass: (B, P, T) attention received, summed over queries and averaged over a group's query heads, or None.
         k, v: (B, G, T, D) keys as they are stored, and values; None in `update`.
         q: (B, H, T, D) the queries of this pass, rotated; None in `update`.
+
+    With latent attention G is 1, v are the latents, and k and q are the shared rotary part and what meets the latent,
+    side by side: the product of q and k is still what is scaled to a score (but for a bias).
     """
 
     pos: Tensor

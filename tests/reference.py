@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import litgpt.model as base
 from litgpt.config import Config
 from litgpt_kv import GPT, KVCache, KVCacheArgs
+from reference_latent import latent_attention
 
 
 class ExactNorm(nn.Module):
@@ -45,12 +46,14 @@ def exact_tables(model: base.GPT, device: torch.device | None = None) -> tuple[T
 
 
 def lift(model: base.GPT) -> base.GPT:
-    """Makes a litgpt or litgpt_kv GPT float64 throughout: norms, rope tables (rebuilt ones too), softcapped softmax."""
+    """Makes a litgpt or litgpt_kv GPT float64 throughout: norms, routers, rope tables, softcapped softmax."""
     model.double()
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, base.RMSNorm):
                 setattr(module, name, ExactNorm(child))
+            elif isinstance(child, base.GroupedTopkRouter):
+                child.forward = _routed.__get__(child)
     model.rope_cache = lambda device=None: exact_tables(model)
     model.cos, model.sin = model.rope_cache()
     if model.config.attention_logit_softcapping is not None:
@@ -61,10 +64,18 @@ def lift(model: base.GPT) -> base.GPT:
 
 def _softcapped(attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """litgpt's softcapped attention of a whole sequence, without its float32 softmax."""
-    T, scale = q.size(2), attn.mscale**2 / math.sqrt(attn.config.attention_scores_scalar or attn.config.head_size)
+    T, scale = q.size(2), attn.mscale**2 / math.sqrt(attn.config.attention_scores_scalar or q.size(-1))
     cap = attn.config.attention_logit_softcapping
     mask = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1) if mask is None else mask
     return ((torch.tanh(q @ k.mT * scale / cap) * cap + mask).softmax(-1) @ v).transpose(1, 2)
+
+
+def _routed(router: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """litgpt's grouped router without its float32."""
+    scores = (x @ router.weight.T).sigmoid()
+    index = router.get_topk_indices(scores)
+    weights = scores.gather(1, index)
+    return weights / (weights.sum(-1, keepdim=True) + 1e-20) if router.config.norm_topk_prob else weights, index
 
 
 def tiny(seed: int = 0, cls: type = GPT, exact: bool = True, **kwargs) -> base.GPT:
@@ -72,13 +83,20 @@ def tiny(seed: int = 0, cls: type = GPT, exact: bool = True, **kwargs) -> base.G
     options = dict(n_layer=2, n_head=4, n_query_groups=2, n_embd=24, head_size=6, padded_vocab_size=61, vocab_size=61)
     options |= dict(block_size=96, intermediate_size=20, mlp_class_name="LLaMAMLP", norm_class_name="RMSNorm")
     options |= dict(rotary_percentage=1.0, parallel_residual=False, bias=False, norm_eps=1e-5, name="tiny")
+    config = Config(**(options | kwargs))
     torch.manual_seed(seed)
-    model = cls(Config(**(options | kwargs))).eval().requires_grad_(False)
+    model = cls(config).eval().requires_grad_(False)
     for block in model.transformer.h:
-        block.attn.qkv.weight.mul_(2.5)
+        if config.latent_attention:
+            block.attn.q_b_proj.weight.mul_(4)
+            block.attn.kv_b_proj.weight.mul_(4)
+        else:
+            block.attn.qkv.weight.mul_(2.5)
     for name, weight in model.named_parameters():
         if "norm" in name or "ln_f" in name:
             weight.add_(0.2 * torch.randn_like(weight))
+        if name.endswith("gate.weight"):  # litgpt leaves a grouped router's uninitialised
+            weight.normal_()
     return lift(model) if exact else model
 
 
@@ -133,15 +151,18 @@ class Oracle:
         self.config = config
         if isinstance(self.policies, Policy):
             self.policies = [self.policies] * config.n_layer
-        L, G = config.n_layer, config.n_query_groups
+        L, G, widths = config.n_layer, config.n_query_groups, (config.head_size, config.head_size)
+        if config.latent_attention:  # one rotary part and one latent a token
+            G, widths = 1, (config.qk_rope_head_dim, config.kv_lora_rank)
         self.kept, self.scores = [[[] for _ in range(G)] for _ in range(L)], [[{} for _ in range(G)] for _ in range(L)]
-        self.keys = [torch.zeros(0, G, config.head_size, dtype=torch.float64) for _ in range(L)]
-        self.values = [torch.zeros(0, G, config.head_size, dtype=torch.float64) for _ in range(L)]
+        self.keys, self.values = ([torch.zeros(0, G, w, dtype=torch.float64) for _ in range(L)] for w in widths)
         self.angle, self.amplitude = theta(self.model)
 
     def window(self, layer: int) -> int | None:
         config = self.config
-        sliding = config.sliding_window_size is not None and config.sliding_window_indices[layer]
+        if config.sliding_window_size is None or config.latent_attention:  # litgpt's latent attention knows no window
+            return None
+        sliding = config.sliding_window_indices[layer]
         return config.sliding_window_size if sliding else None
 
     def horizon(self, layer: int) -> int | None:
@@ -175,6 +196,8 @@ class Oracle:
         return moments
 
     def attention(self, layer: int, x: Tensor, start: int) -> Tensor:
+        if self.config.latent_attention:
+            return latent_attention(self, layer, x, start)
         config, attn, policy = self.config, self.model.transformer.h[layer].attn, self.policies[layer]
         H, G, D = config.n_head, config.n_query_groups, config.head_size
         qkv = attn.qkv(x)

@@ -44,16 +44,16 @@ def shrink(name: str, **changes: Any) -> Config:
 LLAMA = "Llama-3.2-1B"
 LATENT = dict(q_lora_rank=12, kv_lora_rank=20, qk_rope_head_dim=8, qk_nope_head_dim=10, v_head_dim=14)
 YARN = dict(factor=4.0, beta_fast=32.0, beta_slow=1.0, original_max_seq_len=16, mscale=1.0, mscale_all_dim=0.8)
+DEEPSEEK = dict(latent_attention=LATENT, n_query_groups=4, rope_adjustments=YARN, rope_interleave=True)
 GROUPED_MOE = dict(mlp_class_name="LLaMAMoE", n_expert=4, n_expert_per_token=2, moe_intermediate_size=24)
 GROUPED_MOE |= dict(n_shared_expert=1, n_expert_groups=2, n_topk_groups=1, n_topk_scores_per_group=2)
 GROUPED_MOE |= dict(first_k_dense_replace=1, routed_scaling_factor=2.5, norm_topk_prob=True)
 
 SYNTHETIC: dict[str, Config] = {
     "latent": shrink(LLAMA, latent_attention=LATENT, n_query_groups=4, rope_adjustments=None),
-    "latent-yarn": shrink(
-        LLAMA, latent_attention=LATENT, n_query_groups=4, rope_adjustments=YARN, rope_interleave=True
-    ),
+    "latent-yarn": shrink(LLAMA, **DEEPSEEK),
     "latent-softcap": shrink(LLAMA, latent_attention=LATENT, n_query_groups=4, attention_logit_softcapping=2.0),
+    "latent-experts": shrink(LLAMA, **DEEPSEEK, **GROUPED_MOE),
     "yarn": shrink(LLAMA, rope_adjustments=YARN),
     "interleaved": shrink(LLAMA, rope_interleave=True),
     "interleaved-partial": shrink(LLAMA, rope_interleave=True, rotary_percentage=0.5),

@@ -9,8 +9,8 @@ import pytest
 
 import litgpt.model as base
 from litgpt.config import Config, name_to_config
-from litgpt_kv import GPT, KVCacheArgs, SamplingArgs
-from litgpt_kv.config import layer_facts, per_layer, percent, unsupported
+from litgpt_kv import KVCacheArgs, SamplingArgs
+from litgpt_kv.config import layer_facts, per_layer, percent
 from shrink import LATENT, SYNTHETIC, YARN, shrink
 
 # -- KVCacheArgs -------------------------------------------------------------------------------------------------------
@@ -107,10 +107,16 @@ def test_facts_are_what_litgpts_attention_uses(name: str) -> None:
     for index, block in enumerate(model.transformer.h):
         facts, attn = layer_facts(config, index), block.attn
         assert facts.index == index
-        assert (facts.heads, facts.groups) == (config.n_head, config.n_query_groups)
-        cache = attn.build_kv_cache(1, 32, None if config.latent_attention else model.rope_cache_length())
-        assert facts.key_size == cache.k.size(-1)
-        assert facts.value_size == cache.v.size(-1)
+        assert (facts.heads, facts.latent) == (config.n_head, bool(config.latent_attention))
+        if facts.latent:  # litgpt's cache holds what each head makes of them
+            assert facts.groups == 1
+            assert facts.value_size == attn.kv_a_norm.weight.numel()
+            assert facts.key_size + facts.value_size == attn.kv_a_proj_with_mqa.out_features
+        else:
+            cache = attn.build_kv_cache(1, 32, model.rope_cache_length())
+            assert facts.groups == config.n_query_groups
+            assert facts.key_size == cache.k.size(-1)
+            assert facts.value_size == cache.v.size(-1)
         sliding = bool(getattr(attn, "apply_sliding_window_attention", False))
         assert facts.window == (config.sliding_window_size if sliding else None)
         assert facts.softcap == config.attention_logit_softcapping
@@ -131,13 +137,8 @@ def test_facts_by_hand() -> None:
     yarn = layer_facts(shrink("Llama-3.2-1B", rope_adjustments=YARN), 0)
     assert yarn.scale == pytest.approx((0.1 * 0.8 * math.log(4) + 1) ** 2 / 4)  # head size 16
     latent = layer_facts(SYNTHETIC["latent"], 0)
-    assert (latent.key_size, latent.value_size) == (8 + 10, LATENT["v_head_dim"])
+    assert (latent.key_size, latent.value_size, latent.groups) == (8, LATENT["kv_lora_rank"], 1)
+    assert (latent.heads, latent.rope_size, latent.scale) == (4, 8, 1 / math.sqrt(18))
+    assert layer_facts(shrink("Mistral-7B-v0.1", latent_attention=LATENT, n_query_groups=4), 0).window is None
     one = layer_facts(SYNTHETIC["rope-one"], 0)
     assert (one.key_size, one.value_size, one.rope_size) == (5, 4, 1)  # litgpt's keys grow by one
-
-
-def test_unsupported_is_known_before_a_model_is_made() -> None:
-    assert "latent attention" in unsupported(SYNTHETIC["latent"])
-    assert [n for n in name_to_config if unsupported(Config.from_name(n))] == []
-    assert [n for n, c in SYNTHETIC.items() if unsupported(c) and "latent" not in n] == []
-    assert GPT(SYNTHETIC["latent"]).config.latent_attention  # it trains all the same

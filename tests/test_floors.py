@@ -25,6 +25,7 @@ FLOORS = dict(
     layer=3,
     cache=3,
     saving=3,
+    latent=4,
     model=4,
 )
 FLOORS |= dict.fromkeys(["generate", "parallel"], 5)

@@ -144,9 +144,3 @@ def test_a_wrong_call_says_what_is_wrong() -> None:
         model(TOKENS, None, torch.tensor([3, 4]))
     with pytest.raises(ValueError, match=r"3 rows.*2"):
         model(TOKENS, KVCache.build(model, batch_size=3))
-
-
-def test_latent_attention_trains_but_is_refused_a_cache_by_name() -> None:
-    model = GPT(config_of("latent"))
-    with pytest.raises(ValueError, match="latent attention"):
-        KVCache.build(model)
