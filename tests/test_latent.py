@@ -19,7 +19,6 @@ from litgpt.config import Config
 from litgpt_kv import GPT, KVCache, KVCacheArgs, SamplingArgs, Seen, Strategy, registry
 from litgpt_kv.attention import attend_mass
 from litgpt_kv.generate import generate
-from litgpt_kv.saving import load_cache, save_cache
 from reference import Policy, arguments, compare, logits_of, oracle, tiny, tokens_of
 from shrink import GROUPED_MOE, YARN
 from test_compile import agree, compiled
@@ -190,8 +189,8 @@ def test_deepseek_v3_takes_70_kilobytes_a_token_where_litgpt_takes_5_megabytes()
 def test_a_cache_is_saved_repeated_and_goes_on(model: GPT, tmp_path) -> None:
     cache = KVCache.build(model, arguments(Policy("h2o", C, S, R)), batch_size=2)
     model(torch.tensor([tokens_of(1, 12), tokens_of(2, 12)]) % 60, cache, torch.tensor([12, 5]))
-    save_cache(cache, tmp_path / "cache.safetensors", model)
-    again, twice = load_cache(tmp_path / "cache.safetensors", model), cache.repeat(2)
+    cache.save(tmp_path / "cache.safetensors")
+    again, twice = KVCache.load(tmp_path / "cache.safetensors", model), cache.repeat(2)
     for token in tokens_of(3, 2 * C, 60):
         one, two, three = (model(torch.full((c.batch_size, 1), token), c) for c in (cache, again, twice))
         assert torch.equal(one, two)
