@@ -8,7 +8,6 @@ uses weights, norms, MLPs and linear layers; of litgpt's rope the angle of posit
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -18,6 +17,9 @@ from torch import Tensor, nn
 import litgpt.model as base
 from litgpt.config import Config
 from litgpt_kv import GPT, KVCache, KVCacheArgs
+from walks import kept_of, logits_of, scores_of, slots_of, walk
+
+__all__ = ["kept_of", "logits_of", "scores_of", "slots_of", "walk"]  # for the tests, from here as well
 from reference_latent import latent_attention
 
 
@@ -312,95 +314,6 @@ def arguments(policy: Policy, **others) -> KVCacheArgs:
     budget = None if policy.budget > 10**8 else policy.budget
     given = dict(strategy=policy.name, budget=budget, sinks=policy.sinks, recent=policy.recent)
     return KVCacheArgs(**given, positions=policy.positions, **others)
-
-
-@torch.no_grad()
-def walk(
-    model: GPT, cache: KVCache, rows: list[list[int]], prompts: list[int], way: str, pad: int = 0, step: object = None
-) -> Iterator[tuple[list[int | None], Tensor]]:
-    """Feeds each row its prompt and then its own next tokens, as the ways of generation do.
-
-    "streamed" and "full" are the two prefills; with "admitted", a row's whole prompt comes when others are under way.
-
-    Yields for every pass the index of the token that each row's logits (B, V) belong to; None once a row has ended,
-    which is then retired.
-    """
-    step = model if step is None else step
-    if way == "admitted":
-        yield from _admit(model, cache, rows, prompts, pad, step)
-        return
-    first = min(*prompts, cache.first_chunk) if way == "streamed" else max(prompts)
-    lengths = [first] * len(rows) if way == "streamed" else prompts
-    idx = torch.tensor([row[:n] + [pad] * (first - n) for row, n in zip(rows, lengths)])
-    logits = model(idx, cache, torch.tensor(lengths))
-    at: list[int | None] = [n - 1 for n in lengths]
-    yield at, logits
-    while any(i is not None and i + 1 < len(row) for i, row in zip(at, rows)):
-        over = [b for b, (i, row) in enumerate(zip(at, rows)) if i is not None and i + 1 >= len(row)]
-        if over:
-            cache.retire(over)
-        at = [None if i is None or b in over else i + 1 for b, i in enumerate(at)]
-        idx = torch.tensor([[pad if i is None else row[i]] for i, row in zip(at, rows)])
-        yield at, step(idx, cache)[:, -1]
-
-
-def _admit(
-    model: GPT, cache: KVCache, rows: list[list[int]], prompts: list[int], pad: int, step: object
-) -> Iterator[tuple[list[int | None], Tensor]]:
-    """Every third step another row begins, the last one first, in a cache whose rows are stopped until then."""
-    cache.retire(range(len(rows)))
-    coming, running, at = list(range(len(rows))), set(), [-1] * len(rows)
-    logits = torch.zeros(len(rows), model.lm_head.out_features, dtype=model.lm_head.weight.dtype)
-    for tick in range(10**6):
-        if tick % 3 == 0 and coming:
-            b = coming.pop()
-            cache.reset([b])
-            logits[b] = model(torch.tensor([rows[b][: prompts[b]]]), cache.row(b), torch.tensor([prompts[b]]))[0]
-            at[b] = prompts[b] - 1
-            running.add(b)
-            yield [at[i] if i == b else None for i in range(len(rows))], logits
-        if over := [b for b in running if at[b] + 1 >= len(rows[b])]:
-            cache.retire(over)
-            running -= set(over)
-        if not running and not coming:
-            return
-        at = [n + (b in running) for b, n in enumerate(at)]
-        idx = torch.tensor([[rows[b][n] if b in running else pad] for b, n in enumerate(at)])
-        logits = step(idx, cache)[:, -1]
-        yield [n if b in running else None for b, n in enumerate(at)], logits
-
-
-def logits_of(model: GPT, cache: KVCache, rows: list[list[int]], prompts: list[int], way: str, **others) -> list[dict]:
-    """For each row its logits by token index."""
-    found: list[dict[int, Tensor]] = [{} for _ in rows]
-    for at, logits in walk(model, cache, rows, prompts, way, **others):
-        for b, i in enumerate(at):
-            if i is not None:
-                found[b][i] = logits[b].clone()
-    return found
-
-
-def slots_of(cache: KVCache, layer: int, b: int) -> tuple[Tensor, Tensor | None]:
-    """Positions (G, S) of the tokens in a row's slots, -1 where empty, and their ranks or None."""
-    slots, heads = cache.slots[cache._group[layer]], cache.layers[layer].facts.groups
-    place = cache.layers[layer].place
-    rank = None if slots.rank is None else slots.rank[place, b].expand(heads, -1)
-    return slots.pos[place, b].expand(heads, -1), rank
-
-
-def kept_of(cache: KVCache, b: int) -> list[list[list[int]]]:
-    """By layer and key/value head the sorted positions that a row keeps."""
-    layers = range(len(cache.layers))
-    return [[sorted(p for p in head.tolist() if p >= 0) for head in slots_of(cache, i, b)[0]] for i in layers]
-
-
-def scores_of(cache: KVCache, b: int) -> list[list[dict[int, float]]]:
-    """By layer and key/value head the rank of each kept position."""
-    found = []
-    for pos, rank in (slots_of(cache, layer, b) for layer in range(len(cache.layers))):
-        rank = pos if rank is None else rank
-        found.append([{p: r for p, r in zip(*head) if p >= 0} for head in zip(pos.tolist(), rank.tolist())])
-    return found
 
 
 def check_stored(cache: KVCache, reference: Oracle, b: int, tol: float = 1e-8) -> None:
