@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import litgpt.model as base
 from litgpt.config import Config
 from litgpt.model import do_softcapping
-from litgpt_kv.attention import attend, attend_last, attend_mass, mass
+from litgpt_kv.attention import Masks, attend, attend_last, attend_mass, mass
 from litgpt_kv.cache import KVCache
 from litgpt_kv.config import layer_facts
 from litgpt_kv.layer import Turn
@@ -98,10 +98,11 @@ class GPT(base.GPT):
         else:
             angles, turns = [], cache.begin(T, tables, which)
 
+        masks = Masks() if whole else None
         for i, (block, table, turn) in enumerate(zip(self.transformer.h, which, turns)):
             # a prefill needs every key and value of the last layer, but only the output of each row's last token
             last = length.to(x.device) - 1 if length is not None and i == len(which) - 1 else None
-            x = block(x, angles[table] if whole else None, turn, last)
+            x = block(x, angles[table] if whole else None, turn, last, masks)
 
         if cache is None:
             x = self.transformer.ln_f(x)
@@ -145,7 +146,14 @@ class Block(base.Block):
         if not config.latent_attention:
             self.attn = CausalSelfAttention(config, block_idx)
 
-    def forward(self, x: Tensor, angles: Angles | None, turn: Turn | None = None, last: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        angles: Angles | None,
+        turn: Turn | None = None,
+        last: Tensor | None = None,
+        masks: Masks | None = None,
+    ) -> Tensor:
         """x (B, T, C) through attention and MLP.
 
         Args:
@@ -153,12 +161,13 @@ class Block(base.Block):
             angles: Of the positions, for a whole pass; None for new tokens.
             turn: This layer's part of a pass with a cache.
             last: (B,) the only tokens whose output is wanted; it is then (B, 1, C).
+            masks: Of a whole pass, for all layers.
         """
         normed = self.norm_1(x)
         if self.config.latent_attention:
             attended = self.attn(normed, *angles)
         else:
-            attended = self.attn(normed, angles, turn, last)
+            attended = self.attn(normed, angles, turn, last, masks)
         attended = self.post_attention_norm(attended)
         if last is not None:
             x, normed = (tokens_at(z, last) for z in (x, normed))
@@ -179,10 +188,17 @@ class CausalSelfAttention(base.CausalSelfAttention):
         super().__init__(config, block_idx)
         self.facts = layer_facts(config, block_idx)
 
-    def forward(self, x: Tensor, angles: Angles | None, turn: Turn | None = None, last: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        angles: Angles | None,
+        turn: Turn | None = None,
+        last: Tensor | None = None,
+        masks: Masks | None = None,
+    ) -> Tensor:
         """x (B, T, C) to (B, T, C), or to (B, 1, C) for the tokens `last` (B,) alone."""
         qk, v = self.heads(x)
-        y = self.whole(qk, v, angles, turn, last) if angles is not None else self.new(qk, v, turn)  # (B, H, T, D)
+        y = self.new(qk, v, turn) if angles is None else self.whole(qk, v, angles, turn, last, masks)  # (B, H, T, D)
         return self.proj(y.transpose(1, 2).flatten(2))
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,12 +220,14 @@ class CausalSelfAttention(base.CausalSelfAttention):
             qk = self._deinterleave(qk)
         return qk, v
 
-    def whole(self, qk: Tensor, v: Tensor, angles: Angles, turn: Turn | None, last: Tensor | None) -> Tensor:
+    def whole(
+        self, qk: Tensor, v: Tensor, angles: Angles, turn: Turn | None, last: Tensor | None, masks: Masks | None
+    ) -> Tensor:
         """A whole sequence, or its tokens `last`, attends to itself; with a turn, it seeds the cache."""
         facts = self.facts
         math = {"scale": facts.scale, "softcap": facts.softcap, "window": facts.window}
         q, k = rotate(qk, angles, facts.rope_size).split((facts.heads, facts.groups), dim=1)
-        y = attend(q, k, v, **math) if last is None else attend_last(q, k, v, last, **math)
+        y = attend(q, k, v, **math, masks=masks) if last is None else attend_last(q, k, v, last, **math)
         if turn is not None:
             layer, step = turn.layer, turn.step
             received = mass(q, k, step.length, layer.observes, **math) if layer.observes else None
