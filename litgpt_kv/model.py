@@ -20,6 +20,7 @@ from litgpt_kv.config import layer_facts
 from litgpt_kv.layer import Turn
 from litgpt_kv.linear import speed_up
 from litgpt_kv.positions import Angles, rotate, theta_of
+from litgpt_kv.yarn import is_yarn, yarn_tables
 
 
 class GPT(base.GPT):
@@ -120,6 +121,11 @@ class GPT(base.GPT):
         logits = self.lm_head(x)
         cap = self.config.final_logit_softcapping
         return logits if cap is None else do_softcapping(logits, cap)
+
+    def rope_cache(self, device: torch.device | None = None) -> Angles:
+        """cos and sin (N, E) of all positions: litgpt's, but for YaRN, which is turned the right way round."""
+        tables = super().rope_cache(device)  # which checks the config, too
+        return yarn_tables(self.config, self.max_seq_length, device) if is_yarn(self.config) else tables
 
     def theta(self) -> list[Angles]:
         """What one position turns and the amplitude, for each rope base; exact where the tables were cast."""

@@ -33,7 +33,7 @@ class ExactNorm(nn.Module):
 
 def theta(model: base.GPT) -> tuple[Tensor, Tensor]:
     """The angle of position 1 and the amplitude, in float64: (E,) each, or (E, bases) with several rope bases."""
-    cos, sin = (t.double() for t in base.GPT.rope_cache(model))
+    cos, sin = (t.double() for t in type(model).rope_cache(model))  # `lift` replaces the instance's own
     return torch.atan2(sin[1], cos[1]), cos[0]
 
 

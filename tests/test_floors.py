@@ -21,6 +21,7 @@ FLOORS = dict(
     strategies=2,
     slots=3,
     linear=1,
+    yarn=1,
     plan=3,
     layer=3,
     cache=3,
