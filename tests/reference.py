@@ -31,6 +31,20 @@ class ExactNorm(nn.Module):
         return x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.eps) * (self.offset + self.weight)
 
 
+class ExactRouter(nn.Module):
+    """litgpt's router to groups of experts with the same weight, in the dtype of its input instead of float32."""
+
+    def __init__(self, router: base.GroupedTopkRouter) -> None:
+        super().__init__()
+        self.router = router
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = (x @ self.router.weight.T).sigmoid()
+        index = self.router.get_topk_indices(scores)
+        weight = scores.gather(1, index)
+        return weight / (weight.sum(-1, keepdim=True) if self.router.config.norm_topk_prob else 1.0), index
+
+
 def theta(model: base.GPT) -> tuple[Tensor, Tensor]:
     """The angle of position 1 and the amplitude, in float64: (E,) each, or (E, bases) with several rope bases."""
     cos, sin = (t.double() for t in type(model).rope_cache(model))  # `lift` replaces the instance's own
@@ -45,12 +59,14 @@ def exact_tables(model: base.GPT, device: torch.device | None = None) -> tuple[T
 
 
 def lift(model: base.GPT) -> base.GPT:
-    """Makes a litgpt or litgpt_kv GPT float64 throughout: norms, rope tables (rebuilt ones too), softcapped softmax."""
+    """Makes a litgpt or litgpt_kv GPT float64 throughout: norms, routers, rope tables, softcapped softmax."""
     model.double()
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, base.RMSNorm):
                 setattr(module, name, ExactNorm(child))
+            elif isinstance(child, base.GroupedTopkRouter):
+                setattr(module, name, ExactRouter(child))
     model.rope_cache = lambda device=None: exact_tables(model)
     model.cos, model.sin = model.rope_cache()
     if model.config.attention_logit_softcapping is not None:
