@@ -35,6 +35,7 @@ def generate(
     prefill: str = "min-length",
     prefill_chunk: int | None = None,
     ignore_eos: bool = False,
+    quantize: str | None = None,
     precision: str | None = None,
     accelerator: str = "auto",
     threads: int | None = None,
@@ -61,6 +62,8 @@ def generate(
         prefill_chunk: Read what prompts have beyond the first pass in blocks of so many tokens; by default in blocks
             for strategies whose results do not depend on it (dense, window, sink), one at a time for others.
         ignore_eos: Go on when the model ends its text.
+        quantize: Quantize the weights with bitsandbytes, which needs an NVIDIA GPU: bnb.nf4, bnb.nf4-dq, bnb.fp4,
+            bnb.fp4-dq or bnb.int8.
         precision: Lightning Fabric's name; by default 32-true on a CPU and bf16-true on a GPU.
         accelerator: cpu, cuda, mps, or auto.
         threads: CPU threads; by default one for a small model, whose steps are over before a second one has begun, and
@@ -83,7 +86,7 @@ def generate(
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}.")
     began = time.perf_counter()
-    llm = LLM.load(checkpoint_dir, precision=precision, accelerator=accelerator)
+    llm = LLM.load(checkpoint_dir, precision=precision, accelerator=accelerator, quantize=quantize)
     _say(f"Loaded {checkpoint_dir} on {llm.fabric.device} in {time.perf_counter() - began:.2f} s.")
     if threads is None and llm.fabric.device.type == "cpu":
         threads = 1 if sum(p.numel() for p in llm.model.parameters()) < SMALL_MODEL else None
