@@ -51,6 +51,9 @@ class GPT(base.GPT):
                 ln_f=config.norm_class(config.n_embd, eps=config.norm_eps),
             )
         )
+        for module in self.modules():
+            if isinstance(module, base.GroupedTopkRouter):
+                self._init_weights(module)  # which litgpt leaves as the memory was
         speed_up(self)
         self.mask_cache: Tensor | None = None
         self.max_seq_length = config.block_size  # makes the rope tables
