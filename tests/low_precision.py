@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from reference import lift
 from shrink import SYNTHETIC, fill, shrink
 
 PROMPT = 32
+BUDGET = 48  # where tokens are evicted
 BLOCK = 100  # steps that are averaged: a single step's error is a draw of chance
 FAMILIES = ["demo", "Llama-3.2-1B", "Gemma-2-2b", "Gemma-3-1b-it", "pythia-14m", "Qwen3-0.6B", "latent"]
 
@@ -35,6 +38,7 @@ class Case:
     tokens: Tensor  # (1, T)
     truth: Tensor  # (T, V) float64
     plain: Tensor  # (T,) error of the cacheless bfloat16 pass
+    narrow: Tensor  # (T,) the same where every layer has a sliding window of BUDGET: as much context as a small cache
 
     @classmethod
     @torch.no_grad()
@@ -55,7 +59,23 @@ class Case:
         exact.load_state_dict(model.state_dict())
         exact = lift(exact)
         truth = exact(tokens)[0]
-        return cls(name, model, exact, tokens, truth, error(model(tokens)[0], truth))
+        plain = error(model(tokens)[0], truth)
+        if config.latent_attention:  # which has no windows
+            return cls(name, model, exact, tokens, truth, plain, plain)
+        with windowed(model), windowed(exact):
+            narrow = error(model(tokens)[0], exact(tokens)[0])
+        return cls(name, model, exact, tokens, truth, plain, narrow)
+
+
+@contextmanager
+def windowed(model: GPT) -> Iterator[None]:
+    """The same model with sliding windows no longer than BUDGET."""
+    facts = [block.attn.facts for block in model.transformer.h]
+    for block, own in zip(model.transformer.h, facts):
+        block.attn.facts = replace(own, window=min(own.window or BUDGET, BUDGET))
+    yield
+    for block, own in zip(model.transformer.h, facts):
+        block.attn.facts = own
 
 
 def config_of(name: str, length: int) -> Config:
@@ -100,9 +120,13 @@ class Found:
 
 
 def measure(case: Case, args: KVCacheArgs, evicting: bool = False) -> Found:
-    """Compares decoding in bfloat16 with the text itself or, when evicting, with the same evictions in float64."""
+    """Compares decoding in bfloat16 with the text itself or, when evicting, with the same evictions in float64.
+
+    A cache of few tokens averages over few, so its errors are compared with those of a sliding window of that size.
+    """
     truth = decoded(case.exact, case.tokens, args) if evicting else case.truth[PROMPT - 1 :]
-    return Found(error(decoded(case.model, case.tokens, args), truth), case.plain[PROMPT - 1 :])
+    plain = case.narrow if evicting else case.plain
+    return Found(error(decoded(case.model, case.tokens, args), truth), plain[PROMPT - 1 :])
 
 
 def settings(steps: int) -> list[tuple[str, KVCacheArgs, bool]]:
@@ -114,8 +138,8 @@ def settings(steps: int) -> list[tuple[str, KVCacheArgs, bool]]:
         for positions in ("absolute", "cache"):
             found.append((f"{name}, {positions}", KVCacheArgs(name, budget, positions=positions), False))
             if strategy.evicts and strategy.recency:
-                args = KVCacheArgs(name, 48, positions=positions)
-                found.append((f"{name}, {positions}, budget 48", args, True))
+                args = KVCacheArgs(name, BUDGET, positions=positions)
+                found.append((f"{name}, {positions}, budget {BUDGET}", args, True))
     return found
 
 

@@ -30,7 +30,7 @@ def test_cached_logits_are_within_twice_the_cacheless_error(name: str, what: str
     found = measure(case(name), args, evicting)
     assert found.plain.min() > 0 and len(found.cached) == STEPS + 1
     assert found.ratio < 2
-    assert found.worst < 2 or evicting  # after evictions other tokens are attended to than in the cacheless pass
+    assert found.worst < 2
 
 
 def test_a_coarser_storage_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
