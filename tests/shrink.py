@@ -71,6 +71,9 @@ SYNTHETIC: dict[str, Config] = {
 }
 """Features that no named config has, or has in a shape that hides them."""
 
+# multi-head latent attention has no cache yet; empty this once it has: parity, Hugging Face and precision tests join
+NO_CACHE_YET = {name for name in SYNTHETIC if "latent" in name} | {"DeepSeek-V3"}
+
 
 def fill(model: nn.Module, seed: int = 0) -> nn.Module:
     """Random parameters and buffers of weight: no norm is the identity, no bias zero, and attention is uneven."""

@@ -21,7 +21,7 @@ from litgpt.scripts import convert_hf_checkpoint as convert
 from litgpt_kv import GPT, KVCache
 from litgpt_kv.config import layer_facts
 from reference import lift, theta, walk
-from shrink import WINDOW, fill, shrink
+from shrink import NO_CACHE_YET, WINDOW, fill, shrink
 
 transformers = pytest.importorskip("transformers", minversion="4.51.3")
 
@@ -31,7 +31,6 @@ LATENT = dict(q_lora_rank=12, kv_lora_rank=20, qk_rope_head_dim=16, qk_nope_head
 EXPERTS = dict(mlp_class_name="LLaMAMoE", n_expert=4, n_expert_per_token=2, moe_intermediate_size=24)
 EXPERTS |= dict(n_shared_expert=1, n_expert_groups=2, n_topk_groups=1, n_topk_scores_per_group=2)
 EXPERTS |= dict(first_k_dense_replace=1, routed_scaling_factor=2.5, norm_topk_prob=True, rope_interleave=True)
-NO_CACHE_YET = {"DeepSeek-V3"}  # multi-head latent attention: empty this once it has one
 
 
 def common(config: Config, **more: Any) -> dict[str, Any]:

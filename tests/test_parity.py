@@ -18,7 +18,7 @@ from litgpt_kv import GPT, KVCache, KVCacheArgs, registry
 from litgpt_kv.config import layer_facts
 from litgpt_kv.yarn import is_yarn
 from reference import Policy, compare, lift, logits_of, tokens_of
-from shrink import GROUPED_MOE, LLAMA, SYNTHETIC, WINDOW, YARN, shrink, twins
+from shrink import GROUPED_MOE, LLAMA, NO_CACHE_YET, SYNTHETIC, WINDOW, YARN, shrink, twins
 
 # sizes and names: what they do to a model of this size shows in other fields
 SIZES = {"name", "hf_config", "block_size", "vocab_size", "padding_multiple", "padded_vocab_size", "norm_eps"}
@@ -38,7 +38,6 @@ MORE = {
     "none-window": shrink("Mistral-7B-v0.1", rotary_percentage=0.0),
     "scores-scalar-condensed-window": shrink("Mistral-7B-v0.1", attention_scores_scalar=5, rope_condense_ratio=3),
 }
-NO_CACHE_YET = {name for name in SYNTHETIC if "latent" in name}  # multi-head latent attention: empty this once it has
 
 
 def signature(config: Config) -> tuple:
