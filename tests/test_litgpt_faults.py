@@ -383,7 +383,7 @@ def test_routers_of_a_random_model_are_initialised() -> None:
         torch.use_deterministic_algorithms(False)
     assert theirs.transformer.h[1].mlp.gate.weight.isnan().all()
     assert all(weight.isfinite().all() for weight in ours.parameters())
-    assert float(ours.transformer.h[1].mlp.gate.weight.std()) == pytest.approx(0.02, rel=0.3)
+    assert float(ours.transformer.h[1].mlp.gate.weight.detach().std()) == pytest.approx(0.02, rel=0.3)
 
 
 def test_angles_stay_exact_in_low_precision() -> None:
