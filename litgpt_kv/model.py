@@ -106,7 +106,7 @@ class GPT(base.GPT):
         for i, (block, table, turn) in enumerate(zip(self.transformer.h, which, turns)):
             # a prefill needs every key and value of the last layer, but only the output of each row's last token
             last = length.to(x.device) - 1 if length is not None and i == len(which) - 1 else None
-            x = block(x, angles[table] if whole else None, turn, last, masks)
+            x = block(x, angles[table] if whole else None, turn, last, masks=masks)
 
         if cache is None:
             x = self.transformer.ln_f(x)
@@ -161,6 +161,7 @@ class Block(base.Block):
         angles: Angles | None,
         turn: Turn | None = None,
         last: Tensor | None = None,
+        *,
         masks: Masks | None = None,
     ) -> Tensor:
         """x (B, T, C) through attention and MLP.
