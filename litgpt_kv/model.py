@@ -177,7 +177,7 @@ class Block(base.Block):
         if self.config.latent_attention:
             attended = self.attn(normed, *angles)
         else:
-            attended = self.attn(normed, angles, turn, last, masks)
+            attended = self.attn(normed, angles, turn, last, masks=masks)
         attended = self.post_attention_norm(attended)
         if last is not None:
             x, normed = (tokens_at(z, last) for z in (x, normed))
@@ -204,6 +204,7 @@ class CausalSelfAttention(base.CausalSelfAttention):
         angles: Angles | None,
         turn: Turn | None = None,
         last: Tensor | None = None,
+        *,
         masks: Masks | None = None,
     ) -> Tensor:
         """x (B, T, C) to (B, T, C), or to (B, 1, C) for the tokens `last` (B,) alone."""
