@@ -1,5 +1,9 @@
 """`litgpt_kv`, or `python -m litgpt_kv`."""
 
+from litgpt.scripts.convert_hf_checkpoint import convert_hf_checkpoint
+from litgpt.scripts.convert_lit_checkpoint import convert_lit_checkpoint
+from litgpt.scripts.download import download_from_hub
+from litgpt.scripts.merge_lora import merge_lora
 from litgpt_kv.benchmark import benchmark
 from litgpt_kv.benchmark_batches import benchmark_batches
 from litgpt_kv.cli import run
@@ -12,6 +16,12 @@ COMMANDS = {
     "benchmark": benchmark,
     "benchmark_batches": benchmark_batches,
 }
+COMMANDS |= {  # litgpt's own, unchanged, so that one program is enough
+    "download": download_from_hub,
+    "convert_to_litgpt": convert_hf_checkpoint,
+    "convert_from_litgpt": convert_lit_checkpoint,
+    "merge_lora": merge_lora,
+}
 DESCRIPTION = """Key/value caches for litgpt's models.
 
   litgpt_kv generate demo --prompt "def fib("                                  the shipped model, every token kept
@@ -23,6 +33,8 @@ DESCRIPTION = """Key/value caches for litgpt's models.
   litgpt_kv strategies                                                         what --kv-cache takes
   litgpt_kv generate --kv-cache.help h2o                                       one of them
   litgpt_kv generate --help                                                    a command's options
+  litgpt_kv download EleutherAI/pythia-160m                                    weights from the Hugging Face Hub
+  litgpt_kv convert_to_litgpt FOLDER --model_name pythia-160m                  weights that are here already
 """
 
 

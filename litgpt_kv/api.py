@@ -59,6 +59,7 @@ class LLM:
         *,
         precision: str | None = None,
         accelerator: str = "auto",
+        quantize: str | None = None,
     ) -> LLM:
         """Loads a checkpoint in litgpt's layout.
 
@@ -69,13 +70,15 @@ class LLM:
             tokenizer_dir: Where the tokenizer is, if not beside the weights; needed for `init="random"`.
             precision: Lightning Fabric's name; None is "32-true" on a CPU and "bf16-true" (or "16-true") on a GPU.
             accelerator: "auto", "cpu", "cuda" or "mps".
+            quantize: Quantize weights as they are loaded, litgpt's way, with bitsandbytes on an NVIDIA GPU: "bnb.nf4",
+                "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq" or "bnb.int8".
 
         Raises:
             ValueError: If the checkpoint is missing, incomplete or corrupt, or an argument is unknown.
         """
         if init not in ("pretrained", "random"):
             raise ValueError(f"init must be 'pretrained' or 'random', got {init!r}.")
-        fabric = checkpoint.fabric_for(precision, accelerator)
+        fabric = checkpoint.fabric_for(precision, accelerator, quantize)
         folder = None
         if init == "pretrained":
             folder = checkpoint.find(model)
@@ -90,7 +93,7 @@ class LLM:
         tokenizer = checkpoint.load_tokenizer(Path(tokenizer_dir or folder))
         style = checkpoint.load_prompt(folder, config) if folder else PromptStyle.from_config(config)
         return cls(
-            fabric.setup_module(gpt) if "mixed" in fabric._precision.precision else gpt,
+            fabric.setup_module(gpt) if quantize or "mixed" in fabric._precision.precision else gpt,
             tokenizer,
             style,
             config,

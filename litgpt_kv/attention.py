@@ -16,7 +16,39 @@ from litgpt_kv.positions import visible
 MASS_BLOCK = 128  # queries a block: small blocks stay in the processor's cache (302 ms against 480 ms with 256)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float | None, window: int | None) -> Tensor:
+class Masks:
+    """The masks of one pass over whole sequences, each made once and shared by all layers that ask for the same."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple, Tensor] = {}
+
+    def of(self, q: Tensor, softcap: float | None, window: int | None) -> Tensor | None:
+        """What is added to the scores (T, T) of q (B, H, T, D): 0 or, where hidden, a least value; None: plain causal.
+
+        A window at least as long as the sequence hides nothing more than causality does.
+        """
+        T = q.size(2)
+        if softcap is None and (window is None or T <= window):
+            return None
+        key = (T, window, q.dtype, q.device)
+        if key not in self._made:
+            pos = torch.arange(T, device=q.device)
+            fill = torch.finfo(q.dtype).min if window is None else float("-inf")
+            zeros = torch.zeros(T, T, dtype=q.dtype, device=q.device)
+            self._made[key] = zeros.masked_fill_(~visible(pos, pos, window), fill)
+        return self._made[key]
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    masks: Masks | None = None,
+) -> Tensor:
     """Causal attention of a whole sequence to itself: training and prefill, the same numbers as litgpt's to the bit.
 
     Without a window no mask tensor is made, so that the fast causal kernel runs.
@@ -24,18 +56,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float | No
     Args:
         q: (B, H, T, D) rotated queries. k, v: (B, G, T, D) and (B, G, T, Dv).
         scale: Multiplies the scores. softcap: tanh-bounds them. window: sliding window in tokens, or None.
+        masks: Of this pass, shared by its layers.
 
     Returns:
         (B, H, T, Dv).
     """
-    T, per_group = q.size(2), q.size(1) // k.size(1)
+    per_group = q.size(1) // k.size(1)
     if per_group > 1:
         k, v = k.repeat_interleave(per_group, dim=1), v.repeat_interleave(per_group, dim=1)  # (B, H, T, D)
-    mask = None
-    if window is not None or softcap is not None:
-        pos = torch.arange(T, device=q.device)
-        fill = torch.finfo(q.dtype).min if window is None else float("-inf")
-        mask = torch.zeros(T, T, dtype=q.dtype, device=q.device).masked_fill_(~visible(pos, pos, window), fill)
+    mask = (masks or Masks()).of(q, softcap, window)
     if softcap is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
     scores = do_softcapping(q @ k.mT * scale, softcap) + mask

@@ -16,6 +16,7 @@ from litgpt.prompts import PromptStyle, has_prompt_style, load_prompt_style
 from litgpt.tokenizer import Tokenizer
 from litgpt.utils import extend_checkpoint_dir
 from litgpt_kv.model import GPT
+from litgpt_kv.quantize import quantizer
 
 DEMO = Path(__file__).parent / "demo"
 ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps")
@@ -40,8 +41,10 @@ def find(name: str | Path) -> Path:
     return folder
 
 
-def fabric_for(precision: str | None, accelerator: str = "auto") -> L.Fabric:
+def fabric_for(precision: str | None, accelerator: str = "auto", quantize: str | None = None) -> L.Fabric:
     """One device; precision None is "32-true" on a CPU, else what the device does best: "bf16-true" or "16-true"."""
+    if quantize is not None:
+        return L.Fabric(accelerator="cuda", devices=1, plugins=quantizer(quantize, precision, accelerator))
     if precision is None:
         gpu = accelerator != "cpu" and torch.cuda.is_available()
         precision = "32-true" if not gpu else "bf16-true" if torch.cuda.is_bf16_supported() else "16-true"

@@ -48,6 +48,7 @@ def generate(
     prefill: str = "min-length",
     prefill_chunk: int | None = None,
     ignore_eos: bool = False,
+    quantize: str | None = None,
     precision: str | None = None,
     accelerator: str = "auto",
     threads: int | None = None,
@@ -83,6 +84,8 @@ def generate(
         prefill_chunk: Read what prompts have beyond the first pass in blocks of so many tokens; by default in blocks
             for strategies whose results do not depend on it (dense, window, sink), one at a time for others.
         ignore_eos: Go on when the model ends its text.
+        quantize: Quantize the weights with bitsandbytes, which needs an NVIDIA GPU: bnb.nf4, bnb.nf4-dq, bnb.fp4,
+            bnb.fp4-dq or bnb.int8.
         precision: Lightning Fabric's name; by default 32-true on a CPU and bf16-true on a GPU.
         accelerator: cpu, cuda, mps, or auto.
         threads: CPU threads; by default one for a small model, whose steps are over before a second one has begun, and
@@ -108,7 +111,7 @@ def generate(
     if "" in texts or not texts:
         raise ValueError("The prompt is empty.")
     answers = Answers(out, resume) if prompts is not None else None
-    llm = load(checkpoint_dir, precision, accelerator, threads)
+    llm = load(checkpoint_dir, precision, accelerator, threads, quantize)
     if compile:
         llm.compile()
     how = {"batch_size": batch_size, "prefill": prefill, "prefill_chunk": prefill_chunk}
@@ -178,12 +181,14 @@ def _announce(llm: LLM, rows: list[Row], prefill: str, prefill_chunk: int | None
         )
 
 
-def load(checkpoint_dir: str, precision: str | None, accelerator: str, threads: int | None) -> LLM:
+def load(
+    checkpoint_dir: str, precision: str | None, accelerator: str, threads: int | None, quantize: str | None
+) -> LLM:
     """A model, and as many CPU threads as suit it."""
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}.")
     began = time.perf_counter()
-    llm = LLM.load(checkpoint_dir, precision=precision, accelerator=accelerator)
+    llm = LLM.load(checkpoint_dir, precision=precision, accelerator=accelerator, quantize=quantize)
     _say(f"Loaded {checkpoint_dir} on {llm.fabric.device} in {time.perf_counter() - began:.2f} s.")
     if threads is None and llm.fabric.device.type == "cpu":
         threads = 1 if sum(p.numel() for p in llm.model.parameters()) < SMALL_MODEL else None
@@ -207,6 +212,7 @@ def chat(
     multiline: bool = False,
     kv_cache: dict[str, Any] | str = "dense",
     prefill: str = "min-length",
+    quantize: str | None = None,
     precision: str | None = None,
     accelerator: str = "auto",
     threads: int | None = None,
@@ -234,6 +240,8 @@ def chat(
         kv_cache: What to keep: a strategy of `litgpt_kv strategies`. With --kv-cache.budget, .sinks, .recent, .storage,
             .positions and the strategy's own options; `--kv-cache.help sink` explains one.
         prefill: How the first turn is read: "min-length" or "full".
+        quantize: Quantize the weights with bitsandbytes, which needs an NVIDIA GPU: bnb.nf4, bnb.nf4-dq, bnb.fp4,
+            bnb.fp4-dq or bnb.int8.
         precision: Lightning Fabric's name; by default 32-true on a CPU and bf16-true on a GPU.
         accelerator: cpu, cuda, mps, or auto.
         threads: CPU threads; by default one for a small model.
@@ -244,7 +252,7 @@ def chat(
         raise ValueError("kv_cache 'none' keeps nothing between turns: choose a strategy.")
     if temperature is None:
         temperature = checkpoint.own_temperature(checkpoint.find(checkpoint_dir))
-    llm = load(checkpoint_dir, precision, accelerator, threads)
+    llm = load(checkpoint_dir, precision, accelerator, threads, quantize)
     if compile:
         llm.compile()
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty}

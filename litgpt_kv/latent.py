@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import litgpt.model as base
 from litgpt.config import Config
-from litgpt_kv.attention import attend, attend_last, attend_mass, mass
+from litgpt_kv.attention import Masks, attend, attend_last, attend_mass, mass
 from litgpt_kv.config import layer_facts
 from litgpt_kv.layer import Turn
 from litgpt_kv.linear import Linear
@@ -29,10 +29,18 @@ class MultiheadLatentAttention(base.MultiheadLatentAttention):
         super().__init__(config, block_idx)
         self.facts = layer_facts(config, block_idx)
 
-    def forward(self, x: Tensor, angles: Angles | None, turn: Turn | None = None, last: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        angles: Angles | None,
+        turn: Turn | None = None,
+        last: Tensor | None = None,
+        *,
+        masks: Masks | None = None,
+    ) -> Tensor:
         """x (B, T, C) to (B, T, C), or to (B, 1, C) for the tokens `last` (B,) alone."""
         parts = self.parts(x)
-        y = self.whole(*parts, angles, turn, last) if angles is not None else self.new(*parts, turn)  # (B, H, T, W)
+        y = self.new(*parts, turn) if angles is None else self.whole(*parts, angles, turn, last, masks)  # (B, H, T, W)
         return self.proj(y.transpose(1, 2).flatten(2))
 
     def parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -59,6 +67,7 @@ class MultiheadLatentAttention(base.MultiheadLatentAttention):
         angles: Angles,
         turn: Turn | None,
         last: Tensor | None,
+        masks: Masks | None,
     ) -> Tensor:
         """A whole sequence, or its tokens `last`, attends to itself; with a turn, it seeds the cache."""
         facts, config = self.facts, self.config
@@ -68,7 +77,7 @@ class MultiheadLatentAttention(base.MultiheadLatentAttention):
         k_pass, v = kv.split((config.qk_nope_head_dim, config.v_head_dim), dim=-1)
         q = torch.cat((q_pass, q_turned), dim=-1)
         k = torch.cat((k_pass, k_turned.expand(-1, facts.heads, -1, -1)), dim=-1)
-        y = attend(q, k, v, **math) if last is None else attend_last(q, k, v, last, **math)
+        y = attend(q, k, v, **math, masks=masks) if last is None else attend_last(q, k, v, last, **math)
         if turn is not None:
             layer, step, received = turn.layer, turn.step, None
             if layer.observes:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 MOST_ROWS = 16  # with more rows the library uses its threads by itself
 LEAST_WEIGHTS = 200_000  # smaller ones are over before a second thread has begun
+PLAIN = nn.Linear  # itself: a quantizing plugin puts its own class in this name's place while a model is made
 
 
-class Linear(nn.Linear):
+class Linear(PLAIN):
     """`nn.Linear`; in inference mode, few rows of float32 or float64 on a CPU run on all threads."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,6 +47,6 @@ def speed_up(model: nn.Module) -> None:
     """Makes every large plain `nn.Linear` of a model a `Linear`, its parameters and names untouched."""
     for module in model.modules():
         if (
-            type(module) is nn.Linear and module.weight.numel() >= LEAST_WEIGHTS
+            type(module) is PLAIN and module.weight.numel() >= LEAST_WEIGHTS
         ):  # a quantized or adapted layer keeps its own way
             module.__class__ = Linear  # the modules around it are litgpt's: they cannot be told which class to use

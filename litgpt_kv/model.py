@@ -14,13 +14,14 @@ from torch import Tensor, nn
 import litgpt.model as base
 from litgpt.config import Config
 from litgpt.model import do_softcapping
-from litgpt_kv.attention import attend, attend_last, attend_mass, mass
+from litgpt_kv.attention import Masks, attend, attend_last, attend_mass, mass
 from litgpt_kv.cache import KVCache
 from litgpt_kv.config import layer_facts
 from litgpt_kv.latent import MultiheadLatentAttention
 from litgpt_kv.layer import Turn
 from litgpt_kv.linear import speed_up
 from litgpt_kv.positions import Angles, halves, rotate, theta_of
+from litgpt_kv.yarn import is_yarn, yarn_tables
 
 
 class GPT(base.GPT):
@@ -51,6 +52,9 @@ class GPT(base.GPT):
                 ln_f=config.norm_class(config.n_embd, eps=config.norm_eps),
             )
         )
+        for module in self.modules():
+            if isinstance(module, base.GroupedTopkRouter):
+                self._init_weights(module)  # which litgpt leaves as the memory was
         speed_up(self)
         self.mask_cache: Tensor | None = None
         self.max_seq_length = config.block_size  # makes the rope tables
@@ -99,10 +103,11 @@ class GPT(base.GPT):
         else:
             angles, turns = [], cache.begin(T, tables, which)
 
+        masks = Masks() if whole else None
         for i, (block, table, turn) in enumerate(zip(self.transformer.h, which, turns)):
             # a prefill needs every key and value of the last layer, but only the output of each row's last token
             last = length.to(x.device) - 1 if length is not None and i == len(which) - 1 else None
-            x = block(x, angles[table] if whole else None, turn, last)
+            x = block(x, angles[table] if whole else None, turn, last, masks=masks)
 
         if cache is None:
             x = self.transformer.ln_f(x)
@@ -120,6 +125,11 @@ class GPT(base.GPT):
         logits = self.lm_head(x)
         cap = self.config.final_logit_softcapping
         return logits if cap is None else do_softcapping(logits, cap)
+
+    def rope_cache(self, device: torch.device | None = None) -> Angles:
+        """cos and sin (N, E) of all positions: litgpt's, but for YaRN, which is turned the right way round."""
+        tables = super().rope_cache(device)  # which checks the config, too
+        return yarn_tables(self.config, self.max_seq_length, device) if is_yarn(self.config) else tables
 
     def theta(self) -> list[Angles]:
         """What one position turns and the amplitude, for each rope base; exact where the tables were cast."""
@@ -145,7 +155,15 @@ class Block(base.Block):
         super().__init__(config, block_idx)
         self.attn = (MultiheadLatentAttention if config.latent_attention else CausalSelfAttention)(config, block_idx)
 
-    def forward(self, x: Tensor, angles: Angles | None, turn: Turn | None = None, last: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        angles: Angles | None,
+        turn: Turn | None = None,
+        last: Tensor | None = None,
+        *,
+        masks: Masks | None = None,
+    ) -> Tensor:
         """x (B, T, C) through attention and MLP.
 
         Args:
@@ -153,9 +171,10 @@ class Block(base.Block):
             angles: Of the positions, for a whole pass; None for new tokens.
             turn: This layer's part of a pass with a cache.
             last: (B,) the only tokens whose output is wanted; it is then (B, 1, C).
+            masks: Of a whole pass, for all layers.
         """
         normed = self.norm_1(x)
-        attended = self.post_attention_norm(self.attn(normed, angles, turn, last))
+        attended = self.post_attention_norm(self.attn(normed, angles, turn, last, masks=masks))
         if last is not None:
             x, normed = (tokens_at(z, last) for z in (x, normed))
         if self.config.parallel_residual:
@@ -175,10 +194,18 @@ class CausalSelfAttention(base.CausalSelfAttention):
         super().__init__(config, block_idx)
         self.facts = layer_facts(config, block_idx)
 
-    def forward(self, x: Tensor, angles: Angles | None, turn: Turn | None = None, last: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        angles: Angles | None,
+        turn: Turn | None = None,
+        last: Tensor | None = None,
+        *,
+        masks: Masks | None = None,
+    ) -> Tensor:
         """x (B, T, C) to (B, T, C), or to (B, 1, C) for the tokens `last` (B,) alone."""
         qk, v = self.heads(x)
-        y = self.whole(qk, v, angles, turn, last) if angles is not None else self.new(qk, v, turn)  # (B, H, T, D)
+        y = self.new(qk, v, turn) if angles is None else self.whole(qk, v, angles, turn, last, masks)  # (B, H, T, D)
         return self.proj(y.transpose(1, 2).flatten(2))
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,12 +227,14 @@ class CausalSelfAttention(base.CausalSelfAttention):
             qk = halves(qk, config.rope_n_elem)
         return qk, v
 
-    def whole(self, qk: Tensor, v: Tensor, angles: Angles, turn: Turn | None, last: Tensor | None) -> Tensor:
+    def whole(
+        self, qk: Tensor, v: Tensor, angles: Angles, turn: Turn | None, last: Tensor | None, masks: Masks | None
+    ) -> Tensor:
         """A whole sequence, or its tokens `last`, attends to itself; with a turn, it seeds the cache."""
         facts = self.facts
         math = {"scale": facts.scale, "softcap": facts.softcap, "window": facts.window}
         q, k = rotate(qk, angles, facts.rope_size).split((facts.heads, facts.groups), dim=1)
-        y = attend(q, k, v, **math) if last is None else attend_last(q, k, v, last, **math)
+        y = attend(q, k, v, **math, masks=masks) if last is None else attend_last(q, k, v, last, **math)
         if turn is not None:
             layer, step = turn.layer, turn.step
             received = mass(q, k, step.length, layer.observes, **math) if layer.observes else None

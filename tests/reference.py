@@ -17,10 +17,10 @@ from torch import Tensor, nn
 import litgpt.model as base
 from litgpt.config import Config
 from litgpt_kv import GPT, KVCache, KVCacheArgs
+from reference_latent import latent_attention
 from walks import kept_of, logits_of, scores_of, slots_of, walk
 
 __all__ = ["kept_of", "logits_of", "scores_of", "slots_of", "walk"]  # for the tests, from here as well
-from reference_latent import latent_attention
 
 
 class ExactNorm(nn.Module):
@@ -36,7 +36,7 @@ class ExactNorm(nn.Module):
 
 def theta(model: base.GPT) -> tuple[Tensor, Tensor]:
     """The angle of position 1 and the amplitude, in float64: (E,) each, or (E, bases) with several rope bases."""
-    cos, sin = (t.double() for t in base.GPT.rope_cache(model))
+    cos, sin = (t.double() for t in type(model).rope_cache(model))  # `lift` replaces the instance's own
     return torch.atan2(sin[1], cos[1]), cos[0]
 
 

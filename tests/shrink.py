@@ -9,6 +9,7 @@ from torch import nn
 
 import litgpt.model as base
 from litgpt.config import Config, name_to_config
+from litgpt_kv.yarn import is_yarn
 
 HEAD_SIZE = 16
 WINDOW = 5
@@ -82,10 +83,12 @@ def fill(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def twins(config: Config, dtype: torch.dtype = torch.float32) -> tuple[base.GPT, base.GPT]:
-    """Ours and litgpt's model with the same random weights, in eval mode."""
+    """Ours and litgpt's model with the same random weights, in eval mode, and for YaRN the same rope tables."""
     from litgpt_kv import GPT
 
     theirs = fill(base.GPT(config)).to(dtype).eval()
     ours = GPT(config).to(dtype).eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)
+    if is_yarn(config):  # litgpt's is the wrong way round (tests/test_litgpt_faults.py); all else is compared
+        theirs.cos, theirs.sin = ours.cos.clone(), ours.sin.clone()
     return ours, theirs

@@ -21,6 +21,7 @@ FLOORS = dict(
     strategies=2,
     slots=3,
     linear=1,
+    yarn=1,
     plan=3,
     layer=3,
     cache=3,
@@ -29,9 +30,8 @@ FLOORS = dict(
     model=4,
 )
 FLOORS |= dict.fromkeys(["generate", "parallel"], 5)
-FLOORS |= dict.fromkeys(
-    ["api", "chat", "checkpoint", "cli", "commands", "files", "talk", "benchmark", "benchmark_batches", "__main__"], 6
-)
+FLOORS |= dict.fromkeys(["api", "chat", "checkpoint", "cli", "commands", "files", "quantize", "talk", "__main__"], 6)
+FLOORS |= dict.fromkeys(["benchmark", "benchmark_batches"], 6)
 HEAVY = {"lightning", "jsonargparse", "transformers", "triton"}
 NEVER = {("cache", "model"), *(("strategies", other) for other in ("storage", "slots", "cache", "model"))}
 

@@ -1,0 +1,36 @@
+"""Weights quantized as they are loaded, litgpt's way: Lightning's plugin for bitsandbytes. Floor 6."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+from lightning.fabric.plugins import BitsandbytesPrecision
+
+QUANTIZERS = ("bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8")
+DTYPES = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "32-true": torch.float32}
+
+
+def quantizer(name: str, precision: str | None, accelerator: str) -> BitsandbytesPrecision:
+    """The plugin for one of `QUANTIZERS`.
+
+    Args:
+        name: "bnb." and what bitsandbytes makes of the weights.
+        precision: What is computed in; None: the plugin's choice, float16 for int8, else bfloat16 where it is fast.
+        accelerator: Where; only an NVIDIA GPU will do.
+
+    Raises:
+        ValueError: If it cannot run here; the message says what is missing.
+    """
+    if name not in QUANTIZERS:
+        raise ValueError(f"quantize must be one of {', '.join(QUANTIZERS)}, got {name!r}.")
+    if precision is not None and precision not in DTYPES:
+        raise ValueError(f"quantize {name!r} goes with the precisions {', '.join(DTYPES)}, got {precision!r}.")
+    if name == "bnb.int8" and precision not in (None, "16-true"):
+        raise ValueError(f"quantize 'bnb.int8' goes with precision 16-true only, got {precision!r}.")
+    if accelerator not in ("auto", "cuda", "gpu") or not torch.cuda.is_available():
+        here = "there is none here" if accelerator in ("auto", "cuda", "gpu") else f"accelerator is {accelerator!r}"
+        raise ValueError(f"quantize {name!r} needs an NVIDIA GPU, and {here}.")
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(f"quantize {name!r} needs the package bitsandbytes: pip install 'litgpt-kv[quantize]'.")
+    return BitsandbytesPrecision(name.removeprefix("bnb."), DTYPES.get(precision or ""))
