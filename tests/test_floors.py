@@ -24,9 +24,10 @@ FLOORS = dict(
     plan=3,
     layer=3,
     cache=3,
+    shim=3,
     model=4,
 )
-FLOORS |= dict.fromkeys(["generate", "parallel", "saving"], 5)
+FLOORS |= dict.fromkeys(["generate", "install", "parallel", "saving"], 5)
 FLOORS |= dict.fromkeys(["api", "checkpoint", "cli", "commands", "benchmark", "__main__"], 6)
 HEAVY = {"lightning", "jsonargparse", "transformers", "triton"}
 NEVER = {("cache", "model"), *(("strategies", other) for other in ("storage", "slots", "cache", "model"))}

@@ -1,0 +1,81 @@
+"""What litgpt's test files expect of their `conftest.py`, for copies of them that came without it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for marker in ("flaky(reruns): needs pytest-rerunfailures; ignored here", "timeout(seconds): ignored here"):
+        config.addinivalue_line("markers", marker)
+    if os.environ.get("LITGPT_SUITE") != "theirs":
+        from litgpt_kv.install import install
+
+        install()
+
+
+@pytest.fixture(autouse=True)
+def _state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A seed, the default dtype, and a working folder of its own for each test."""
+    torch.manual_seed(42)
+    torch.set_default_dtype(torch.float32)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def fake_checkpoint_dir(tmp_path: Path) -> Path:
+    folder = tmp_path / "checkpoints" / "tmp"
+    folder.mkdir(parents=True)
+    for name in ("lit_model.pth", "model_config.yaml", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).touch()
+    return folder
+
+
+class _Like:
+    def __init__(self, kind: type) -> None:
+        self.kind = kind
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, self.kind)
+
+
+@pytest.fixture
+def tensor_like() -> _Like:
+    return _Like(torch.Tensor)
+
+
+@pytest.fixture
+def float_like() -> _Like:
+    return _Like(float)
+
+
+class _Letters:
+    """A tokenizer whose tokens are characters."""
+
+    bos_id, eos_id = 0, 1
+
+    def encode(self, text: str, bos: bool = False, eos: bool = False, max_length: int = -1, **_: Any) -> torch.Tensor:
+        tokens = [self.bos_id] * bool(bos) + [ord(c) for c in text] + [self.eos_id] * bool(eos)
+        return torch.tensor(tokens[: max_length if max_length > 0 else None])
+
+    def decode(self, tokens: torch.Tensor) -> str:
+        return "".join(chr(int(t)) for t in tokens)
+
+
+@pytest.fixture
+def mock_tokenizer() -> _Letters:
+    return _Letters()
+
+
+@pytest.fixture
+def alpaca_path(tmp_path: Path) -> Path:
+    path = tmp_path / "alpaca" / "alpaca_data_cleaned_archive.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps([dict(instruction=f"Say {i}.", input="", output=f"{i}") for i in range(24)]))
+    return path
