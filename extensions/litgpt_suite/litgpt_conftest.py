@@ -9,6 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import ByteLevelBPETokenizer
+
+import litgpt.scripts.download
+from litgpt.utils import save_config
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -18,6 +22,24 @@ def pytest_configure(config: pytest.Config) -> None:
         from litgpt_kv.install import install
 
         install()
+    if os.environ.get("HF_HUB_OFFLINE") == "1":
+        litgpt.scripts.download.download_from_hub = _make
+
+
+def _make(repo_id: str, tokenizer_only: bool = False, checkpoint_dir: Path = Path("checkpoints"), **_: Any) -> None:
+    """In the place of a download: a folder of that name with random weights and a tokenizer of its own."""
+    folder = Path(checkpoint_dir) / repo_id
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator([Path(__file__).read_text()], vocab_size=500, special_tokens=["<|endoftext|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = dict(bos_token="<|endoftext|>", eos_token="<|endoftext|>", tokenizer_class="GPTNeoXTokenizer")
+    (folder / "tokenizer_config.json").write_text(json.dumps(special))
+    if not tokenizer_only:
+        model = litgpt.GPT.from_name(repo_id.split("/")[-1])
+        (folder / "config.json").write_text("{}")
+        save_config(model.config, folder)
+        torch.save(model.state_dict(), folder / "lit_model.pth")
 
 
 @pytest.fixture(autouse=True)
