@@ -70,10 +70,23 @@ def step(model: base.GPT) -> tuple[Tensor, dict[str, Tensor | None], dict[str, T
     return loss.detach(), grads, {k: v.clone() for k, v in model.state_dict().items()}
 
 
+LITGPTS = base.CausalSelfAttention.scaled_dot_product_attention
+
+
+def without_the_ones(attn: base.CausalSelfAttention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is not None and mask.dtype == torch.bool:
+        assert mask.all()
+        mask = torch.zeros_like(mask, dtype=q.dtype)
+    return LITGPTS(attn, q, k, v, mask)
+
+
 @every_kind
 @pytest.mark.parametrize("name", NAMES)
 def test_a_training_step_is_litgpts(kind: str, name: str) -> None:
-    loss, grads, weights = step(tuned(kind, name))
+    with pytest.MonkeyPatch.context() as patch:
+        if kind != "lora":  # litgpt adds the adaption prompt's mask, all ones, to softcapped scores: rounding
+            patch.setattr(base.CausalSelfAttention, "scaled_dot_product_attention", without_the_ones)
+        loss, grads, weights = step(tuned(kind, name))
     with install():
         model = tuned(kind, name)
         assert isinstance(model, GPT)
@@ -82,16 +95,11 @@ def test_a_training_step_is_litgpts(kind: str, name: str) -> None:
     assert any(grad.abs().max() > 0 for grad in grads.values())
     assert grads.keys() == ours[1].keys()
     assert weights.keys() == ours[2].keys()
-    if "Gemma-2" in name and kind != "lora":
-        # litgpt adds a boolean mask of ones to the softcapped scores of the adaption prompt: the same up to rounding
-        close = dict(rtol=1e-4, atol=1e-5)
-    else:
-        close = dict(rtol=0, atol=0)
-    torch.testing.assert_close(ours[0], loss, **close)
+    assert torch.equal(ours[0], loss)
     for key, grad in grads.items():
-        torch.testing.assert_close(ours[1][key], grad, **close)
+        assert torch.equal(ours[1][key], grad), key
     for key, weight in weights.items():
-        torch.testing.assert_close(ours[2][key], weight, **close)
+        assert torch.equal(ours[2][key], weight), key
 
 
 @every_kind

@@ -196,6 +196,10 @@ def test_prompt_and_decode_compile_to_one_graph_each(name: str) -> None:
     got += [fast(TOKENS[:1, at : at + 1], torch.tensor([at])) for at in range(9, T)]
     torch.testing.assert_close(torch.cat(got, dim=1), expected, rtol=0, atol=1e-8)
     assert counting.graphs == 2
+    for at in range(9, T):  # its size of the cache is a number, which becomes a symbol
+        logits = fast(TOKENS[:1, at : at + 1], torch.tensor([at]), input_pos_maxp1=at + 1)
+        torch.testing.assert_close(logits[:, 0], expected[:, at], rtol=0, atol=1e-8)
+    assert counting.graphs <= 4
 
 
 # -- litgpt's loops -------------------------------------------------------------------------------------------------
