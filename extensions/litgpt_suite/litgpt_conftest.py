@@ -37,7 +37,8 @@ def _make(repo_id: str, tokenizer_only: bool = False, checkpoint_dir: Path = Pat
     (folder / "tokenizer_config.json").write_text(json.dumps(special))
     if not tokenizer_only:
         model = litgpt.GPT.from_name(repo_id.split("/")[-1])
-        (folder / "config.json").write_text("{}")
+        for name in ("config.json", "generation_config.json"):
+            (folder / name).write_text("{}")
         save_config(model.config, folder)
         torch.save(model.state_dict(), folder / "lit_model.pth")
 
