@@ -39,6 +39,8 @@ def _make(repo_id: str, tokenizer_only: bool = False, checkpoint_dir: Path = Pat
         model = litgpt.GPT.from_name(repo_id.split("/")[-1])
         for name in ("config.json", "generation_config.json"):
             (folder / name).write_text("{}")
+        model.lm_head.weight.data[tokenizer.get_vocab_size() :] = 0  # no likely token without text, and no end
+        model.lm_head.weight.data[0] = 0
         save_config(model.config, folder)
         torch.save(model.state_dict(), folder / "lit_model.pth")
 
