@@ -74,9 +74,8 @@ def attend(
 def attend_last(
     q: Tensor, k: Tensor, v: Tensor, last: Tensor, *, scale: float, softcap: float | None, window: int | None
 ) -> Tensor:
-    """What `attend` gives at one token a row: positions last (B,) of q (B, H, T, D), to (B, H, 1, Dv)."""
+    """What `attend` gives at one token a row: q (B, H, 1, D) at the positions last (B,), to (B, H, 1, Dv)."""
     mask = visible(last.view(-1, 1, 1), torch.arange(k.size(2), device=k.device), window)  # (B, 1, 1, T)
-    q = q.gather(2, last.view(-1, 1, 1, 1).expand(-1, q.size(1), 1, q.size(-1)))
     return attend_mass(q, k, v, mask, scale=scale, softcap=softcap)[0]
 
 

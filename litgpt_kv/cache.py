@@ -113,7 +113,7 @@ class KVCache(nn.Module):
         max_tokens = context if max_tokens is None else max_tokens
         if max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {max_tokens}.")
-        devices = [block.attn.proj.weight.device for block in model.transformer.h]
+        devices = [next(block.attn.proj.parameters()).device for block in model.transformer.h]
         dtype = dtype or model.transformer.wte.weight.dtype
         with torch.inference_mode(False):  # tensors made inside could not be used outside of it
             cache = cls(model.config, args, batch_size, max_tokens, context, dtype, devices)

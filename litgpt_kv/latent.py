@@ -10,6 +10,8 @@ latent · W of a head's value · C embedding size.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +22,7 @@ from litgpt_kv.config import layer_facts
 from litgpt_kv.layer import Turn
 from litgpt_kv.linear import Linear
 from litgpt_kv.positions import Angles, halves, rotate
+from litgpt_kv.shim import dense_cache
 
 
 class MultiheadLatentAttention(base.MultiheadLatentAttention):
@@ -35,10 +38,12 @@ class MultiheadLatentAttention(base.MultiheadLatentAttention):
         angles: Angles | None,
         turn: Turn | None = None,
         last: Tensor | None = None,
-        *,
+        *litgpts: Any,
         masks: Masks | None = None,
     ) -> Tensor:
         """x (B, T, C) to (B, T, C), or to (B, 1, C) for the tokens `last` (B,) alone."""
+        if isinstance(angles, Tensor):  # litgpt's arguments: cos, sin, mask, input_pos, input_pos_maxp1
+            return super().forward(x, angles, turn, last, *litgpts)
         parts = self.parts(x)
         y = self.new(*parts, turn) if angles is None else self.whole(*parts, angles, turn, last, masks)  # (B, H, T, W)
         return self.proj(y.transpose(1, 2).flatten(2))
@@ -77,7 +82,11 @@ class MultiheadLatentAttention(base.MultiheadLatentAttention):
         k_pass, v = kv.split((config.qk_nope_head_dim, config.v_head_dim), dim=-1)
         q = torch.cat((q_pass, q_turned), dim=-1)
         k = torch.cat((k_pass, k_turned.expand(-1, facts.heads, -1, -1)), dim=-1)
-        y = attend(q, k, v, **math, masks=masks) if last is None else attend_last(q, k, v, last, **math)
+        if last is None:
+            y = attend(q, k, v, **math, masks=masks)
+        else:
+            one = q.gather(2, last.view(-1, 1, 1, 1).expand(-1, q.size(1), 1, q.size(-1)))
+            y = attend_last(one, k, v, last, **math)
         if turn is not None:
             layer, step, received = turn.layer, turn.step, None
             if layer.observes:
@@ -114,6 +123,17 @@ class MultiheadLatentAttention(base.MultiheadLatentAttention):
             layer.observe(step, received)
         y = torch.einsum("bhtr,hwr->bhtw", y[..., : facts.value_size], w_up)
         return y if b_up is None else y + b_up.unsqueeze(1)
+
+    def build_kv_cache(
+        self,
+        batch_size: int,
+        max_seq_length: int,
+        rope_cache_length: int | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> base.KVCache:
+        """litgpt's: this layer's part of `GPT.set_kv_cache`. `k` has the rotary parts, `v` the latents."""
+        return dense_cache(self, batch_size, max_seq_length, device, dtype)
 
     def absorb(self, q_pass: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         """Brings queries (B, H, T, K) to where latents are: their products with a latent are those with its keys.

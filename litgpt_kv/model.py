@@ -8,6 +8,10 @@ E rotated elements.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +25,7 @@ from litgpt_kv.latent import MultiheadLatentAttention
 from litgpt_kv.layer import Turn
 from litgpt_kv.linear import speed_up
 from litgpt_kv.positions import Angles, halves, rotate, theta_of
+from litgpt_kv.shim import Attached, attach, dense_cache
 from litgpt_kv.yarn import is_yarn, yarn_tables
 
 
@@ -62,10 +67,12 @@ class GPT(base.GPT):
     def forward(
         self,
         idx: Tensor,
-        cache: KVCache | None = None,
-        length: Tensor | None = None,
-        *,
+        cache: KVCache | Tensor | None = None,
+        length: Tensor | int | None = None,
         lm_head_chunk_size: int = 0,
+        *,
+        input_pos: Tensor | None = None,
+        input_pos_maxp1: int | None = None,
     ) -> Tensor | list[Tensor]:
         """Logits of the tokens `idx` (B, T) int64; see the class for the three ways to call it.
 
@@ -74,6 +81,8 @@ class GPT(base.GPT):
             cache: Where keys and values go; None for training.
             length: (B,) real tokens in each row of a right-padded prompt; given for a prefill and only then.
             lm_head_chunk_size: In training, compute the head in chunks of so many tokens and return their list.
+            input_pos, input_pos_maxp1: litgpt's way to call, also in the places of `cache` and `length`: the tokens'
+                positions (T,) or (B, T), and one more than the largest; after `set_kv_cache`. It gives (B, T, V).
 
         Raises:
             ValueError: If the cache cannot do what is asked: another batch size, rows not empty before a prefill, a
@@ -82,11 +91,14 @@ class GPT(base.GPT):
         if idx.dim() != 2:
             raise ValueError(f"Tokens must have shape (B, T), got {tuple(idx.shape)}.")
         B, T = idx.shape
+        attached = input_pos is not None or isinstance(cache, Tensor)
+        if attached:  # litgpt's own code
+            cache, length = Attached.of(self, idx, cache, length, input_pos, input_pos_maxp1), None
         if cache is not None and cache.batch_size != B:
             raise ValueError(f"The cache has {cache.batch_size} rows, the tokens have {B}.")
         if length is not None and cache is None:
             raise ValueError("A length without a cache means nothing: pass the cache to seed.")
-        whole = cache is None or length is not None
+        whole = cache is None or length is not None or (attached and cache.fresh)
         if whole and T > self.max_seq_length:
             hint = "" if cache is None else " The min-length prefill reads longer prompts into a cache that evicts."
             raise ValueError(f"Cannot forward {T} tokens, the model's context is {self.max_seq_length}.{hint}")
@@ -109,7 +121,7 @@ class GPT(base.GPT):
             last = length.to(x.device) - 1 if length is not None and i == len(which) - 1 else None
             x = block(x, angles[table] if whole else None, turn, last, masks=masks)
 
-        if cache is None:
+        if cache is None or attached:
             x = self.transformer.ln_f(x)
             if lm_head_chunk_size > 0:
                 return [self._head(part) for part in x.split(lm_head_chunk_size, dim=1)]
@@ -120,6 +132,23 @@ class GPT(base.GPT):
         else:
             cache.end(turns)
         return self._head(self.transformer.ln_f(x))  # (B, V) or (B, T, V)
+
+    def set_kv_cache(
+        self,
+        batch_size: int,
+        max_seq_length: int | None = None,
+        rope_cache_length: int | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """litgpt's: gives every layer a cache for `model(idx, input_pos)`. Nothing else here needs one.
+
+        Args:
+            batch_size: The most rows of a pass. max_seq_length: Positions; None: the model's `max_seq_length`.
+            rope_cache_length: Not needed. device, dtype: Of the buffers; None: each layer's own.
+        """
+        size = self.max_seq_length if max_seq_length is None else max_seq_length
+        self.mask_cache = attach(self, batch_size, size, device=device, dtype=dtype)
 
     def _head(self, x: Tensor) -> Tensor:
         logits = self.lm_head(x)
@@ -161,7 +190,7 @@ class Block(base.Block):
         angles: Angles | None,
         turn: Turn | None = None,
         last: Tensor | None = None,
-        *,
+        *litgpts: Any,
         masks: Masks | None = None,
     ) -> Tensor:
         """x (B, T, C) through attention and MLP.
@@ -173,6 +202,8 @@ class Block(base.Block):
             last: (B,) the only tokens whose output is wanted; it is then (B, 1, C).
             masks: Of a whole pass, for all layers.
         """
+        if isinstance(angles, Tensor):  # litgpt's arguments: cos, sin, mask, input_pos, input_pos_maxp1
+            return super().forward(x, angles, turn, last, *litgpts)
         normed = self.norm_1(x)
         attended = self.post_attention_norm(self.attn(normed, angles, turn, last, masks=masks))
         if last is not None:
@@ -200,13 +231,15 @@ class CausalSelfAttention(base.CausalSelfAttention):
         angles: Angles | None,
         turn: Turn | None = None,
         last: Tensor | None = None,
-        *,
+        *litgpts: Any,
         masks: Masks | None = None,
     ) -> Tensor:
         """x (B, T, C) to (B, T, C), or to (B, 1, C) for the tokens `last` (B,) alone."""
+        if isinstance(angles, Tensor):  # litgpt's arguments, see Block
+            return super().forward(x, angles, turn, last, *litgpts)
         qk, v = self.heads(x)
-        y = self.new(qk, v, turn) if angles is None else self.whole(qk, v, angles, turn, last, masks)  # (B, H, T, D)
-        return self.proj(y.transpose(1, 2).flatten(2))
+        y = self.new(qk, v, turn) if angles is None else self.whole(qk, v, angles, turn, last, masks)  # (B, T, H, D)
+        return self.proj(y.flatten(2))
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Projects x (B, T, C) to unrotated queries and keys (B, H + G, T, D) and values (B, G, T, D).
@@ -234,7 +267,11 @@ class CausalSelfAttention(base.CausalSelfAttention):
         facts = self.facts
         math = {"scale": facts.scale, "softcap": facts.softcap, "window": facts.window}
         q, k = rotate(qk, angles, facts.rope_size).split((facts.heads, facts.groups), dim=1)
-        y = attend(q, k, v, **math, masks=masks) if last is None else attend_last(q, k, v, last, **math)
+        one, how = q, partial(attend, **math, masks=masks)
+        if last is not None:
+            one = q.gather(2, last.view(-1, 1, 1, 1).expand(-1, q.size(1), 1, q.size(-1)))
+            how = partial(attend_last, last=last, **math)
+        y = self.scaled_dot_product_attention(one, k, v, how)
         if turn is not None:
             layer, step = turn.layer, turn.step
             received = mass(q, k, step.length, layer.observes, **math) if layer.observes else None
@@ -252,19 +289,40 @@ class CausalSelfAttention(base.CausalSelfAttention):
         keys, values = layer.extend(step, qk[:, facts.heads :] if layer.raw else k, v, q)
         if turn.ranked is not None:
             keys = rotate(keys, turn.keys, size)
-        y, received = attend_mass(
-            q,
-            keys,
-            values,
-            turn.mask,
-            scale=facts.scale,
-            softcap=facts.softcap,
-            far=far,
-            want_mass=layer.observes != 0,
-        )
-        if received is not None:
-            layer.observe(step, received)
-        return y
+
+        def over_cache(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            math = {"scale": facts.scale, "softcap": facts.softcap, "far": far, "want_mass": layer.observes != 0}
+            y, received = attend_mass(q, keys, values, turn.mask, **math)
+            if received is not None:
+                layer.observe(step, received)
+            return y
+
+        return self.scaled_dot_product_attention(q, keys, values, over_cache)
+
+    def scaled_dot_product_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Callable[[Tensor, Tensor, Tensor], Tensor] | Tensor | None = None
+    ) -> Tensor:
+        """q (B, H, T, D), k and v to (B, T, H, Dv): litgpt's name for what adapters wrap, and every pass comes through.
+
+        `mask` says how: a function of q, k and v to (B, H, T, Dv), or litgpt's masks, of which it adds the boolean ones
+        to softcapped scores; here they mask.
+        """
+        if callable(mask):
+            return mask(q, k, v).transpose(1, 2)
+        if mask is not None and mask.dtype == torch.bool and self.facts.softcap is not None:
+            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
+        return super().scaled_dot_product_attention(q, k, v, mask)
+
+    def build_kv_cache(
+        self,
+        batch_size: int,
+        max_seq_length: int,
+        rope_cache_length: int | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> base.KVCache:
+        """litgpt's: this layer's part of `GPT.set_kv_cache`."""
+        return dense_cache(self, batch_size, max_seq_length, device, dtype)
 
 
 def tokens_at(x: Tensor, pos: Tensor) -> Tensor:

@@ -60,7 +60,8 @@ def lift(model: base.GPT) -> base.GPT:
     model.cos, model.sin = model.rope_cache()
     if model.config.attention_logit_softcapping is not None:
         for block in model.transformer.h:
-            block.attn.scaled_dot_product_attention = _softcapped.__get__(block.attn)
+            if not hasattr(block.attn, "facts"):  # ours does it right, and every pass of ours comes through there
+                block.attn.scaled_dot_product_attention = _softcapped.__get__(block.attn)
     return model
 
 

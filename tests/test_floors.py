@@ -26,10 +26,11 @@ FLOORS = dict(
     layer=3,
     cache=3,
     saving=3,
+    shim=3,
     latent=4,
     model=4,
 )
-FLOORS |= dict.fromkeys(["generate", "parallel"], 5)
+FLOORS |= dict.fromkeys(["generate", "install", "parallel"], 5)
 FLOORS |= dict.fromkeys(["api", "chat", "checkpoint", "cli", "commands", "files", "quantize", "talk", "__main__"], 6)
 FLOORS |= dict.fromkeys(["benchmark", "benchmark_batches"], 6)
 HEAVY = {"lightning", "jsonargparse", "transformers", "triton"}

@@ -19,6 +19,7 @@ from litgpt.config import Config
 from litgpt_kv import GPT, KVCache, KVCacheArgs, SamplingArgs, Seen, Strategy, registry
 from litgpt_kv.attention import attend_mass
 from litgpt_kv.generate import generate
+from litgpt_kv.yarn import is_yarn
 from reference import Policy, arguments, compare, logits_of, oracle, tiny, tokens_of
 from shrink import GROUPED_MOE, YARN
 from test_compile import agree, compiled
@@ -87,6 +88,9 @@ def latent(cls: type = GPT, seed: int = 0, **options) -> base.GPT:
     for name, weight in sorted(model.named_parameters()):
         if name.endswith("bias"):
             weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(weight.numel())))
+    if is_yarn(model.config) and cls is not GPT:  # litgpt's is the wrong way round; all else is compared
+        ours = tiny(seed=seed, **{**OPTIONS, **options})
+        model.cos, model.sin = ours.cos, ours.sin
     return model
 
 
