@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from litgpt_kv.chat import Chat
 from litgpt_kv.config import KVCacheArgs, SamplingArgs
 from litgpt_kv.generate import Request, Stats, serve
 from litgpt_kv.generate.stopping import Row
-from litgpt_kv.generate.text import TextStream
+from litgpt_kv.generate.text import TextStream, stop_texts
 from litgpt_kv.model import GPT
 
 
@@ -111,6 +110,8 @@ class LLM:
             raise ValueError(f"A prompt is a text, got {prompt!r}.")
         if not prompt:
             raise ValueError("The prompt is empty.")
+        if any("\ud800" <= c <= "\udfff" for c in prompt):
+            raise ValueError(f"The prompt {prompt!r:.60} has half of a surrogate pair, which is no text.")
         ids = self.tokenizer.encode(self.prompt_style.apply(prompt, sys_prompt=sys_prompt), device=self.fabric.device)
         if not len(ids):
             raise ValueError(f"The prompt {prompt!r} has no tokens.")
@@ -149,7 +150,7 @@ class LLM:
             prompt: Text, or a list of texts.
             sys_prompt: For prompt styles that have one.
             max_new_tokens: The most new tokens of each prompt.
-            temperature, top_k, top_p, repetition_penalty, seed: See `SamplingArgs`.
+            temperature, top_k, top_p, repetition_penalty, seed: See `SamplingArgs`; one value, or one a prompt.
             return_as_token_ids: Return 1-D int64 tensors instead of text.
             stream: Return an iterator over pieces of text as they are made; of lists of pieces for a list of prompts.
             kv_cache: A strategy's name, or all of `KVCacheArgs`; None or "none" computes the whole text again at
@@ -173,12 +174,11 @@ class LLM:
             raise ValueError(f"prompt must be a text or a list of texts, got {prompt!r}.")
         if stream and return_as_token_ids:
             raise ValueError("stream=True gives text; for tokens as they are made see litgpt_kv.generate.stream.")
-        args = cache_args(kv_cache, budget)
-        sampling = SamplingArgs(temperature, top_k, top_p, seed, repetition_penalty)
-        rows = [
-            self.row(text, b, sys_prompt, max_new_tokens, min_new_tokens, sampling, stop, ignore_eos)
-            for b, text in enumerate([prompt] if isinstance(prompt, str) else prompt)
-        ]
+        args = KVCacheArgs.of(kv_cache, budget)
+        texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        sampling = SamplingArgs(temperature, top_k, top_p, seed, repetition_penalty).rows(len(texts))
+        ends = max_new_tokens, min_new_tokens
+        rows = [self.row(text, b, sys_prompt, *ends, sampling[b], stop, ignore_eos) for b, text in enumerate(texts)]
         steps = self.run(rows, args, batch_size, prefill, prefill_chunk, logprobs)
         if stream:
             pieces = ([row.piece if row in drew else "" for row in rows] for drew in steps)
@@ -201,13 +201,10 @@ class LLM:
     ) -> Row:
         """A prompt and its settings, as `run` takes them; the arguments are those of `generate`."""
         ids = self.encode(prompt, sys_prompt)
-        texts = [stop] if isinstance(stop, str) else list(stop)
-        if not all(isinstance(text, str) and text for text in texts):
-            raise ValueError(f"stop must be a text of at least one character, or several, got {stop!r}.")
         request = Request(
             ids, max_new_tokens, min_new_tokens, sampling or SamplingArgs(), () if ignore_eos else self.ends()
         )
-        return Row(request, index, TextStream(self.decode, ids.tolist(), texts))
+        return Row(request, index, TextStream(self.decode, ids.tolist(), stop_texts(stop)))
 
     def ends(self) -> list[list[int]]:
         """The token sequences with which the model ends its text, by its prompt style."""
@@ -221,8 +218,11 @@ class LLM:
         prefill: str = "min-length",
         prefill_chunk: int | None = None,
         logprobs: bool = False,
+        tokens: int | None = None,
     ) -> Iterator[list[Row]]:
         """Builds a cache of the right size and answers rows, as many at a time as `batch_size` says.
+
+        `tokens` are what the longest row will see, prompt and new ones, if that is not to be taken from these rows.
 
         Yields:
             For each draw the rows that took part in it, see `litgpt_kv.generate.serve`. `stats` and `cache` are this
@@ -234,8 +234,7 @@ class LLM:
         self.stats = stats = Stats()
         self.cache = None
         if args is not None:
-            most = max((len(row.request.prompt) + row.request.max_new_tokens for row in rows), default=2)
-            self.cache = self.build_cache(args, size, most - 1)
+            self.cache = self.build_cache(args, size, tokens or max((row.sees for row in rows), default=1))
         steps = serve(
             self.model,
             rows,
@@ -247,12 +246,14 @@ class LLM:
             stats=stats,
             logprobs=logprobs,
         )
-        return self._noted(steps, rows, stats)
+        return self._noted(steps, len(rows), stats)
 
-    def _noted(self, steps: Iterator[list[Row]], rows: Sequence[Row], stats: Stats) -> Iterator[list[Row]]:
+    def _noted(self, steps: Iterator[list[Row]], count: int, stats: Stats) -> Iterator[list[Row]]:
+        stats.reasons, stats.logprobs = [None] * count, [[] for _ in range(count)]
         for drew in steps:
-            if any(row.reason for row in drew):
-                stats.reasons, stats.logprobs = [row.reason for row in rows], [row.logprobs for row in rows]
+            for row in drew:
+                if row.reason is not None:
+                    stats.reasons[row.index], stats.logprobs[row.index] = row.reason, row.logprobs
             yield drew
 
     def build_cache(self, args: KVCacheArgs, batch_size: int, tokens: int) -> KVCache:
@@ -270,10 +271,10 @@ class LLM:
         """Times `generate`, whose arguments it takes; litgpt's names and units, one value an iteration.
 
         Returns:
-            The last output, and lists of "Seconds total", "Seconds to first token", "Tokens generated", "Inference
-            speed in tokens/sec" (all tokens over all seconds), "Prefill speed in tokens/sec", "Decode speed in
-            tokens/sec", "Cache memory allocated in GB", and on a GPU "Total GPU memory allocated in GB". litgpt runs
-            `generate` twice an iteration and counts the tokens of the text, not those that were made; this does not.
+            The last output, and lists of "Seconds total", "Seconds to first token" (all the time prompts took), "Tokens
+            generated", "Inference speed in tokens/sec" (all tokens over all seconds), "Prefill speed in tokens/sec",
+            "Decode speed in tokens/sec", "Cache memory allocated in GB", and on a GPU "Total GPU memory allocated in
+            GB". litgpt runs `generate` twice an iteration and counts the tokens of the text anew; this does neither.
         """
         if num_iterations < 1:
             raise ValueError(f"num_iterations must be at least 1, got {num_iterations}.")
@@ -300,16 +301,3 @@ class LLM:
             single = isinstance(kwargs.get("prompt"), str)
             out = "".join(pieces) if single else ["".join(row) for row in zip(*pieces)]
         return out, table
-
-
-def cache_args(kv_cache: str | KVCacheArgs | None, budget: int | str | None = None) -> KVCacheArgs | None:
-    """`KVCacheArgs` from a strategy's name or themselves, with another budget if one is given; None for "none"."""
-    kv_cache = None if kv_cache == "none" else kv_cache
-    args = KVCacheArgs(strategy=kv_cache) if isinstance(kv_cache, str) else kv_cache
-    if not (args is None or isinstance(args, KVCacheArgs)):
-        raise ValueError(f"kv_cache must be a strategy's name, KVCacheArgs or None, got {kv_cache!r}.")
-    if budget is None:
-        return args
-    if args is None:
-        raise ValueError(f"Without a cache there is no budget, got {budget}.")
-    return replace(args, budget=budget)

@@ -99,7 +99,7 @@ def benchmark_batches(
 
 
 def ways(llm: LLM, requests: list[Request], args: KVCacheArgs, rows: int) -> list[Way]:
-    """All that there are; each makes the same tokens."""
+    """All that there are; each makes as many tokens."""
     tokens = max(len(r.prompt) + r.max_new_tokens for r in requests)
     one, many = (KVCache.build(llm.model, args, n, tokens) for n in (1, rows))
 

@@ -158,13 +158,13 @@ class KVCache(nn.Module):
         saving.write(self, path, model)
 
     @classmethod
-    def load(cls, path: str | Path, model: GPT, args: KVCacheArgs | None = None) -> KVCache:
+    def load(cls, path: str | Path, model: GPT, args: KVCacheArgs | str | None = None) -> KVCache:
         """The cache that `save` wrote, on the devices of the model's layers.
 
         Args:
             path: Of the file.
             model: The model that it was made with.
-            args: What it should be, if you want that checked.
+            args: What it should be, or the name of its strategy if all else is as by default; None: not checked.
 
         Raises:
             ValueError: If the file is missing or no cache, or was made with another model or other arguments.
@@ -237,7 +237,8 @@ class KVCache(nn.Module):
         """A cache of its own in which every row stands `count` times, side by side: one context, many questions."""
         if count < 1:
             raise ValueError(f"count must be at least 1, got {count}.")
-        copy = _with_rows(self, lambda buffer, dim: buffer.repeat_interleave(count, dim))
+        with torch.inference_mode(False), torch.no_grad():  # see `build`
+            copy = _with_rows(self, lambda buffer, dim: buffer.repeat_interleave(count, dim))
         copy._whole = None
         copy._seen, copy._alive = ([x for x in values for _ in range(count)] for values in self._host())
         return copy
@@ -254,6 +255,8 @@ class KVCache(nn.Module):
 
     def _checked(self, rows: Iterable[int] | Tensor) -> list[int]:
         if isinstance(rows, Tensor):  # row numbers, or a mask of rows
+            if rows.dtype == torch.bool and rows.shape != (self.batch_size,):
+                raise ValueError(f"A mask of rows has shape ({self.batch_size},), got {tuple(rows.shape)}.")
             rows = (rows.nonzero().flatten() if rows.dtype == torch.bool else rows).tolist()
         if not isinstance(rows, Iterable):
             raise ValueError(f"Rows are a list of row numbers, got {rows!r}.")

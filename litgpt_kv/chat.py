@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from litgpt.prompts import PromptStyle
@@ -11,7 +12,7 @@ from litgpt_kv.config import KVCacheArgs, SamplingArgs
 from litgpt_kv.generate import Request, Stats
 from litgpt_kv.generate.base import run_rows, runner
 from litgpt_kv.generate.stopping import Row
-from litgpt_kv.generate.text import TextStream
+from litgpt_kv.generate.text import TextStream, stop_texts
 
 if TYPE_CHECKING:
     from litgpt_kv.api import LLM
@@ -26,6 +27,7 @@ class Chat:
         llm: The model and its tokenizer.
         sys_prompt: For prompt styles that have one; it stands before the first turn.
         kv_cache: A strategy's name, or all of `KVCacheArgs`.
+        budget: Tokens kept, instead of that of `kv_cache`.
         max_tokens: How many tokens the conversation may have: the size of a dense cache, and the budget where none is
             given. None: the model's context, at most 8,192.
         max_new_tokens: The most tokens of a reply; fewer where no more fit.
@@ -45,6 +47,7 @@ class Chat:
         sys_prompt: str | None = None,
         *,
         kv_cache: str | KVCacheArgs = "dense",
+        budget: int | str | None = None,
         max_tokens: int | None = None,
         max_new_tokens: int = 256,
         temperature: float = 1.0,
@@ -55,28 +58,35 @@ class Chat:
         stop: str | Sequence[str] = (),
         prefill: str = "min-length",
     ) -> None:
-        self.llm, self.sys_prompt = llm, sys_prompt
-        self.max_new_tokens, self.seed, self.prefill = max_new_tokens, seed, prefill
-        self.stop = [stop] if isinstance(stop, str) else list(stop)
-        self.sampling = (temperature, top_k, top_p), repetition_penalty
-        args = KVCacheArgs(kv_cache) if isinstance(kv_cache, str) else kv_cache
-        self.cache = llm.build_cache(args, 1, max_tokens or min(ROOM, llm.model.max_seq_length))
+        self.llm, self.sys_prompt, self.prefill = llm, sys_prompt, prefill
+        self.stop = stop_texts(stop)
+        self.sampling = SamplingArgs(temperature, top_k, top_p, seed, repetition_penalty)
+        self.max_new_tokens = Request((), max_new_tokens, sampling=self.sampling).max_new_tokens
+        args = KVCacheArgs.of(kv_cache, budget)
+        if args is None:
+            raise ValueError("Without a cache nothing is kept between turns: choose a strategy.")
+        room = min(ROOM, llm.model.max_seq_length) if max_tokens is None else max_tokens
+        self.cache = llm.build_cache(args, 1, room)
+        runner(llm.model, self.cache, 1, prefill, None, None)  # raises for an unknown prefill
         self.stats, self.turns = Stats(), 0
         self._row: Row | None = None
+        self._text: list[int] = []  # all tokens of the conversation, for the repetition penalty
 
     def reset(self) -> None:
         """Forgets everything."""
         self.cache.reset()
-        self.turns, self._row = 0, None
+        self.turns, self._row, self._text = 0, None, []
 
     def say(self, text: str) -> Iterator[str]:
         """The reply to a turn, piece by piece as it is made. One that is not read to its end stays as it is.
+
+        The turn is read when the first piece is asked for; finish or drop a reply before the next turn.
 
         Raises:
             ValueError: If the turn is empty or no longer fits; the conversation can then go on with another one.
         """
         ids = self.turn(text)
-        if self._row is not None:
+        if self._row is not None and self._row.last >= 0:
             last = self._row.last  # drawn, but not read yet; a style that ends the reply itself need not do so twice
             ids = ids if ids[0] == last and [last] in self.llm.ends() else [last, *ids]
         room = self.max_new_tokens
@@ -87,31 +97,40 @@ class Chat:
                     f"After {self.cache.seen[0]:,} tokens, {len(ids)} more do not fit the {self.cache.limit:,} of this "
                     f"conversation: {self.cache.why}. Start anew (/reset in the chat command)."
                 )
-        (temperature, top_k, top_p), penalty = self.sampling
-        seed = None if self.seed is None else self.seed + self.turns
-        sampling = SamplingArgs(temperature, top_k, top_p, seed, penalty)
-        request = Request(ids, room, sampling=sampling, stop=self.llm.ends())
+        return self._reply(ids, room)
+
+    def _reply(self, ids: list[int], room: int) -> Iterator[str]:
+        seed = None if self.sampling.seed is None else self.sampling.seed + self.turns
+        request = Request(ids, room, sampling=replace(self.sampling, seed=seed), stop=self.llm.ends(), past=self._text)
         row, self.stats = Row(request, 0, TextStream(self.llm.decode, list(ids), self.stop)), Stats()
         run = runner(self.llm.model, self.cache, 1, self.prefill, None, self.llm.decoder)
-        steps = run_rows(run, [row], (), self.stats)
         self.turns += 1
-        return self._pieces(steps, row)
+        self._text = [*self._text, *ids]
+        drawn: int | None = None
+        self._row = row
+        for _ in run_rows(run, [row], (), self.stats):
+            if drawn is not None:
+                self._text.append(drawn)  # it is read by now
+            drawn = row.last
+            yield row.piece
+            if self._row is not row:
+                raise ValueError("This reply was dropped: another turn began before it ended.")
+
+    @property
+    def full(self) -> bool:
+        """Whether the last reply ended because no more tokens fit."""
+        limit = self.cache.limit
+        return limit is not None and self.cache.seen[0] >= limit
 
     def ask(self, text: str) -> str:
         """The whole reply to a turn."""
         return "".join(self.say(text))
 
-    def _pieces(self, steps: Iterator[list[Row]], row: Row) -> Iterator[str]:
-        for _ in steps:
-            self._row = row
-            yield row.piece
-
     def turn(self, text: str) -> list[int]:
         """The tokens of a turn in the model's prompt style: the first one with system prompt and beginning of text."""
-        if not text:
-            raise ValueError("The prompt is empty.")
+        first = self.llm.encode(text, self.sys_prompt).tolist()
         if self._row is None:
-            return self.llm.encode(text, self.sys_prompt).tolist()
+            return first
         ids = self.llm.tokenizer.encode(later_turn(self.llm.prompt_style, text), bos=False).tolist()
         if not ids:
             raise ValueError(f"The prompt {text!r} has no tokens.")

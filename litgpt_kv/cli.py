@@ -198,7 +198,7 @@ def run(commands: dict[str, Callable[..., Any]], description: str, args: list[st
         sys.stderr.close()
         raise SystemExit(0) from None
     except KeyboardInterrupt:
-        print(flush=True)
+        print(file=sys.stderr, flush=True)
         raise SystemExit(130) from None
     except (ValueError, OSError) as error:
         fail(str(error))

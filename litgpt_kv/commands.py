@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -22,12 +25,13 @@ from litgpt_kv.generate.stopping import Row
 from litgpt_kv.talk import talk
 
 SMALL_MODEL = 20_000_000  # weights
+QUESTION = "What food do llamas eat?"
 MANY_STEPS = 256  # prompt tokens read one at a time, from which on the user is told of a faster way
 
 
 def generate(
     checkpoint_dir: str,
-    prompt: list[str] | str = "What food do llamas eat?",
+    prompt: list[str] | str | None = None,
     *,
     prompts: str | None = None,
     out: str | None = None,
@@ -58,7 +62,7 @@ def generate(
 
     Args:
         checkpoint_dir: A checkpoint folder in litgpt's layout, or "demo" for the shipped model.
-        prompt: The text to continue; give the option several times for a batch.
+        prompt: The text to continue (default: "What food do llamas eat?"); give the option several times for a batch.
         prompts: A file of prompts: .jsonl with {"prompt": ...} and, if it likes, settings of its own on each line, or
             text with one prompt a line; - is standard input.
         out: A file that takes the answers as JSON lines; by default they go to standard output.
@@ -106,11 +110,23 @@ def generate(
             raise ValueError(f"{name} must be at least 1, got {value}.")
     if prompts is None and (out is not None or resume or logprobs):
         raise ValueError("--out, --resume and --logprobs go with a file of prompts: --prompts FILE.")
+    if prompts is not None and prompt is not None:
+        raise ValueError("Give either --prompt or --prompts.")
     lines = read_prompts(prompts) if prompts is not None else []
+    prompt = QUESTION if prompt is None else prompt
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
     if "" in texts or not texts:
         raise ValueError("The prompt is empty.")
-    answers = Answers(out, resume) if prompts is not None else None
+    run = [
+        str(checkpoint_dir),
+        asdict(settings),
+        None if args is None else asdict(args),
+        prefill,
+        prefill_chunk,
+        logprobs,
+    ]
+    digest = hashlib.sha256(json.dumps([*run, num_samples > 1, precision, quantize]).encode()).hexdigest()[:8]
+    answers = Answers(out, resume, digest) if prompts is not None else None
     llm = load(checkpoint_dir, precision, accelerator, threads, quantize)
     if compile:
         llm.compile()
@@ -159,6 +175,8 @@ def _answer(llm: LLM, lines: list[Line], answers: Answers, *others: Any, **how: 
         report(llm.stats, llm.cache, brief=True)
     where = "" if answers.path is None else f" in {answers.path}"
     resumed = f", {before:,} of them from before" if before else ""
+    if orphans := len(answers.done.keys() - set(answers.expected)) if answers.path is not None else 0:
+        resumed += f", {orphans:,} to no line of this file"
     count = len(answers.done) if answers.path is not None else answers.given
     _say(f"{count:,} answers{where}{resumed}; {len(bad):,} of {len(lines):,} lines could not be used.")
     if bad:
@@ -171,7 +189,7 @@ def _announce(llm: LLM, rows: list[Row], prefill: str, prefill_chunk: int | None
     if not rows or cache is None or prefill != "min-length" or prefill_chunk is not None or cache.exact_blocks:
         return
     lengths = [len(row.request.prompt) for row in rows]
-    longest, first = max(lengths), min(cache.first_chunk, *lengths)
+    longest, first = max(lengths), min(cache.first_chunk, max(lengths))
     if longest - first >= MANY_STEPS:
         budget = min(slots.size for slots in cache.slots)
         what = f"{longest:,} tokens, {longest / budget:.3g} times the budget"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from litgpt.config import Config
@@ -39,6 +39,17 @@ class KVCacheArgs:
     storage: str | Sequence[str] = "plain"
     positions: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, kv_cache: str | KVCacheArgs | None, budget: int | str | None = None) -> KVCacheArgs | None:
+        """From a strategy's name or themselves, with another budget if one is given; None for None and "none"."""
+        args = cls(strategy=kv_cache) if isinstance(kv_cache, str) and kv_cache != "none" else kv_cache
+        args = None if args == "none" else args
+        if not (args is None or isinstance(args, KVCacheArgs)):
+            raise ValueError(f"kv_cache must be a strategy's name, KVCacheArgs or None, got {kv_cache!r}.")
+        if budget is not None and args is None:
+            raise ValueError(f"Without a cache there is no budget, got {budget}.")
+        return args if budget is None else replace(args, budget=budget)
 
     def __post_init__(self) -> None:
         if self.positions not in (None, "absolute", "cache"):
@@ -117,6 +128,11 @@ class SamplingArgs:
     repetition_penalty: float | Sequence[float] = 1.0
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "repetition_penalty", "top_k", "seed"):
+            kind = int if name in ("top_k", "seed") else (int, float)
+            for value in _each(getattr(self, name)):
+                if isinstance(value, bool) or not (isinstance(value, kind) or (value is None and kind is int)):
+                    raise ValueError(f"{name} must be a {'whole ' if kind is int else ''}number, got {value!r}.")
         for value in _each(self.temperature):
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"temperature must be 0 or greater, got {value}.")
@@ -128,10 +144,10 @@ class SamplingArgs:
                 raise ValueError(f"top_p must be between 0 and 1, got {value}.")
         for value in _each(self.seed):
             if value is not None and not 0 <= value < 2**63:
-                raise ValueError(f"seed must be 0 or greater, got {value}.")
+                raise ValueError(f"seed must be 0 to 2**63 - 1, got {value}.")
         for value in _each(self.repetition_penalty):
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"repetition_penalty must be greater than 0, got {value}.")
+            if not 0.01 <= value <= 100:
+                raise ValueError(f"repetition_penalty must be between 0.01 and 100, got {value}.")
 
     def rows(self, count: int) -> list[SamplingArgs]:
         """The same for each of `count` rows, with one value each."""

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
+import tempfile
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -23,7 +24,9 @@ from litgpt_kv.generate.base import check
 from litgpt_kv.generate.runners import Limits
 from litgpt_kv.generate.stopping import Row
 
+BEGIN = b'{"line": '  # of every answer
 Place = tuple[int, int]  # a prompt's line and the number of its sample
+JSON = (".jsonl", ".json", ".ndjson")
 NUMBER = (int, float)
 FIELDS: Mapping[str, tuple[type, ...]] = {
     "prompt": (str,),
@@ -56,8 +59,8 @@ class Line:
 
 
 def read_prompts(path: str) -> list[Line]:
-    """The prompts of a file: of `.jsonl` one JSON object a line, of all others one prompt a line; empty lines are left
-    out. "-" is standard input, which is JSON if its first line is an object.
+    """The prompts of a file: of `.jsonl` (or `.json`, `.ndjson`) one JSON object a line, of all others one prompt a
+    line; empty lines are left out. "-" is standard input, which is JSON if its first line is an object.
 
     Raises:
         ValueError: If the file cannot be read or has no line.
@@ -69,7 +72,9 @@ def read_prompts(path: str) -> list[Line]:
     lines = [(n, raw) for n, raw in enumerate(data.splitlines(), 1) if raw.strip()]
     if not lines:
         raise ValueError(f"There are no prompts in {'standard input' if path == '-' else repr(path)}.")
-    as_json = path.endswith(".jsonl") or (path == "-" and lines[0][1].lstrip().startswith(b"{"))
+    as_json = path.lower().endswith((".jsonl", ".json", ".ndjson")) or (
+        path == "-" and lines[0][1].lstrip().startswith(b"{")
+    )
     return [_line(number, raw, as_json) for number, raw in lines]
 
 
@@ -79,6 +84,12 @@ def _line(number: int, raw: bytes, as_json: bool) -> Line:
         fields = json.loads(text) if as_json else {"prompt": text}
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
         return Line(number, {}, f"it is no {'JSON' if as_json else 'UTF-8 text'}: {error}")
+    if not as_json and "\0" in text:
+        return Line(number, {}, "it is no text: it has NUL characters, as UTF-16 does")
+    if isinstance(fields, dict):  # null is as good as nothing, but for top_k, where it means all
+        fields = {name: value for name, value in fields.items() if value is not None or name == "top_k"}
+    if any("\ud800" <= c <= "\udfff" for c in json.dumps(fields, ensure_ascii=False)):
+        return Line(number, {}, "it has half of a surrogate pair, which is no text")
     return Line(number, fields if isinstance(fields, dict) else {}, _fault(fields))
 
 
@@ -104,6 +115,7 @@ class Answers:
     Args:
         path: Of the file; None or "-" is standard output.
         resume: Go on with a file that exists.
+        run: A digest of the settings; answers made with others are not continued.
 
     Attributes:
         done: The answers that are there, by place.
@@ -111,58 +123,67 @@ class Answers:
         given: How many standard output got.
 
     Raises:
-        ValueError: If the file exists and `resume` is not given, or it holds something else.
+        ValueError: If the file exists and `resume` is not given, or it holds something else or cannot be written.
     """
 
-    def __init__(self, path: str | None, resume: bool = False) -> None:
+    def __init__(self, path: str | None, resume: bool = False, run: str = "") -> None:
+        self.run = run
         self.path = None if path in (None, "-") else Path(path)
         self.done: dict[Place, dict[str, Any]] = {}
         self.expected: deque[Place] = deque()
         self.given = 0
         self._file: TextIO | None = None
+        self._torn = 0  # bytes of a last line that was not finished
         if self.path is None:
             if resume:
                 raise ValueError("--resume continues a file: give it with --out.")
             return
-        if self.path.exists():
+        if self.path.exists() and not self.path.is_file():
+            raise ValueError(f"{path} is no file.")
+        if self.path.exists() and self.path.stat().st_size:
             if not resume:
                 raise ValueError(f"{path} exists: --resume continues it, or choose another name.")
             self._load(self.path)
-        try:
-            self._file = self.path.open("a", encoding="utf-8")
-        except OSError as error:
-            raise ValueError(f"{path} cannot be written: {error.strerror}.") from error
+        if not os.access(self.path if self.path.exists() else self.path.parent, os.W_OK):
+            raise ValueError(f"{path} cannot be written.")
 
     def _load(self, path: Path) -> None:
-        data = path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]  # the last line may be torn
-        for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            *lines, torn = path.read_bytes().split(b"\n")
+        except OSError as error:
+            raise ValueError(f"{path} cannot be continued: {error.strerror}.") from error
+        for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line)
-                self.done[key(record)] = record
+                self.done[key(record)] = {"prompt": record["prompt"], **record}
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{path} cannot be continued: line {number} is no answer of a run before.") from error
-        if len(whole) < len(data):
-            with path.open("r+b") as file:
-                file.truncate(len(whole))
+        if not (torn.startswith(BEGIN) or BEGIN.startswith(torn)):
+            raise ValueError(f"{path} cannot be continued: its last line is no answer of a run before.")
+        self._torn = len(torn)
 
     def matches(self, number: int, sample: int, prompt: str) -> bool:
         """Whether an answer is there already.
 
         Raises:
-            ValueError: If it answers another prompt.
+            ValueError: If it answers another prompt, or was made with other settings.
         """
         record = self.done.get((number, sample))
         if record is not None and record.get("prompt") != prompt:
             raise ValueError(
                 f"{self.path} answers other prompts than these: line {number} was {record['prompt']!r:.60}."
             )
+        if record is not None and record.get("run", self.run) != self.run:
+            raise ValueError(f"{self.path} was made with other settings than these: give it those, or another name.")
         return record is not None
 
     def add(self, record: dict[str, Any]) -> None:
         """Takes a finished answer."""
+        record = {**record, "run": self.run} if self.run and self.path is not None else record
         self.done[key(record)] = record
-        if self._file is not None:
+        if self.path is not None:
+            if self._file is None:  # not before there is something to write
+                self._file = self._open(self.path)
             self._file.write(_json(record) + "\n")
             self._file.flush()
             return
@@ -170,20 +191,29 @@ class Answers:
             print(_json(self.done.pop(self.expected.popleft())), flush=True)
             self.given += 1
 
+    def _open(self, path: Path) -> TextIO:
+        try:
+            if self._torn:
+                os.truncate(path, path.stat().st_size - self._torn)
+            return path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise ValueError(f"{path} cannot be written: {error.strerror}.") from error
+
     def close(self) -> None:
         """Brings a file into the order of the prompts."""
         if self._file is None or self.path is None:
             return
         self._file.close()
-        beside = self.path.with_name(self.path.name + ".tmp")
+        path = self.path.resolve()
         try:
-            with beside.open("w", encoding="utf-8") as file:
-                file.writelines(_json(self.done[place]) + "\n" for place in sorted(self.done))
-            os.replace(beside, self.path)
+            with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as beside:
+                beside.writelines(_json(self.done[place]) + "\n" for place in sorted(self.done))
+                beside.flush()
+                os.fsync(beside.fileno())
+            shutil.copymode(path, beside.name)
+            os.replace(beside.name, path)
         except OSError as error:  # all answers are in the file, in the order in which they came
-            with suppress(OSError):
-                beside.unlink()
-            raise ValueError(f"{self.path} could not be put in order: {error.strerror}.") from error
+            raise ValueError(f"{path} could not be put in order: {error.strerror}.") from error
 
 
 def key(record: Mapping[str, Any]) -> Place:
@@ -240,27 +270,37 @@ def answer_file(
     Returns:
         The lines that could not be used, with their error.
     """
-    limits = Limits.of(llm.model, args, prefill)
+    usable = _checked(llm, lines, settings, Limits.of(llm.model, args, prefill))
+    tokens = max((row.sees for _, row in usable), default=1)  # of all, done or not: budgets may be a share of it
+    usable = _checked(llm, [line for line, _ in usable], settings, Limits.of(llm.model, args, prefill, tokens))
     rows, places = [], []
-    for line in lines:
-        for sample in range(num_samples if line.error is None else 0):
-            try:
-                row = settings.row(llm, line.fields, len(rows), sample)
-                check(row.request, limits)
-            except (ValueError, TypeError) as error:
-                line.error = str(error)
-                break
+    for line, _ in usable:
+        for sample in range(num_samples):
             answers.expected.append((line.number, sample))
             if not answers.matches(line.number, sample, line.fields["prompt"]):
-                rows.append(row)
+                rows.append(settings.row(llm, line.fields, len(rows), sample))
                 places.append((line, sample))
-    steps = llm.run(rows, args, batch_size, prefill, prefill_chunk, logprobs) if rows else ()
+    steps = llm.run(rows, args, batch_size, prefill, prefill_chunk, logprobs, tokens) if rows else ()
     begun(rows)
     with tqdm(total=len(rows) + len(answers.done), initial=len(answers.done), unit="prompt", disable=None) as bar:
         for row in (row for drew in steps for row in drew if row.reason is not None):
             answers.add(_record(row, *places[row.index], many=num_samples > 1))
             bar.update()
     return [line for line in lines if line.error is not None]
+
+
+def _checked(llm: LLM, lines: Sequence[Line], settings: Settings, limits: Limits) -> list[tuple[Line, Row]]:
+    """The lines that can be used, with their rows; the others are given their error."""
+    out = []
+    for line in lines:
+        if line.error is None:
+            try:
+                row = settings.row(llm, line.fields, 0)
+                check(row.request, limits)
+                out.append((line, row))
+            except (ValueError, TypeError) as error:
+                line.error = str(error)
+    return out
 
 
 def _record(row: Row, line: Line, sample: int, many: bool) -> dict[str, Any]:

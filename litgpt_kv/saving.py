@@ -36,8 +36,9 @@ def write(cache: KVCache, path: str | Path, model: nn.Module) -> None:
         raise ValueError(f"The cache cannot be written to {path}: {error}") from error
 
 
-def read(cls: type[KVCache], path: str | Path, model: GPT, args: KVCacheArgs | None) -> KVCache:
+def read(cls: type[KVCache], path: str | Path, model: GPT, args: KVCacheArgs | str | None) -> KVCache:
     """`KVCache.load`."""
+    args = KVCacheArgs(strategy=args) if isinstance(args, str) else args
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
@@ -47,8 +48,8 @@ def read(cls: type[KVCache], path: str | Path, model: GPT, args: KVCacheArgs | N
                 raise ValueError(f"{path} was made with another model than this {model.config.name!r}.")
             about = json.loads(metadata["cache"])
             found, dtype = KVCacheArgs(**about["args"]), getattr(torch, about["dtype"])
-            if args is not None and args != found:
-                mine, its = asdict(args), about["args"]
+            mine, its = json.loads(json.dumps(asdict(args or found))), about["args"]  # lists for tuples
+            if mine != its:
                 differ = ", ".join(f"{k} is {its[k]!r}, not {mine[k]!r}" for k in mine if mine[k] != its[k])
                 raise ValueError(f"{path} holds a cache of other arguments: {differ}.")
             cache = cls.build(model, found, about["batch_size"], about["max_tokens"], dtype)

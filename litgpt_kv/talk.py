@@ -18,10 +18,12 @@ END = ("!submit", "!quit", "!exit")
 def talk(chat: Chat, multiline: bool = False) -> None:
     """Reads turns from standard input until it ends; replies go to standard output, all else to standard error."""
     _say(f"Now chatting with {chat.llm.config.name}. {HELP}")
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is no text is found below, a line at a time
     while (text := read_turn(multiline)) is not None:
-        if text.strip().startswith("/"):
-            if text.strip() in ("/quit", "/exit"):
-                return
+        if text.strip() in ("/quit", "/exit"):
+            return
+        if text.startswith("/") and text[1:].strip().isalpha():  # one word; all else may be a question
             _command(chat, text.strip())
         elif text.strip():
             _reply(chat, text)
@@ -30,18 +32,22 @@ def talk(chat: Chat, multiline: bool = False) -> None:
 def read_turn(multiline: bool) -> str | None:
     """One input, None at the end of all."""
     lines: list[str] = []
-    terminal = sys.stdin.isatty()
+    terminal, interrupted = sys.stdin.isatty(), False
     while True:
         prompt = ("... " if lines else ">>> ") if terminal else ""
         try:
             line = input(prompt)
         except EOFError:
             return "\n".join(lines) if lines else None
-        except KeyboardInterrupt:  # at the prompt: the first one drops what was typed, at an empty line it ends
+        except KeyboardInterrupt:  # the first one drops what was typed, a second one ends
             print(file=sys.stderr)
-            if not lines:
+            if interrupted:
                 return None
-            lines = []
+            lines, interrupted = [], True
+            continue
+        interrupted = False
+        if any("\ud800" <= c <= "\udfff" for c in line):
+            _say("litgpt_kv: this line is no text in the terminal's encoding; it was left out.")
             continue
         if not lines and line.strip() in ("!quit", "!exit"):
             return None
@@ -76,20 +82,35 @@ def _reply(chat: Chat, text: str) -> None:
     except ValueError as error:
         _say(f"litgpt_kv: {error}")
         return
+    except KeyboardInterrupt:
+        chat.reset()
+        _say("\nInterrupted in the middle of a step: the conversation is forgotten.")
+        return
     print(flush=True)
     stats = chat.stats
     speed = f", {stats.decode_tokens / stats.decode_seconds:,.0f} tokens/s" if stats.decode_tokens else ""
+    if chat.full:
+        _say("The conversation is full; /reset starts anew, and a strategy that evicts goes on: --kv-cache sink.")
     _say(f"[read {stats.prompt_tokens:,} tokens in {stats.prefill_seconds:.2f} s, made {stats.new_tokens:,}{speed}]")
 
 
 @contextmanager
 def interrupts() -> Iterator[Callable[[], bool]]:
-    """Notes Ctrl-C instead of raising in the middle of a step, which would leave a token half in the cache."""
+    """Notes Ctrl-C instead of raising in the middle of a step, which would leave a token half in the cache.
+
+    A second one raises: a long prompt may be under way, and nothing is drawn before it is read.
+    """
     noted: list[Any] = []
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    before = signal.signal(signal.SIGINT, lambda *_: noted.append(True))
+
+    def note(*_: Any) -> None:
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(True)
+
+    before = signal.signal(signal.SIGINT, note)
     try:
         yield lambda: bool(noted)
     finally:

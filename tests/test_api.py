@@ -95,3 +95,31 @@ def test_random_weights(tmp_path):
 def test_what_is_refused(llm, settings, message):
     with pytest.raises(ValueError, match=message):
         llm.generate(**{"prompt": "def f", "max_new_tokens": 5, **settings})
+
+
+def test_settings_one_a_prompt(llm):
+    many = llm.generate(PROMPTS, max_new_tokens=9, temperature=[0.0, 1.0, 0.7], top_k=[None, 5, 9], seed=[1, 2, 3])
+    for b, (t, k) in enumerate(((0.0, None), (1.0, 5), (0.7, 9))):
+        assert many[b] == llm.generate(PROMPTS[b], max_new_tokens=9, temperature=t, top_k=k, seed=b + 1)
+    with pytest.raises(ValueError, match="temperature has 2 values for 3 rows"):
+        llm.generate(PROMPTS, temperature=[0.0, 1.0])
+
+
+def test_few_rows_for_many_prompts(llm):
+    texts = [f"{p}{n}" for n in range(4) for p in PROMPTS]
+    expected = llm.generate(texts, max_new_tokens=7, seed=3, logprobs=True)
+    odds = llm.stats.logprobs
+    assert llm.generate(texts, max_new_tokens=7, seed=3, batch_size=2, logprobs=True) == expected
+    assert [len(row) for row in llm.stats.logprobs] == [len(row) for row in odds]
+    assert llm.stats.reasons == ["length"] * 12
+    pieces = list(llm.generate(texts, max_new_tokens=7, seed=3, batch_size=5, stream=True))
+    assert ["".join(row) for row in zip(*pieces)] == expected
+
+
+def test_benchmark(llm):
+    text, table = llm.benchmark(3, prompt=PROMPTS[0], max_new_tokens=9, temperature=0.0)
+    assert text == llm.generate(PROMPTS[0], max_new_tokens=9, temperature=0.0)
+    assert table["Tokens generated"] == [9, 9, 9]
+    assert all(len(values) == 3 and min(values) > 0 for values in table.values())
+    streamed, _ = llm.benchmark(1, prompt=PROMPTS, max_new_tokens=9, temperature=0.0, stream=True)
+    assert streamed == llm.generate(PROMPTS, max_new_tokens=9, temperature=0.0)

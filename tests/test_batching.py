@@ -215,3 +215,38 @@ def test_random_admissions_steps_and_ends_equal_each_prompt_alone(data: st.DataO
         while len(expected) < len(found):
             expected.append(model(torch.tensor([[text[n + len(expected) - 1]]]), alone)[0, 0])
         torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=0, atol=1e-8)
+
+
+def test_a_row_that_fills_the_context_without_a_cache(model: GPT) -> None:
+    context = model.max_seq_length
+    requests = [Request(tokens_of(n, context - 6 - 9 * n, 60), 7, sampling=GREEDY) for n in range(4)]
+    cached = answers(serve(model, requests, KVCache.build(model, "dense", 2)))
+    assert answers(serve(model, requests, None, rows=2)) == cached
+    assert answers(serve(model, requests, None, rows=4)) == cached
+
+
+def test_statistics_of_rows_that_come_and_go(model: GPT) -> None:
+    requests, stats = requests_of(12), Stats()
+    cache = KVCache.build(model, "dense", 3, 70)
+    for _ in range(2):  # used again, they begin anew
+        cache.reset()
+        rows = {row.index: row for drew in serve(model, requests, cache, stats=stats) for row in drew}
+        assert stats.prompt_tokens == stats.prefill_tokens == sum(len(r.prompt) for r in requests)
+        assert stats.new_tokens == sum(r.max_new_tokens for r in requests) == sum(len(r.tokens) for r in rows.values())
+        assert stats.decode_tokens == stats.new_tokens - 12
+        assert stats.prefill_seconds > 0 and stats.decode_seconds > 0
+    spent = sum(row.first - row.began for row in rows.values())
+    assert stats.prefill_seconds == pytest.approx(spent, rel=0.5), "all admissions are prefill"
+
+
+def test_long_first_prompts_are_read_in_blocks_beside_short_ones(model: GPT) -> None:
+    calls = []
+
+    def counting(*args):
+        calls.append(tuple(args[0].shape))
+        return model(*args)
+
+    counting.lm_head, counting.max_seq_length = model.lm_head, model.max_seq_length
+    requests = [Request(tokens_of(1, 80, 60), 2, sampling=GREEDY), Request(tokens_of(2, 2, 60), 2, sampling=GREEDY)]
+    list(serve(counting, requests, KVCache.build(model, args_of("sink"), 2, 90)))
+    assert len(calls) < 14, "80 tokens are ten blocks, not 80 steps"

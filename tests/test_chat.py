@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import signal
 import sys
 
 import pytest
@@ -12,6 +13,7 @@ from litgpt_kv import LLM, KVCacheArgs, SamplingArgs, registry
 from litgpt_kv.__main__ import main
 from litgpt_kv.chat import later_turn
 from litgpt_kv.generate import generate
+from litgpt_kv.talk import _reply
 
 GREEDY = SamplingArgs(temperature=0)
 TURNS = ["def fib(n):\n", "\n\nclass Parser:\n    def __init__(self):\n", "\nimport os\n"]
@@ -79,6 +81,110 @@ def test_a_conversation_that_is_full_says_so(llm: LLM) -> None:
     for _ in range(4):
         endless.ask(TURNS[1])
     assert endless.cache.seen[0] > 100
+
+
+def test_each_turn_has_its_seed_and_stop_texts_end_a_reply(llm: LLM) -> None:
+    chat = llm.chat(max_tokens=300, max_new_tokens=12, seed=4)
+    replies = []
+    for _ in range(3):
+        replies.append(chat.ask("def f(x):"))
+        chat.reset()
+    assert len(set(replies)) == 1
+    one, two = llm.chat(max_tokens=300, max_new_tokens=12, seed=4), llm.chat(max_tokens=300, max_new_tokens=12, seed=5)
+    one.ask("x")
+    two.ask("x")
+    assert llm.chat(max_tokens=300, max_new_tokens=12, seed=5).ask("x") != llm.chat(seed=4, max_new_tokens=12).ask("x")
+    assert one.turns == 1
+    assert one._row.request.sampling.seed == 4
+    one.ask("y")
+    assert one._row.request.sampling.seed == 5
+    whole = llm.chat(max_new_tokens=30, temperature=0.0).ask("def fib(n):\n")
+    stop = whole[10:13]
+    assert llm.chat(max_new_tokens=30, temperature=0.0, stop=stop).ask("def fib(n):\n") == whole[: whole.index(stop)]
+
+
+def test_a_reply_that_ends_itself_has_its_end_in_the_cache_once(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = llm.chat(max_new_tokens=12, temperature=0.0, max_tokens=300)
+    free.ask("def fib(n):\n")
+    made = list(free._row.tokens)
+    end = made[5]
+    monkeypatch.setattr(llm, "ends", lambda: [[end]])
+    chat = llm.chat(max_new_tokens=12, temperature=0.0, max_tokens=300)
+    reply = chat.ask("def fib(n):\n")
+    first = made.index(end)
+    assert reply == llm.decode(made[:first]) and chat._row.reason == "stop"
+    before = chat.cache.seen[0]
+    later = llm.encode("x = 1").tolist()[1:]
+    chat.ask("x = 1")
+    assert chat.stats.prompt_tokens == len(later) + 1, "the end is read, then the turn"
+    monkeypatch.setattr("litgpt_kv.chat.later_turn", lambda style, text: llm.decode([end]) + text)
+    again = llm.chat(max_new_tokens=12, temperature=0.0, max_tokens=300)
+    again.ask("def fib(n):\n")
+    assert again.cache.seen[0] == before
+    again.ask("x = 1")
+    both = llm.tokenizer.encode(llm.decode([end]) + "x = 1", bos=False).tolist()
+    assert again.stats.prompt_tokens == len(both) + (both[0] != end), "a style that ends the reply does so once"
+
+
+def test_the_repetition_penalty_remembers_earlier_turns(llm: LLM) -> None:
+    chat = llm.chat(max_new_tokens=8, temperature=0.0, max_tokens=300, repetition_penalty=1.5)
+    text: list[int] = []
+    for n, turn in enumerate(TURNS):
+        text += llm.encode(turn).tolist()[bool(n) :]
+        chat.ask(turn)
+        cache = llm.build_cache(KVCacheArgs(), 1, 300)
+        greedy = SamplingArgs(temperature=0, repetition_penalty=1.5)
+        (made,) = generate(llm.model, [text], cache, max_new_tokens=8, sampling=greedy)
+        assert chat._row.tokens == made.tolist()
+        text += made.tolist()
+
+
+def test_an_interrupt_ends_a_reply_and_not_the_conversation(llm: LLM, capsys: pytest.CaptureFixture) -> None:
+    chat = llm.chat(max_new_tokens=200, temperature=0.0)
+    real, said = chat.say, []
+
+    def say(text):
+        for n, piece in enumerate(real(text)):
+            said.append(piece)
+            if n == 4:
+                signal.raise_signal(signal.SIGINT)
+            yield piece
+
+    chat.say = say
+    _reply(chat, "def f(x):")
+    out = capsys.readouterr().out
+    assert out == "".join(said) + "\n" and len(said) == 5
+    assert chat.cache.seen[0] == len(llm.encode("def f(x):")) + 4
+    chat.say = real
+    assert chat.ask("x")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_two_replies_at_once_are_refused(llm: LLM) -> None:
+    chat = llm.chat(max_new_tokens=9)
+    first, second = chat.say("q"), chat.say("r")
+    next(first)
+    next(second)
+    with pytest.raises(ValueError, match="another turn began"):
+        next(first)
+    assert len(list(second)) == 8
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
+        ({"stop": ""}, "stop must be a text of at least one character"),
+        ({"temperature": -1.0}, "temperature must be 0 or greater"),
+        ({"prefill": "left"}, "prefill must be one of"),
+        ({"kv_cache": "none"}, "nothing is kept between turns"),
+        ({"kv_cache": "h2o", "budget": 0}, "budget must be at least 1"),
+    ],
+)
+def test_what_is_refused(llm: LLM, given: dict, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        llm.chat(**given)
 
 
 def test_what_stands_between_turns() -> None:

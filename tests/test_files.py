@@ -76,16 +76,18 @@ def test_bad_lines_are_named_and_the_exit_code_says_so(tmp_path: Path, capsys: p
         9: json.dumps({"prompt": "word " * 3000}),
         10: '{"prompt": "a", "max_new_tokens": 0}',
         11: '{"prompt": "a", "stop": [1]}',
+        12: r'{"prompt": "a", "id": "\ud800"}',
     }
-    lines = [bad.get(n, {"prompt": "def"}) for n in range(1, 13)]
+    lines = [bad.get(n, {"prompt": "def"}) for n in range(1, 14)]
     assert run("--prompts", write(tmp_path / "q.jsonl", lines), "--max-new-tokens", 2) == 1
     out, err = capsys.readouterr()
-    assert [json.loads(line)["line"] for line in out.splitlines()] == [1, 3, 12]
-    for number, says in zip(bad, ("no JSON", "no prompt", "'temprature'", "seed cannot be True", "no object", "top_p",
-                                  "limit of 1024", "max_new_tokens must be at least 1, got 0", "stop")):  # fmt: skip
+    assert [json.loads(line)["line"] for line in out.splitlines()] == [1, 3, 13]
+    limit = "max_new_tokens must be at least 1, got 0"
+    says = ["no JSON", "no prompt", "'temprature'", "seed cannot be True", "no object", "top_p", "limit of 1024", limit]
+    for number, says in zip(bad, [*says, "stop", "surrogate"]):
         (line,) = [one for one in err.splitlines() if one.startswith(f"Line {number} was left out")]
         assert says in line
-    assert "3 answers; 9 of 12 lines could not be used." in err
+    assert "3 answers; 10 of 13 lines could not be used." in err
 
 
 def test_text_files_and_standard_input(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
@@ -170,10 +172,41 @@ def test_another_files_answers_are_not_continued(tmp_path: Path, capsys: pytest.
     assert run("--prompts", other, "--out", out, "--max-new-tokens", 2, "--resume") == 2
     assert "answers other prompts than these: line 1 was 'a'" in capsys.readouterr().err
     assert out.read_bytes() == before
-    for rubbish in (b"rubbish\n", b"{}\n", b"1\n"):
+    for rubbish in (b"rubbish\n", b"{}\n", b"1\n", b'{"line": 1}\n', b"my diary"):
         out.write_bytes(rubbish)
         assert run("--prompts", other, "--out", out, "--resume") == 2
-        assert "line 1 is no answer of a run before" in capsys.readouterr().err
+        assert "is no answer of a run before" in capsys.readouterr().err
+        assert out.read_bytes() == rubbish
+    assert run("--prompts", other, "--out", tmp_path) == 2
+    assert "is no file" in capsys.readouterr().err
+
+
+def test_other_settings_are_not_mixed_in(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    questions, out = write(tmp_path / "q.txt", ["a", "b"]), tmp_path / "a.jsonl"
+    common = ("--prompts", questions, "--out", out, "--max-new-tokens", 2)
+    assert run(*common) == 0
+    for other in (("--seed", 5), ("--kv-cache", "window"), ("--num-samples", 2), ("--prefill", "full")):
+        assert run(*common, "--resume", *other) == 2
+        assert "was made with other settings" in capsys.readouterr().err
+    assert run(*common, "--resume", "--batch-size", 3) == 0
+    assert run("--prompts", write(tmp_path / "r.txt", ["a"]), "--out", out, "--max-new-tokens", 2, "--resume") == 0
+    assert "2 answers" in (err := capsys.readouterr().err) and "1 to no line of this file" in err
+
+
+def test_a_share_of_the_longest_prompt_stays_what_it_was(tmp_path: Path) -> None:
+    questions, out = write(tmp_path / "q.txt", ["x = ", "y", "class A:\n    pass\n" * 9]), tmp_path / "a.jsonl"
+    common = ("--prompts", questions, "--out", out, "--kv-cache", "h2o", "--kv-cache.budget", "20%")
+    assert run(*common) == 0
+    whole = records_of(out)
+    out.write_text(json.dumps(whole[2]) + "\n")
+    assert run(*common, "--resume") == 0
+    assert [r["text"] for r in records_of(out)] == [r["text"] for r in whole]
+
+
+def test_a_refused_run_leaves_no_file(tmp_path: Path) -> None:
+    questions, out = write(tmp_path / "q.txt", ["a"]), tmp_path / "a.jsonl"
+    assert run("--prompts", questions, "--out", out, "--kv-cache", "sink", "--kv-cache.budget", 5000) == 2
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(
@@ -187,7 +220,7 @@ def test_another_files_answers_are_not_continued(tmp_path: Path, capsys: pytest.
         (["--prompts", __file__, "--out", "no/folder/x"], "cannot be written"),
         (["--prompts", __file__, "--batch-size", "0"], "batch_size must be at least 1, got 0"),
         (["--prompts", __file__, "--min-new-tokens", "60"], "min_new_tokens must be 0 to 50"),
-        (["--prompt", "a", "--repetition-penalty", "0"], "repetition_penalty must be greater than 0, got 0"),
+        (["--prompt", "a", "--repetition-penalty", "0"], "repetition_penalty must be between 0.01 and 100, got 0"),
         (["--prompt", "a", "--stop", ""], "stop must be a text of at least one character"),
     ],
 )

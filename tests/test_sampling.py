@@ -96,3 +96,46 @@ def test_logprobs_are_the_models_own():
     expected = logits.softmax(-1).log()
     token = torch.tensor([1, 6, 0])
     assert torch.allclose(logprobs_of(logits, token), expected[torch.arange(3), token], atol=1e-6)
+
+
+def test_top_k_among_equals_does_not_hang_on_partners():
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(40, 3000, generator=g).bfloat16()
+    alone = sampler_of(SamplingArgs(top_k=50), 40, 3000).probabilities(logits) > 0
+    assert (alone.sum(-1) == 50).all()
+    ks = [50, 200, None, 1] * 10
+    beside = sampler_of(SamplingArgs(top_k=ks), 40, 3000).probabilities(logits) > 0
+    assert torch.equal(beside[::4], alone[::4])
+    assert beside.sum(-1).tolist() == [3000 if k is None else k for k in ks]
+    order = logits.float().sort(dim=-1, descending=True, stable=True).indices[:, :50]
+    assert torch.equal(alone, torch.zeros_like(alone).scatter(-1, order, True)), "of equals the first"
+
+
+def test_a_temperature_near_zero_is_greedy():
+    logits = torch.randn(3, 50)
+    for cold in (1e-40, 1e-7, 1e-5):
+        assert torch.equal(sampler_of(SamplingArgs(temperature=cold, seed=1), 3, 50)(logits), logits.argmax(-1))
+
+
+def test_the_ban_of_a_row_before_does_not_stay():
+    logits = torch.tensor([[0.0, 5.0, 1.0]]).expand(2, 3)
+    sampler, greedy = Sampler(2, 3, torch.device("cpu")), SamplingArgs(temperature=0)
+    sampler.place({b: Request([0], 9, 9, greedy, [[1]]) for b in range(2)})
+    sampler.place({0: Request([0], 9, 9, greedy)})
+    assert sampler(logits).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"temperature": "hot"}, "temperature must be a number, got 'hot'"),
+        ({"top_k": 1.5}, "top_k must be a whole number, got 1.5"),
+        ({"seed": [1, "x"]}, "seed must be a whole number, got 'x'"),
+        ({"seed": 2**64}, r"seed must be 0 to 2\*\*63 - 1"),
+        ({"repetition_penalty": 1e-320}, "repetition_penalty must be between 0.01 and 100"),
+        ({"repetition_penalty": None}, "repetition_penalty must be a number, got None"),
+    ],
+)
+def test_what_is_refused(given, says):
+    with pytest.raises(ValueError, match=says):
+        SamplingArgs(**given)

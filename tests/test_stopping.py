@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+from litgpt_kv import SamplingArgs
 from litgpt_kv.generate.stopping import Request, Row
 from litgpt_kv.generate.text import TextStream
 
@@ -49,15 +50,15 @@ def test_stop_sequences_against_a_search_in_the_whole_output(least):
     g = torch.Generator().manual_seed(0)
     for trial in range(300):
         tokens = torch.randint(3, (30,), generator=g).tolist()
-        stops = [torch.randint(3, (n,), generator=g).tolist() for n in (2, 3, 4)][: 1 + trial % 3]
+        stops = [torch.randint(3, (n,), generator=g).tolist() for n in (2, 3, 1 + trial % 4)][: 1 + trial % 3]
         row = row_of(stops, 25, least)
         out = pushed(row, tokens)
-        found = [(n, max(len(s) for s in stops if tokens[:n][-len(s) :] == s)) for n in range(1, 26)
-                 if any(tokens[:n][-len(s) :] == s for s in stops)]  # fmt: skip
-        found = [(n, length) for n, length in found if n - length >= least]
+        found = [
+            (n, n - len(s)) for n in range(1, 26) for s in stops if tokens[:n][-len(s) :] == s and n - len(s) >= least
+        ]
         if found:
-            end, length = found[0]
-            assert out == tokens[: end - length], (tokens, stops)
+            first = min(end for end, _ in found)
+            assert out == tokens[: min(begin for end, begin in found if end == first)], (tokens, stops)
             assert row.reason == "stop"
         else:
             assert out == tokens[:25]
@@ -126,6 +127,8 @@ def test_a_stop_text_and_a_stop_token_together():
         ({"stop": [2]}, "stop sequences of at least one token"),
         ({"stop": ["ab"]}, "stop sequences of at least one token"),
         ({"stop": [[]]}, "stop sequences of at least one token"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be a whole number, got 2.5"),
+        ({"sampling": SamplingArgs(temperature=[0.0, 1.0])}, "one value of each sampling setting, got a list for temp"),
     ],
 )
 def test_what_a_request_refuses(given, message):

@@ -123,10 +123,16 @@ def _tokens(steps: Iterator[list[Row]], rows: list[Row], stats: Stats) -> Iterat
 
 
 def runner(
-    model: Model, cache: KVCache | None, rows: int, prefill: str, chunk: int | None, decoder: Model | None
+    model: Model,
+    cache: KVCache | None,
+    rows: int,
+    prefill: str,
+    chunk: int | None,
+    decoder: Model | None,
+    together: bool = True,
 ) -> Cached | Recompute:
     """What `run_rows` drives: a cache, or its absence."""
-    return Recompute(model, rows) if cache is None else Cached(model, decoder, cache, prefill, chunk)
+    return Recompute(model, rows) if cache is None else Cached(model, decoder, cache, prefill, chunk, together)
 
 
 def run_rows(
@@ -137,6 +143,7 @@ def run_rows(
         raise ValueError("There are no prompts.")
     if len(rows) != run.size:
         raise ValueError(f"The cache has {run.size} rows, there are {len(rows)} prompts.")
+    vars(stats).update(vars(Stats()))  # one that was used before begins anew
     sampler = Sampler(run.size, vocabulary(run.model), run.device)
     for row, seen in zip(rows, run.seen):
         check(row.request, run.limits, f"Prompt {max(0, row.index)}", seen)

@@ -26,9 +26,10 @@ def serve(
 ) -> Iterator[list[Row]]:
     """Answers any number of requests, as many at a time as the cache has rows.
 
-    The first ones are read together, as `stream` does; every later one is read into the row of one that ended, while
-    the others wait. What a strategy keeps of a prompt longer than its budget is then read token by token beside the
-    others, unless `prefill` is "full". A row gives what its prompt gives alone, whenever it comes.
+    Each prompt is read on its own, into a free row or that of one that ended, while the others wait: its first tokens
+    in one pass, as many as the budget allows, the rest in blocks where that changes nothing, else token by token beside
+    the others. With `prefill` "full" the first ones are read together and all in one pass each. A row gives what its
+    prompt gives alone, whenever it comes.
 
     Args:
         model: A `litgpt_kv.GPT`, plain, compiled or wrapped.
@@ -47,7 +48,7 @@ def serve(
     size = rows if cache is None else cache.batch_size
     if size is None or size < 1 or rows not in (None, size):
         raise ValueError(f"rows must be at least 1, and the cache's batch size if there is one, got {rows}.")
-    run = runner(model, cache, size, prefill, prefill_chunk, decoder)
+    run = runner(model, cache, size, prefill, prefill_chunk, decoder, together=False)
     if any(run.seen):
         raise ValueError(f"serve needs an empty cache; tokens seen are {run.seen}: call reset() first.")
     waiting = numbered(requests)

@@ -92,9 +92,10 @@ class Loop:
         self._token = torch.zeros(len(self.rows), dtype=torch.int64, device=self.run.device)
         self._fresh = set(range(len(rows)))  # whose logits follow the last token that they have read
         self._prefilling = True
+        self._marked: tuple[list[int], Tensor | None] = [], None
 
     def _draw(self, ready: list[int]) -> None:
-        drawing = None if len(ready) == len(self.rows) else _mask(ready, len(self.rows), self.run.device)
+        drawing = self._mask(ready)
         drawn = self.sample(self._logits, drawing)
         self._token = drawn if drawing is None else torch.where(drawing, drawn, self._token)
         odds = logprobs_of(self._logits, self._token) if self.logprobs else None
@@ -113,6 +114,16 @@ class Loop:
             row.push(chosen[b], odds[b])
             row.first, row.ended = row.first or now, now
         self._prefilling = False
+
+    def _mask(self, rows: list[int]) -> Tensor | None:
+        """Marks some rows (B,), None for all; the same as before is not copied to the device again."""
+        if len(rows) == len(self.rows):
+            return None
+        if rows != self._marked[0]:
+            inside = set(rows)
+            marks = torch.tensor([b in inside for b in range(len(self.rows))])
+            self._marked = rows, marks.to(self.run.device, non_blocking=True)
+        return self._marked[1]
 
     def _replace(self, ended: list[int]) -> None:
         """The next that wait take the places of rows that ended."""
@@ -153,11 +164,6 @@ class Loop:
 def _as_list(row: Row) -> list[int]:
     prompt = row.request.prompt
     return prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)
-
-
-def _mask(rows: list[int], count: int, device: torch.device) -> Tensor:
-    inside = set(rows)
-    return torch.tensor([b in inside for b in range(count)], device=device)
 
 
 def _to_host(token: Tensor, odds: Tensor | None) -> tuple[list[int], list[float] | list[None]]:

@@ -85,12 +85,12 @@ class Limits:
     most: int | None
 
     @classmethod
-    def of(cls, model: GPT, args: KVCacheArgs | None, prefill: str) -> Limits:
-        """Those of the largest cache that the arguments allow."""
+    def of(cls, model: GPT, args: KVCacheArgs | None, prefill: str, tokens: int | None = None) -> Limits:
+        """Those of a cache for rows of so many tokens, or of the largest that the arguments allow."""
         context = model.max_seq_length
         limit, why = context, "the model's context"
         if args is not None:
-            limit, why = limit_of(settle(model.config, args, context, context), context)
+            limit, why = limit_of(settle(model.config, args, tokens or context, context), context)
         return cls(vocabulary(model), limit, why, context if prefill == "full" else None)
 
 
@@ -103,15 +103,24 @@ class Cached:
         cache: Empty, or with what came before the prompts.
         method: "min-length" or "full".
         chunk: Blocks in which the rest of a prompt is read; None: the longest that changes nothing.
+        together: Read the first prompts together also where they differ in length.
     """
 
-    def __init__(self, model: Model, decoder: Model | None, cache: KVCache, method: str, chunk: int | None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        decoder: Model | None,
+        cache: KVCache,
+        method: str,
+        chunk: int | None,
+        together: bool = True,
+    ) -> None:
         if method not in PREFILLS:
             raise ValueError(f"prefill must be one of {', '.join(PREFILLS)}, got {method!r}.")
         if chunk is not None and not 1 <= chunk <= cache.longest_block:
             raise ValueError(f"prefill_chunk must be 1 to {cache.longest_block} (budget less sinks), got {chunk}.")
         self.model, self.decoder = model, model if decoder is None else decoder
-        self.cache, self.method = cache, method
+        self.cache, self.method, self.together = cache, method, together or method == "full"
         self.chunk = chunk or (min(BLOCK, cache.longest_block) if cache.exact_blocks else 1)
         self.retire = cache.retire
         self.size, self.device = cache.batch_size, cache.pos.device
@@ -124,9 +133,9 @@ class Cached:
         return self.cache.seen
 
     def begin(self, batch: Prompts) -> tuple[Tensor, list[int]]:
-        """Reads the prompts of all rows, as far as the shortest one goes, or each of the first few rows' own."""
+        """Reads the prompts of all rows, as far as the shortest one goes, or one after the other."""
         self.cache.revive()
-        if len(batch.lengths) == self.size:
+        if len(batch.lengths) == self.size and (self.together or len(set(batch.lengths)) == 1):
             return self._read(batch, self.cache, any(self.seen))
         single = [self.admit(b, row[:n]) for b, (row, n) in enumerate(zip(batch.padded, batch.lengths))]
         self.retire(range(len(single), self.size))
@@ -175,8 +184,9 @@ class Recompute:
         return self._logits()[row : row + 1], len(prompt)
 
     def step(self, token: Tensor) -> Tensor:
-        self.text.scatter_(1, torch.tensor(self.length, device=self.device).unsqueeze(1), token.unsqueeze(1))
-        self.length = [min(n + 1, self.context - 1) for n in self.length]
+        end = [min(n, self.context - 1) for n in self.length]  # a row that ended may have no room left
+        self.text.scatter_(1, torch.tensor(end, device=self.device).unsqueeze(1), token.unsqueeze(1))
+        self.length = [n + 1 for n in end]
         return self._logits()
 
     def _logits(self) -> Tensor:
@@ -185,6 +195,6 @@ class Recompute:
         return logits[torch.arange(self.size, device=self.device), last]
 
     def retire(self, rows: Sequence[int]) -> None:
-        """Rows are independent: a finished one goes on unseen, with as little text as there can be."""
+        """Rows are independent: a finished one goes on unseen, from the beginning of its text."""
         for row in rows:
             self.length[row] = 1

@@ -5,13 +5,15 @@ B rows · V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from litgpt_kv.config import SamplingArgs
 from litgpt_kv.generate.stopping import Request
+
+COLD = 1e-5  # a temperature below it takes the most probable token: dividing by it would overflow
 
 
 class Sampler:
@@ -48,7 +50,10 @@ class Sampler:
             elif self.banned is not None:
                 self.banned[b] = False
             if request.sampling.repetition_penalty != 1.0:
-                self.seen = self._marks(self.seen, b, torch.as_tensor(request.prompt).to(self.device, torch.int64))
+                text = torch.cat(
+                    [torch.as_tensor(t).to(self.device, torch.int64) for t in (request.past, request.prompt)]
+                )
+                self.seen = self._marks(self.seen, b, text)
         self.made[list(requests)] = 0
         self._settle()
 
@@ -61,11 +66,14 @@ class Sampler:
     def _settle(self) -> None:
         """Brings the rows' settings to the device; None stands for what no row asks for."""
         rows, put = self.args, lambda values: torch.tensor(values, device=self.device)
-        greedy = [a.temperature == 0 or a.top_p == 0 for a in rows]
+        greedy = [a.temperature < COLD or a.top_p == 0 for a in rows]
         self.greedy, self.all_greedy = put(greedy) if any(greedy) else None, all(greedy)
-        self.top_k = None if all(a.top_k is None for a in rows) else [a.top_k for a in rows]
+        V = self.size[1]
+        counts = [V if a.top_k is None else min(a.top_k, V) for a in rows]
+        self.top_k = put(counts).unsqueeze(-1) if min(counts) < V else None
+        self.most = max((n for n in counts if n < V), default=V)
         self.top_p = None if all(a.top_p == 1.0 for a in rows) else put([a.top_p for a in rows])
-        self.temperature = put([float(a.temperature or 1.0) for a in rows])
+        self.temperature = put([1.0 if a.temperature < COLD else float(a.temperature) for a in rows])
         penalties = [float(a.repetition_penalty) for a in rows]
         self.penalty = put(penalties).unsqueeze(-1) if any(p != 1.0 for p in penalties) else None
         self.minimum = put(self.least) if any(self.least) else None
@@ -111,7 +119,7 @@ class Sampler:
         """What is drawn from, (B, V) float32: the logits after top-k, temperature and top-p, in this order."""
         logits = logits.float()
         if self.top_k is not None:
-            logits = self._crop(logits, self.top_k)
+            logits = self._crop(logits)
         probs = (logits / self.temperature.unsqueeze(-1)).softmax(dim=-1)
         if self.top_p is not None:
             ascending, index = probs.sort(dim=-1, stable=True)
@@ -121,14 +129,13 @@ class Sampler:
             probs = probs.masked_fill(drop.gather(-1, index.argsort(dim=-1)), 0.0)
         return probs
 
-    def _crop(self, logits: Tensor, top_k: Sequence[int | None]) -> Tensor:
-        V = logits.size(-1)
-        counts = [V if k is None else min(k, V) for k in top_k]
-        best, index = logits.topk(max(counts), dim=-1)
-        rank = torch.arange(max(counts), device=logits.device)
-        outside = rank >= torch.tensor(counts, device=logits.device).unsqueeze(-1)
-        best = best.masked_fill(outside, float("-inf"))
-        return torch.full_like(logits, float("-inf")).scatter(-1, index, best)
+    def _crop(self, logits: Tensor) -> Tensor:
+        """Logits of each row's most probable tokens; of equal ones the first, whatever other rows ask for."""
+        least = logits.topk(self.most, dim=-1).values.gather(-1, (self.top_k - 1).clamp(max=self.most - 1))  # (B, 1)
+        above, equal = logits > least, logits == least
+        room = self.top_k - above.sum(dim=-1, keepdim=True)
+        keep = above | (equal & (equal.cumsum(dim=-1) <= room)) | (self.top_k == self.size[1])
+        return logits.masked_fill(~keep, float("-inf"))
 
 
 def logprobs_of(logits: Tensor, token: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ class Request:
         min_new_tokens: A stop sequence or stop text only counts after so many new tokens.
         sampling: How tokens are chosen; one value each.
         stop: Token sequences that end the row; they are not part of the output.
+        past: Tokens that the cache has before the prompt, for the repetition penalty.
     """
 
     prompt: Tensor | Sequence[int]
@@ -28,13 +29,20 @@ class Request:
     min_new_tokens: int = 0
     sampling: SamplingArgs = field(default_factory=SamplingArgs)
     stop: Sequence[Sequence[int]] = ()
+    past: Sequence[int] = ()
 
     def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "min_new_tokens"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"{name} must be a whole number, got {value!r}.")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}.")
         if not 0 <= self.min_new_tokens <= self.max_new_tokens:
             most = self.max_new_tokens
             raise ValueError(f"min_new_tokens must be 0 to {most} (max_new_tokens), got {self.min_new_tokens}.")
+        if many := [name for name, value in vars(self.sampling).items() if isinstance(value, (list, tuple))]:
+            raise ValueError(f"A request has one value of each sampling setting, got a list for {many[0]}.")
         if any(not isinstance(one, Sequence) or isinstance(one, str) or not one for one in self.stop):
             raise ValueError(
                 f"stop must be a list of stop sequences of at least one token, [[2], [5, 7]], got {self.stop}."
@@ -49,7 +57,8 @@ class Row:
         request: What it answers, number `index` of its run.
         stream: Makes its text and finds stop texts in it; None where only tokens are wanted.
         read: How many tokens of the prompt were read.
-        tokens: All tokens released so far, and `new` those of the last push.
+        tokens: All tokens released so far, and `new` those of the last push. A stop text takes back the tokens in which
+            it began; the text itself is held back until it is certain.
         text: All text released so far, and `piece` that of the last push.
         last: The last token pushed, shown or not; it is the one that no cache has read yet.
         reason: Why the row ended, "stop" or "length"; None while it runs.
@@ -76,6 +85,11 @@ class Row:
         self._stop = [list(one) for one in self.request.stop]
 
     @property
+    def sees(self) -> int:
+        """The most tokens that a cache has to take for it; the last new one is never read."""
+        return len(self.request.prompt) + self.request.max_new_tokens - 1
+
+    @property
     def ready(self) -> bool:
         """Whether its whole prompt was read."""
         return self.read >= len(self.request.prompt)
@@ -92,8 +106,9 @@ class Row:
             self._logprobs.append(logprob)
         held = [*self._held, token]
         made = len(self.tokens) + len(held)
-        ended = [len(stop) for stop in self._stop if held[-len(stop) :] == stop]
-        if ended and made - max(ended) >= self.request.min_new_tokens:
+        found = [len(stop) for stop in self._stop if held[-len(stop) :] == stop]
+        ended = [n for n in found if made - n >= self.request.min_new_tokens]
+        if ended:
             self.reason, cut, held = "stop", len(held) - max(ended), held[: -max(ended)]
         elif made >= self.request.max_new_tokens:
             self.reason, cut = "length", len(held)

@@ -58,3 +58,11 @@ class TextStream:
             return ""
         self._start, self._shown = max(self._start, self._shown - 8), len(self.ids)
         return text[len(before) :]
+
+
+def stop_texts(stop: str | Sequence[str]) -> list[str]:
+    """Stop texts as a list; an empty one would end every text at once."""
+    texts = [stop] if isinstance(stop, str) else list(stop)
+    if not all(isinstance(text, str) and text for text in texts):
+        raise ValueError(f"stop must be a text of at least one character, or several, got {stop!r}.")
+    return texts
