@@ -117,15 +117,8 @@ def generate(
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
     if "" in texts or not texts:
         raise ValueError("The prompt is empty.")
-    run = [
-        str(checkpoint_dir),
-        asdict(settings),
-        None if args is None else asdict(args),
-        prefill,
-        prefill_chunk,
-        logprobs,
-    ]
-    digest = hashlib.sha256(json.dumps([*run, num_samples > 1, precision, quantize]).encode()).hexdigest()[:8]
+    made = [checkpoint_dir, asdict(settings), None if args is None else asdict(args), prefill, prefill_chunk, logprobs]
+    digest = hashlib.sha256(json.dumps([*made, num_samples > 1, precision, quantize]).encode()).hexdigest()[:8]
     answers = Answers(out, resume, digest) if prompts is not None else None
     llm = load(checkpoint_dir, precision, accelerator, threads, quantize)
     if compile:

@@ -182,7 +182,9 @@ class Block(base.Block):
 
     def __init__(self, config: Config, block_idx: int) -> None:
         super().__init__(config, block_idx)
-        self.attn = (MultiheadLatentAttention if config.latent_attention else CausalSelfAttention)(config, block_idx)
+        # the class alone: made anew, its weights would no longer be those that litgpt draws from the same seed
+        self.attn.__class__ = MultiheadLatentAttention if config.latent_attention else CausalSelfAttention
+        self.attn.facts = layer_facts(config, block_idx)
 
     def forward(
         self,

@@ -83,8 +83,17 @@ def test_bad_lines_are_named_and_the_exit_code_says_so(tmp_path: Path, capsys: p
     out, err = capsys.readouterr()
     assert [json.loads(line)["line"] for line in out.splitlines()] == [1, 3, 13]
     limit = "max_new_tokens must be at least 1, got 0"
-    says = ["no JSON", "no prompt", "'temprature'", "seed cannot be True", "no object", "top_p", "limit of 1024", limit]
-    for number, says in zip(bad, [*says, "stop", "surrogate"]):
+    faults = [
+        "no JSON",
+        "no prompt",
+        "'temprature'",
+        "seed cannot be True",
+        "no object",
+        "top_p",
+        "limit of 1024",
+        limit,
+    ]
+    for number, says in zip(bad, [*faults, limit, "stop", "surrogate"]):
         (line,) = [one for one in err.splitlines() if one.startswith(f"Line {number} was left out")]
         assert says in line
     assert "3 answers; 10 of 13 lines could not be used." in err

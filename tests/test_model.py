@@ -144,3 +144,13 @@ def test_a_wrong_call_says_what_is_wrong() -> None:
         model(TOKENS, None, torch.tensor([3, 4]))
     with pytest.raises(ValueError, match=r"3 rows.*2"):
         model(TOKENS, KVCache.build(model, batch_size=3))
+
+
+@pytest.mark.parametrize("name", ["pythia-14m", "latent"])
+def test_a_seed_gives_litgpts_weights(name: str) -> None:
+    config = SYNTHETIC[name] if name in SYNTHETIC else shrink(name)
+    models = []
+    for cls in (base.GPT, GPT):
+        torch.manual_seed(3)
+        models.append(cls(config).state_dict())
+    assert all(torch.equal(models[0][key], value) for key, value in models[1].items())
