@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import low_precision
 from litgpt_kv.__main__ import main
 
 ROOT = Path(__file__).parents[1]
@@ -41,7 +42,13 @@ def test_command(command, monkeypatch, capsys, tmp_path):
         assert f"make {target}" in MAKE
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
         return
-    if words[0] in ("pip", "python"):  # installing: .ci/run and tests/test_package.py do it
+    if words[:2] == ["python", "tests/low_precision.py"]:
+        monkeypatch.setattr(sys, "argv", [*words[1:], "--steps", "3", "--families", "demo"])
+        with pytest.raises(SystemExit, match="False"):  # nothing was too far off
+            low_precision.main()
+        assert capsys.readouterr().out
+        return
+    if words[0] == "pip":  # installing: .ci/run and tests/test_package.py do it
         assert words[1:3] in (["install", "torch==2.13.0"], ["install", "litgpt-kv"], ["install", "."])
         return
     assert words[0] == "litgpt_kv"
