@@ -40,10 +40,11 @@ class MultiheadLatentAttention(base.MultiheadLatentAttention):
         last: Tensor | None = None,
         *litgpts: Any,
         masks: Masks | None = None,
+        **named: Any,
     ) -> Tensor:
         """x (B, T, C) to (B, T, C), or to (B, 1, C) for the tokens `last` (B,) alone."""
         if isinstance(angles, Tensor):  # litgpt's arguments: cos, sin, mask, input_pos, input_pos_maxp1
-            return super().forward(x, angles, turn, last, *litgpts)
+            return super().forward(x, angles, turn, *(() if "mask" in named else (last, *litgpts)), **named)
         parts = self.parts(x)
         y = self.new(*parts, turn) if angles is None else self.whole(*parts, angles, turn, last, masks)  # (B, H, T, W)
         return self.proj(y.transpose(1, 2).flatten(2))
