@@ -118,6 +118,8 @@ class KVCache(nn.Module):
             cache = cls(model.config, args, batch_size, max_tokens, context, dtype, devices)
             if any(plan.endless for plan in cache._plans):
                 cache._theta = model.theta()
+            for slots in cache.slots:
+                slots.sharing = model.sharing
             return cache
 
     @classmethod
