@@ -3,8 +3,9 @@
 from litgpt_kv.benchmark import benchmark
 from litgpt_kv.cli import run
 from litgpt_kv.commands import generate, strategies
+from litgpt_kv.parallel import ends_together
 
-COMMANDS = {"generate": generate, "strategies": strategies, "benchmark": benchmark}
+COMMANDS = {"generate": ends_together(generate), "strategies": strategies, "benchmark": benchmark}
 DESCRIPTION = """Key/value caches for litgpt's models.
 
   litgpt_kv generate demo --prompt "def fib("                                  the shipped model, every token kept

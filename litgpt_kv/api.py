@@ -19,6 +19,7 @@ from litgpt_kv.config import KVCacheArgs, SamplingArgs
 from litgpt_kv.generate import Stats, stream
 from litgpt_kv.generate.text import TextStream
 from litgpt_kv.model import GPT
+from litgpt_kv.parallel import Place, Way, way_of
 
 
 class LLM:
@@ -44,6 +45,7 @@ class LLM:
         self.config, self.checkpoint_dir, self.fabric = config, checkpoint_dir, fabric
         self.stats, self.cache = Stats(), None
         self._decoder = model
+        self.way: Way | None = None
 
     @classmethod
     def load(
@@ -54,6 +56,7 @@ class LLM:
         *,
         precision: str | None = None,
         accelerator: str = "auto",
+        distribute: str | None = "auto",
     ) -> LLM:
         """Loads a checkpoint in litgpt's layout.
 
@@ -64,6 +67,7 @@ class LLM:
             tokenizer_dir: Where the tokenizer is, if not beside the weights; needed for `init="random"`.
             precision: Lightning Fabric's name; None is "32-true" on a CPU and "bf16-true" (or "16-true") on a GPU.
             accelerator: "auto", "cpu", "cuda" or "mps".
+            distribute: None loads no weights yet: the method `distribute` will.
 
         Raises:
             ValueError: If the checkpoint is missing, incomplete or corrupt, or an argument is unknown.
@@ -75,7 +79,7 @@ class LLM:
         if init == "pretrained":
             folder = checkpoint.find(model)
             config = checkpoint.load_config(folder)
-            gpt = checkpoint.load_model(folder, config, fabric)
+            gpt = None if distribute is None else checkpoint.load_model(folder, config, fabric)
         else:
             if tokenizer_dir is None:
                 raise ValueError("init='random' needs a tokenizer_dir.")
@@ -85,13 +89,51 @@ class LLM:
         tokenizer = checkpoint.load_tokenizer(Path(tokenizer_dir or folder))
         style = checkpoint.load_prompt(folder, config) if folder else PromptStyle.from_config(config)
         return cls(
-            fabric.setup_module(gpt) if "mixed" in fabric._precision.precision else gpt,
+            fabric.setup_module(gpt) if gpt is not None and "mixed" in fabric._precision.precision else gpt,
             tokenizer,
             style,
             config,
             folder,
             fabric,
         )
+
+    def distribute(
+        self,
+        accelerator: str = "auto",
+        devices: int | str = "auto",
+        num_nodes: int = 1,
+        precision: str | None = None,
+        generate_strategy: str | None = None,
+    ) -> None:
+        """Loads the checkpoint onto several devices; `generate` then runs on all of them.
+
+        With "tensor_parallel" and "data_parallel" every device has a process of its own, which Lightning Fabric starts
+        by running this script again (or torchrun or SLURM has started): each process goes on from here and must make
+        the same calls. All get the same results; `llm.fabric.is_global_zero` tells one of them.
+
+        Args:
+            accelerator: "auto", "cpu", "cuda" or "mps".
+            devices: How many on each node, or "auto" for all.
+            num_nodes: How many machines.
+            precision: See `load`; not one of the mixed ones.
+            generate_strategy: "tensor_parallel", "sequential" or "data_parallel".
+
+        Raises:
+            ValueError: If the model cannot be divided so, or an argument is unknown.
+        """
+        way = way_of(generate_strategy)
+        if self.checkpoint_dir is None:
+            raise ValueError("A model with random weights cannot be distributed: each process would draw its own.")
+        place = Place(accelerator, devices, num_nodes, checkpoint.precision_for(precision, accelerator))
+        self.model = self._decoder = self.cache = None  # what one device has makes room
+        self.way = way(self.config, checkpoint.read_weights(self.checkpoint_dir), place)
+        self.fabric, self.model = self.way.fabric, self.way.model
+        self._decoder = self.model
+
+    def close(self) -> None:
+        """Ends a run of several processes, waiting for all; the end of the script does the same."""
+        if self.way is not None:
+            self.way.close()
 
     def compile(self) -> None:
         """Compiles the decode step; the first steps then take a while, the others are faster."""
@@ -192,6 +234,25 @@ class LLM:
         ignore_eos: bool = False,
     ) -> Iterator[list[list[int]]]:
         """The token level of `generate`: see `litgpt_kv.generate.stream` for what it yields."""
+        if self.model is None:
+            raise ValueError("No weights are loaded: call distribute() first, or load without distribute=None.")
+
+        def work(ids: list[Tensor], sampling: SamplingArgs) -> tuple[Iterator[list[list[int]]], Stats]:
+            steps = self._steps(ids, args, max_new_tokens, sampling, prefill, prefill_chunk, ignore_eos)
+            return steps, self.stats
+
+        return work(ids, sampling)[0] if self.way is None else self.way.steps(work, ids, sampling)
+
+    def _steps(
+        self,
+        ids: list[Tensor],
+        args: KVCacheArgs | None,
+        max_new_tokens: int,
+        sampling: SamplingArgs,
+        prefill: str,
+        prefill_chunk: int | None,
+        ignore_eos: bool,
+    ) -> Iterator[list[list[int]]]:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
         self.stats, self.cache = Stats(), None

@@ -15,6 +15,7 @@ from litgpt_kv.cli import cache_args, describe
 from litgpt_kv.config import SamplingArgs
 from litgpt_kv.generate import Stats
 from litgpt_kv.generate.base import PREFILLS
+from litgpt_kv.parallel import quiet
 
 SMALL_MODEL = 20_000_000  # weights
 MANY_STEPS = 256  # prompt tokens read one at a time, from which on the user is told of a faster way
@@ -37,6 +38,9 @@ def generate(
     ignore_eos: bool = False,
     precision: str | None = None,
     accelerator: str = "auto",
+    devices: int | str = 1,
+    num_nodes: int = 1,
+    generate_strategy: str | None = None,
     threads: int | None = None,
     compile: bool = False,
 ) -> None:
@@ -63,6 +67,11 @@ def generate(
         ignore_eos: Go on when the model ends its text.
         precision: Lightning Fabric's name; by default 32-true on a CPU and bf16-true on a GPU.
         accelerator: cpu, cuda, mps, or auto.
+        devices: How many devices on each machine, or "auto" for all; more than one needs --generate-strategy.
+        num_nodes: How many machines; each runs this command, under torchrun, SLURM or with Fabric's MASTER_ADDR and
+            NODE_RANK.
+        generate_strategy: How devices share the work: tensor_parallel (every layer over all), sequential (layers over
+            the devices of one machine) or data_parallel (the whole model on each, and some of the prompts).
         threads: CPU threads; by default one for a small model, whose steps are over before a second one has begun, and
             torch's own choice for others.
         compile: Compile the decode step: slow to start, fast to run.
@@ -83,7 +92,12 @@ def generate(
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}.")
     began = time.perf_counter()
-    llm = LLM.load(checkpoint_dir, precision=precision, accelerator=accelerator)
+    many = devices != 1 or num_nodes != 1 or generate_strategy is not None
+    way = None if many else "auto"
+    llm = LLM.load(checkpoint_dir, precision=precision, accelerator=accelerator, distribute=way)
+    if many:
+        llm.distribute(accelerator, devices, num_nodes, precision, generate_strategy)
+        quiet(llm.fabric.global_rank)
     _say(f"Loaded {checkpoint_dir} on {llm.fabric.device} in {time.perf_counter() - began:.2f} s.")
     if threads is None and llm.fabric.device.type == "cpu":
         threads = 1 if sum(p.numel() for p in llm.model.parameters()) < SMALL_MODEL else None
