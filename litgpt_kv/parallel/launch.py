@@ -19,7 +19,7 @@ import torch.distributed as dist
 from lightning.fabric.strategies import DDPStrategy
 
 from litgpt_kv.parallel.team import Team
-from litgpt_kv.parallel.watch import Watch, give_up
+from litgpt_kv.parallel.watch import Watch
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)  # of a collective: others may be loading or compiling; the dead are noticed by the watch
@@ -60,20 +60,20 @@ class Run:
         """
         users = isinstance(error, (ValueError, OSError, KeyboardInterrupt, SystemExit))
         if self.team.rank == 0 and not users and (reason := self.watch.reason()):
-            give_up(reason)  # what failed here is only that another had gone
+            self.watch.give_up(reason)  # what failed here is only that another had gone
         text = str(error) if users else "".join(traceback.format_exception(error))
         self.watch.report(text or type(error).__name__)
         if self.team.rank > 0:
             os._exit(2 if users else 1)
         self._over = True
         if not users:
-            give_up(f"process 0 of {self.team.size} ended: {text}")
+            self.watch.give_up(f"process 0 of {self.team.size} ended: {text}")
         dist.destroy_process_group()
 
     def _uncaught(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         self._hook(kind, error, trace)
         self.watch.report(f"{kind.__name__}: {error}")
-        give_up("")
+        self.watch.give_up("")
 
 
 def launch(accelerator: str, devices: int | str, num_nodes: int, precision: str | None) -> Run:

@@ -101,15 +101,15 @@ class Watch:
                 self._lost = f"process 0 of {self.size} does not answer."
             if self._lost is not None:
                 if not self._ending.wait(GRACE if self.rank == 0 else 0.0):  # the work may fail of itself, and say more
-                    give_up(self._lost if self.rank == 0 or "process 0" in self._lost else "")
+                    self.give_up(self._lost if self.rank == 0 or "process 0" in self._lost else "")
                 return
 
-
-def give_up(reason: str) -> NoReturn:
-    """Ends this process at once, whatever its other threads wait for."""
-    if reason:
+    def give_up(self, reason: str) -> NoReturn:
+        """Ends this process and those it started at once, whatever their threads wait for."""
+        for child in self.children:
+            child.kill()
         with contextlib.suppress(Exception):
-            print(f"litgpt_kv: error: {reason}", file=sys.__stderr__, flush=True)
-    with contextlib.suppress(Exception):
-        sys.stdout.flush()
-    os._exit(1)
+            if reason:
+                print(f"litgpt_kv: error: {reason}", file=sys.__stderr__, flush=True)
+            sys.stdout.flush()
+        os._exit(1)
