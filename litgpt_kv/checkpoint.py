@@ -88,7 +88,9 @@ def load_model(folder: Path, config: Config, fabric: L.Fabric) -> GPT:
     try:
         model.load_state_dict(weights)
     except (RuntimeError, AttributeError) as error:
-        raise ValueError(f"The weights in {folder / 'lit_model.pth'} do not fit its model_config.yaml: {first_line(error)}") from error
+        raise ValueError(
+            f"The weights in {folder / 'lit_model.pth'} do not fit its model_config.yaml: {first_line(error)}"
+        ) from error
     return model.eval()
 
 

@@ -24,9 +24,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from litgpt.config import Config
 from litgpt_kv import GPT, KVCache, KVCacheArgs, SamplingArgs, Seen, Strategy, register, registry
 from litgpt_kv.generate import generate
+from litgpt_kv.parallel import tensor
 from litgpt_kv.parallel.launch import launch
 from litgpt_kv.parallel.team import Team
 from litgpt_kv.parallel.tensor import shard
+from litgpt_kv.parallel.ways import seeded
 from reference import kept_of, lift, logits_of, tokens_of
 from shrink import LLAMA, SYNTHETIC, fill, shrink
 
@@ -94,22 +96,25 @@ SPREAD = (
     "head-bias",
 )
 
+FEW = ("phi-2", "Gemma-2-2b", "Mixtral-8x7B-v0.1")
+
 
 def cases(devices: int) -> Iterator[tuple[str, Config, str, str, str, str]]:
     """(name, config, strategy, storage, positions, prefill way)."""
+    few = devices > 2  # a machine of few cores takes its time to switch between processes
     for name, config in GRID.items():
         for strategy in registry.names("strategy"):
-            for way in ("streamed", "full"):
-                if way == "full" and (name == "uneven" or devices == 4 and name == "mha"):
-                    continue  # as gqa
-                yield f"{name}/{strategy}/plain/{way}", config, strategy, "plain", "absolute", way
+            if not few or name in ("gqa", "mqa"):
+                yield f"{name}/{strategy}/plain/full", config, strategy, "plain", "absolute", "full"
+            if name == "gqa" if few else name in ("mha", "mqa"):
+                yield f"{name}/{strategy}/plain/streamed", config, strategy, "plain", "absolute", "streamed"
     for storage in registry.names("storage"):
         for strategy in registry.names("strategy"):
-            if storage != "plain":
+            if storage != "plain" and not few:
                 yield f"gqa/{strategy}/{storage}/full", GRID["gqa"], strategy, storage, "absolute", "full"
-    for strategy in registry.names("strategy"):
+    for strategy in ("sink", "h2o"):
         yield f"gqa/{strategy}/plain/streamed/cache", GRID["gqa"], strategy, "plain", "cache", "streamed"
-    for name in SPREAD if devices == 2 else SPREAD[:6]:
+    for name in FEW if few else SPREAD:
         yield f"{name}/h2o/plain/streamed", _config(name), "h2o", "plain", "absolute", "streamed"
     olmo = _config("OLMo-2-1124-7B", n_query_groups=1 if devices == 2 else 2)
     yield "OLMo-2-copied-keys/h2o/plain/full", olmo, "h2o", "plain", "absolute", "full"
@@ -203,15 +208,42 @@ def extras(team: Team, pair: Whole) -> dict[str, Any]:
         last = [m(idx[:, :1], c) for m, c in zip((whole, part, traced), caches)]
         for name, (a, *others) in dict(first=first, block=block, last=last).items():
             found[name] = max(float((a - b).abs().max()) for b in others)
-    # without a seed, process 0's draw counts
-    found["unseeded"] = len({tuple(x) for x in team.collect(torch.randint(9, (4,)).tolist())}) > 1
+    args = SamplingArgs(top_k=5)  # without a seed
+    drawn = [tuple(seeded(team, args, 3).seed) for _ in range(2)]
+    found["unseeded"] = dict(alike=len(set(team.collect(drawn[0]))) == 1, fresh=drawn[0] != drawn[1])
+    found["unseeded"]["by_row"] = len(set(drawn[0])) == 3
     return found
+
+
+def memory(team: Team, folder: Path) -> dict[str, Any]:
+    """Loads a part from a file; how this process' own memory grew meanwhile, in bytes."""
+    weights = torch.load(folder / "lit_model.pth", mmap=True, weights_only=True)
+    grown, cut = [anonymous()], tensor.cut
+
+    def noted(*args: Any) -> Tensor:
+        grown.append(anonymous())
+        return cut(*args)
+
+    tensor.cut = noted
+    model = shard(Config.from_file(folder / "model_config.yaml"), team, weights)
+    tensor.cut = cut
+    held = sum(p.nbytes for p in model.parameters())
+    grown.append(anonymous())
+    found = dict(whole=sum(w.nbytes for w in weights.values()), held=held, peak=max(grown) - grown[0])
+    return {"ranks": team.collect(found)}
+
+
+def anonymous() -> int:
+    """This process' memory that is no file's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--devices", type=int)
     parser.add_argument("--out")
+    parser.add_argument("--checkpoint", type=Path)
     options = parser.parse_args()
     run = launch("cpu", options.devices, 1, "32-true")
     torch.set_num_threads(1)
@@ -221,6 +253,8 @@ def main() -> None:
     for case in cases(team.size):
         found[case[0]] = same_answers(team, pair, case)
     report = {"cases": found, "extras": extras(team, pair)}
+    if options.checkpoint is not None:
+        report["memory"] = memory(team, options.checkpoint)
     if team.rank == 0:
         print(f"{len(found)} cases in {time.perf_counter() - began:.1f} s", file=sys.stderr)
         Path(options.out).write_text(json.dumps(report))

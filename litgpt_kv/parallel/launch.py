@@ -22,7 +22,9 @@ from litgpt_kv.parallel.team import Team
 from litgpt_kv.parallel.watch import Watch
 
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=30)  # of a collective: others may be loading or compiling; the dead are noticed by the watch
+TIMEOUT = timedelta(
+    minutes=30
+)  # of a collective: others may be loading or compiling; the dead are noticed by the watch
 _run: ContextVar[Run | None] = ContextVar("run", default=None)
 
 

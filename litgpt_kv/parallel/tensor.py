@@ -35,9 +35,7 @@ def local_config(config: Config, heads: Heads) -> Config:
     return own
 
 
-def cut(
-    config: Config, heads: Heads, rank: int, devices: int, split_head: bool, name: str, whole: Tensor
-) -> Tensor:
+def cut(config: Config, heads: Heads, rank: int, devices: int, split_head: bool, name: str, whole: Tensor) -> Tensor:
     """Device `rank`'s part of the parameter `name`: a view where that is possible."""
     *_, module, leaf = name.split(".")
     D, H, G = config.head_size, config.n_head, config.n_query_groups
