@@ -163,7 +163,7 @@ class Slots(nn.Module):
         return mass if self.pos.size(2) > 1 else mass.mean(dim=-2, keepdim=True)
 
     def _agreed(self, rank: Tensor) -> Tensor:
-        """Ranks (..., P, T) that a strategy worked out itself, where devices that keep the same tokens agree on them."""
+        """Ranks (..., P, T) that a strategy worked out; devices that keep the same tokens agree on them."""
         if self.sharing is None or type(self.strategy).enter is Strategy.enter:
             return rank
         return self.sharing.rank(rank, self.strategy.per_head)

@@ -27,7 +27,9 @@ FLOORS = dict(
     model=4,
 )
 FLOORS |= dict.fromkeys(["generate", "parallel", "saving"], 5)
-FLOORS |= dict.fromkeys(["api", "checkpoint", "cli", "commands", "benchmark", "__main__"], 6)
+FLOORS |= dict.fromkeys(
+    ["api", "checkpoint", "cli", "commands", "benchmark", "benchmark_parallel", "planning", "__main__"], 6
+)
 HEAVY = {"lightning", "jsonargparse", "transformers", "triton"}
 NEVER = {("cache", "model"), *(("strategies", other) for other in ("storage", "slots", "cache", "model"))}
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -28,6 +30,7 @@ from litgpt_kv.parallel.ways import WAYS, Place, assign, way_of
 from parallel_worker import GRID, SPREAD, _config, cases
 from shrink import LLAMA, shrink
 
+pytestmark = pytest.mark.xdist_group("parallel")  # one at a time: each is several processes
 HERE = Path(__file__).parent
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
@@ -40,10 +43,12 @@ def environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def started(*command: str) -> Iterator[subprocess.Popen]:
+def started(*command: str, **variables: str) -> Iterator[subprocess.Popen]:
     """A launch in a session of its own, which is gone afterwards whatever happened."""
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen([sys.executable, *command], env=environment(), start_new_session=True, **pipes)
+    process = subprocess.Popen(
+        [sys.executable, *command], env=environment() | variables, start_new_session=True, **pipes
+    )
     try:
         yield process
     finally:
@@ -52,8 +57,8 @@ def started(*command: str) -> Iterator[subprocess.Popen]:
         process.communicate()
 
 
-def finished(*command: str) -> tuple[int, str, str]:
-    with started(*command) as process:
+def finished(*command: str, **variables: str) -> tuple[int, str, str]:
+    with started(*command, **variables) as process:
         out, err = process.communicate(timeout=240)
         return process.returncode, out, err
 
@@ -181,25 +186,34 @@ def alone() -> list[str]:
     return [text + new for text, new in zip(texts, llm.generate(texts, **options))]
 
 
+THREE = ["--prompt", "def fib(", "--prompt", "import os\n", "--prompt", "class A:"]
+SHORT = ["--max-new-tokens", "24", "--kv-cache.budget", "20"]
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_the_command_prints_what_one_process_prints(way: str, alone: list[str]) -> None:
-    options = [
-        "--max-new-tokens",
-        "24",
-        "--kv-cache",
-        "h2o",
-        "--kv-cache.budget",
-        "20",
-        "--temperature",
-        "1.0",
-        "--devices",
-        "2",
-    ]
-    prompts = ["--prompt", "def fib(", "--prompt", "import os\n", "--prompt", "class A:"]
-    code, out, err = finished(*GENERATE, *options, *prompts, "--generate-strategy", way)
+    """With the way's YAML file, which asks for two devices and h2o."""
+    path = HERE.parent / "config_hub" / "generate" / f"{way}.yaml"
+    assert f"litgpt_kv generate demo --config config_hub/generate/{way}.yaml" in path.read_text()
+    code, out, err = finished(*GENERATE, "--config", str(path), *SHORT, *THREE)
     assert (code, out) == (0, "\n".join(alone) + "\n"), err
     assert err.count("Loaded demo") == 1 and "made 72 in" in err
     assert "Warning" not in err and "Traceback" not in err
+    assert ("Starting with 2 processes" in err) == (way != "sequential")
+
+
+def test_two_machines(alone: list[str]) -> None:
+    """As two machines start it, with Fabric's variables; both are this one."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    options = ["--devices", "1", "--num-nodes", "2", "--generate-strategy", "tensor_parallel", "--temperature", "1.0"]
+    command = [*GENERATE, *options, "--kv-cache", "h2o", *SHORT, *THREE]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    with started(*command, NODE_RANK="1", **common) as second:
+        code, out, err = finished(*command, NODE_RANK="0", **common)
+        assert (code, out) == (0, "\n".join(alone) + "\n"), err
+        assert second.communicate(timeout=60)[0] == "" and second.returncode == 0
 
 
 SCRIPT = """
@@ -227,6 +241,23 @@ def test_a_script_distributes_a_model(tmp_path: Path) -> None:
     code, out, err = finished(str(script), "fail")
     assert code == 1 and "RuntimeError: only here" in err, err
     assert time.monotonic() - began < 55
+
+
+def test_the_benchmark_shows_computing_and_talking_apart(tmp_path: Path) -> None:
+    shape = ["--shape.n_layer", "2", "--shape.n_embd", "96", "--contexts", "[48]", "--steps", "3", "--repeats", "2"]
+    out = tmp_path / "out.json"
+    options = ["--accelerator", "cpu", "--devices", "2", "--threads", "1", "--strategies", "[h2o]", "--out", str(out)]
+    code, table, err = finished("-m", "litgpt_kv", "benchmark", *shape, *options)
+    assert code == 0, err
+    one, two = json.loads(out.read_text())["rows"]
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert (one["communication_ms"], one["collectives"], one["communication_bytes"]) == (0, 0, 0)
+    assert two["collectives"] == 2 * 2 + 1  # two sums a layer, and the gathered logits
+    assert two["communication_bytes"] == 4 * (2 * 2 * 96 + 2048 / 2)  # of one token, in float32
+    assert two["communication_ms"] > 0 and two["compute_ms"] > 0
+    assert two["compute_ms"] + two["communication_ms"] == pytest.approx(two["token_ms"][0])
+    assert two["weight_bytes"] < 0.75 * one["weight_bytes"] and two["cache_bytes"] < one["cache_bytes"]
+    assert re.search(r"^h2o +1 .*\nh2o +2 ", table, re.MULTILINE)
 
 
 def test_bad_requests_are_refused_before_anything_starts(tmp_path: Path) -> None:
@@ -261,23 +292,14 @@ def test_an_error_of_the_users_is_one_line_and_code_2() -> None:
     assert err.count("litgpt_kv: error: ") == 1 and "over the limit of 1024" in err and "Traceback" not in err
 
 
-ENDLESS = [
-    "--kv-cache",
-    "sink",
-    "--kv-cache.budget",
-    "32",
-    "--max-new-tokens",
-    "1000000",
-    "--ignore-eos",
-    "--devices",
-    "2",
-]
+ENDLESS = ["--kv-cache", "sink", "--kv-cache.budget", "32", "--max-new-tokens", "1000000", "--ignore-eos"]
 
 
 @linux
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_takes_the_others_along(victim: int) -> None:
-    with started(*GENERATE, *ENDLESS, "--generate-strategy", "tensor_parallel") as process:
+    options = ["--devices", "2", "--generate-strategy", "tensor_parallel"]
+    with started(*GENERATE, *ENDLESS, *options) as process:
         for line in process.stderr:
             if line.startswith("Loaded"):
                 break
