@@ -303,8 +303,8 @@ ENDLESS = ["--kv-cache", "sink", "--kv-cache.budget", "32", "--max-new-tokens", 
 
 
 @linux
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_takes_the_others_along(victim: int) -> None:
+@pytest.mark.parametrize("victim", ["first", "second", "interrupt"])
+def test_a_killed_process_takes_the_others_along(victim: str) -> None:
     options = ["--devices", "2", "--generate-strategy", "tensor_parallel"]
     with started(*GENERATE, *ENDLESS, *options) as process:
         for line in process.stderr:
@@ -312,12 +312,16 @@ def test_a_killed_process_takes_the_others_along(victim: int) -> None:
                 break
         time.sleep(1.0)  # in the middle of decoding
         (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        os.kill(process.pid if victim == 0 else int(child), signal.SIGKILL)
+        if victim == "interrupt":  # as a terminal sends it, to all
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            os.kill(process.pid if victim == "first" else int(child), signal.SIGKILL)
         began = time.monotonic()
-        code = process.wait(timeout=30)
-        if victim == 1:
-            assert code == 1
-            assert "litgpt_kv: error: process 1 of 2 ended with code -9." in process.stderr.read()
+        code, err = process.wait(timeout=30), process.stderr.read()
+        if victim == "second":
+            assert code == 1 and "litgpt_kv: error: process 1 of 2 ended with code -9." in err
+        if victim == "interrupt":
+            assert (code, err) == (130, "")
         while Path(f"/proc/{child}/exe").exists() and time.monotonic() - began < 30:
             time.sleep(0.1)
         assert time.monotonic() - began < 30

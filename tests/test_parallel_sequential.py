@@ -131,6 +131,12 @@ def test_same_logits_and_tokens_kept_as_on_one_device(devices: int, name: str, w
             for i in theirs:
                 torch.testing.assert_close(mine[i], theirs[i], rtol=0, atol=1e-8)
         assert [kept_of(cache, b) for b in range(3)] == [kept_of(alone, b) for b in range(3)]
+    prompts = [row[:n] for row, n in zip(ROWS, PROMPTS)]
+    options = dict(max_new_tokens=4, sampling=SamplingArgs(temperature=1.0, top_k=9, top_p=0.9, seed=2))
+    with Devices():  # sampling and stopping, too
+        texts = generate(parts, prompts, KVCacheArgs("h2o", budget=6), **options)
+    for mine, theirs in zip(texts, generate(whole, prompts, KVCacheArgs("h2o", budget=6), **options)):
+        assert mine.tolist() == theirs.tolist()
 
 
 def test_a_missing_move_is_noticed() -> None:

@@ -70,6 +70,9 @@ class Run:
         self._over = True
         if not users:
             self.watch.give_up(f"process 0 of {self.team.size} ended: {text}")
+        if isinstance(error, KeyboardInterrupt):  # in the middle of a collective, whose group cannot be closed
+            print(flush=True)
+            os._exit(130)
         dist.destroy_process_group()
 
     def _uncaught(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
