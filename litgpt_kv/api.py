@@ -30,6 +30,7 @@ class LLM:
         fabric: The device and precision.
         stats: What the last run did, in tokens and seconds.
         cache: The last run's cache, None without one.
+        way: How several devices share the work; None on one.
     """
 
     def __init__(

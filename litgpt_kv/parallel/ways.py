@@ -155,7 +155,9 @@ WAYS: dict[str, type[Way]] = {
 
 
 def way_of(name: str | None) -> type[Way]:
-    """The way called `name`; an unknown or missing name lists them."""
+    """The way called `name`; an unknown or missing one is refused with their list."""
+    if name is None:
+        raise ValueError(f"Several devices need a generate_strategy: {', '.join(WAYS)}.")
     if name not in WAYS:
         raise ValueError(f"generate_strategy must be one of {', '.join(WAYS)}, got {name!r}.")
     return WAYS[name]
