@@ -38,7 +38,9 @@ class Run:
     def __init__(self, fabric: L.Fabric) -> None:
         self.fabric, self.team = fabric, Team(dist.group.WORLD)
         environment = fabric.strategy.cluster_environment
-        children = getattr(fabric.strategy.launcher, "procs", None)  # only where Fabric started the processes itself
+        started = getattr(fabric.strategy.launcher, "procs", [])  # empty where torchrun or SLURM started the processes
+        children = started.copy()
+        started.clear()  # Fabric looks at this list every 5 seconds and kills all without a word: the watch says why
         rank, size, host = self.team.rank, self.team.size, environment.main_address
         watch = Watch(rank, size, host, children=children) if rank == 0 else None
         port = self.team.same(None if watch is None else watch.port)
