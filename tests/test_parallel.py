@@ -85,7 +85,7 @@ def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def test_logits_kept_tokens_and_texts_are_those_of_one_process(report: dict) -> None:
     expected = [case[0] for case in cases(report["devices"])]
-    assert sorted(report["cases"]) == sorted(set(expected)) and len(expected) > 25
+    assert sorted(report["cases"]) == sorted(set(expected)) and len(expected) > 15
     for name, found in report["cases"].items():
         assert found["alike"], f"{name}: the processes have different logits"
         assert found["logits"] <= 1e-8, f"{name}: {found}"
