@@ -8,12 +8,15 @@ from litgpt_kv.benchmark import benchmark
 from litgpt_kv.benchmark_batches import benchmark_batches
 from litgpt_kv.cli import run
 from litgpt_kv.commands import chat, generate, strategies
+from litgpt_kv.parallel import ends_together
+from litgpt_kv.planning import plan
 
 COMMANDS = {
-    "generate": generate,
+    "generate": ends_together(generate),
     "chat": chat,
     "strategies": strategies,
-    "benchmark": benchmark,
+    "plan": plan,
+    "benchmark": ends_together(benchmark),
     "benchmark_batches": benchmark_batches,
 }
 COMMANDS |= {  # litgpt's own, unchanged, so that one program is enough
@@ -30,6 +33,8 @@ DESCRIPTION = """Key/value caches for litgpt's models.
   litgpt_kv generate demo --prompts questions.jsonl --out answers.jsonl        a file of prompts
   litgpt_kv chat demo --kv-cache sink --kv-cache.budget 512                    a conversation, as long as you like
   litgpt_kv generate demo --config config_hub/generate/sink.yaml               options from a file
+  litgpt_kv generate demo --devices 2 --accelerator cpu --generate-strategy tensor_parallel
+  litgpt_kv plan Llama-3.1-70B --devices 8                                     memory a device, computed
   litgpt_kv strategies                                                         what --kv-cache takes
   litgpt_kv generate --kv-cache.help h2o                                       one of them
   litgpt_kv generate --help                                                    a command's options

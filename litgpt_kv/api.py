@@ -22,6 +22,7 @@ from litgpt_kv.generate import Request, Stats, serve
 from litgpt_kv.generate.stopping import Row
 from litgpt_kv.generate.text import TextStream, stop_texts
 from litgpt_kv.model import GPT
+from litgpt_kv.parallel import Place, Way, way_of
 
 
 class LLM:
@@ -33,6 +34,7 @@ class LLM:
         stats: What the last run did, in tokens and seconds.
         cache: The last run's cache, None without one.
         decoder: Runs the one-token steps: the model, or what `compile` made of it.
+        self.way: Way | None = None
     """
 
     def __init__(
@@ -48,6 +50,8 @@ class LLM:
         self.config, self.checkpoint_dir, self.fabric = config, checkpoint_dir, fabric
         self.stats, self.cache = Stats(), None
         self.decoder = model
+        self.decoder = model
+        self.way: Way | None = None
 
     @classmethod
     def load(
@@ -59,6 +63,7 @@ class LLM:
         precision: str | None = None,
         accelerator: str = "auto",
         quantize: str | None = None,
+        distribute: str | None = "auto",
     ) -> LLM:
         """Loads a checkpoint in litgpt's layout.
 
@@ -71,6 +76,7 @@ class LLM:
             accelerator: "auto", "cpu", "cuda" or "mps".
             quantize: Quantize weights as they are loaded, litgpt's way, with bitsandbytes on an NVIDIA GPU: "bnb.nf4",
                 "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq" or "bnb.int8".
+            distribute: None loads no weights yet: the method `distribute` will.
 
         Raises:
             ValueError: If the checkpoint is missing, incomplete or corrupt, or an argument is unknown.
@@ -82,7 +88,7 @@ class LLM:
         if init == "pretrained":
             folder = checkpoint.find(model)
             config = checkpoint.load_config(folder)
-            gpt = checkpoint.load_model(folder, config, fabric)
+            gpt = None if distribute is None else checkpoint.load_model(folder, config, fabric)
         else:
             if tokenizer_dir is None:
                 raise ValueError("init='random' needs a tokenizer_dir.")
@@ -91,14 +97,53 @@ class LLM:
                 gpt = GPT(config).eval()
         tokenizer = checkpoint.load_tokenizer(Path(tokenizer_dir or folder))
         style = checkpoint.load_prompt(folder, config) if folder else PromptStyle.from_config(config)
+        wrapped = quantize is not None or "mixed" in fabric._precision.precision
         return cls(
-            fabric.setup_module(gpt) if quantize or "mixed" in fabric._precision.precision else gpt,
+            fabric.setup_module(gpt) if gpt is not None and wrapped else gpt,
             tokenizer,
             style,
             config,
             folder,
             fabric,
         )
+
+    def distribute(
+        self,
+        accelerator: str = "auto",
+        devices: int | str = "auto",
+        num_nodes: int = 1,
+        precision: str | None = None,
+        generate_strategy: str | None = None,
+    ) -> None:
+        """Loads the checkpoint onto several devices; `generate` then runs on all of them.
+
+        With "tensor_parallel" and "data_parallel" every device has a process of its own, which Lightning Fabric starts
+        by running this script again (or torchrun or SLURM has started): each process goes on from here and must make
+        the same calls. All get the same results; `llm.fabric.is_global_zero` tells one of them.
+
+        Args:
+            accelerator: "auto", "cpu", "cuda" or "mps".
+            devices: How many on each node, or "auto" for all.
+            num_nodes: How many machines.
+            precision: See `load`; not one of the mixed ones.
+            generate_strategy: "tensor_parallel", "sequential" or "data_parallel".
+
+        Raises:
+            ValueError: If the model cannot be divided so, or an argument is unknown.
+        """
+        way = way_of(generate_strategy)
+        if self.checkpoint_dir is None:
+            raise ValueError("A model with random weights cannot be distributed: each process would draw its own.")
+        place = Place(accelerator, devices, num_nodes, checkpoint.precision_for(precision, accelerator))
+        self.model = self.decoder = self.cache = None  # what one device has makes room
+        self.way = way(self.config, checkpoint.read_weights(self.checkpoint_dir), place)
+        self.fabric, self.model = self.way.fabric, self.way.model
+        self.decoder = self.model
+
+    def close(self) -> None:
+        """Ends a run of several processes, waiting for all; the end of the script does the same."""
+        if self.way is not None:
+            self.way.close()
 
     def compile(self) -> None:
         """Compiles the decode step; the first steps then take a while, the others are faster."""
@@ -219,42 +264,56 @@ class LLM:
         prefill_chunk: int | None = None,
         logprobs: bool = False,
         tokens: int | None = None,
+        share: bool = True,
     ) -> Iterator[list[Row]]:
         """Builds a cache of the right size and answers rows, as many at a time as `batch_size` says.
 
         `tokens` are what the longest row will see, prompt and new ones, if that is not to be taken from these rows.
+        With "data_parallel" a process answers some of the rows, and at the end, unless not to `share`, has the others
+        from the other processes.
 
         Yields:
             For each draw the rows that took part in it, see `litgpt_kv.generate.serve`. `stats` and `cache` are this
             run's.
         """
+        if self.model is None:
+            raise ValueError("No weights are loaded: call distribute() first, or load without distribute=None.")
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-        size = max(1, min(len(rows), batch_size or len(rows)))
-        self.stats = stats = Stats()
-        self.cache = None
+        self.stats, self.cache = Stats(), None
+        tokens = tokens or max((row.sees for row in rows), default=1)
+        mine = rows if self.way is None else self.way.mine(rows)
+        size = max(1, min(len(mine), batch_size or len(mine)))
         if args is not None:
-            self.cache = self.build_cache(args, size, tokens or max((row.sees for row in rows), default=1))
-        steps = serve(
-            self.model,
-            rows,
-            self.cache,
-            rows=size,
-            prefill=prefill,
-            prefill_chunk=prefill_chunk,
-            decoder=self.decoder,
-            stats=stats,
-            logprobs=logprobs,
-        )
-        return self._noted(steps, len(rows), stats)
+            self.cache = self.build_cache(args, size, tokens)
+        steps = (
+            serve(
+                self.model,
+                mine,
+                self.cache,
+                rows=size,
+                prefill=prefill,
+                prefill_chunk=prefill_chunk,
+                decoder=self.decoder,
+                stats=self.stats,
+                logprobs=logprobs,
+            )
+            if mine or not rows
+            else iter(())
+        )  # a process may have nothing to do
+        return self._noted(steps, rows, mine, share)
 
-    def _noted(self, steps: Iterator[list[Row]], count: int, stats: Stats) -> Iterator[list[Row]]:
-        stats.reasons, stats.logprobs = [None] * count, [[] for _ in range(count)]
+    def _noted(
+        self, steps: Iterator[list[Row]], rows: Sequence[Row], mine: Sequence[Row], share: bool
+    ) -> Iterator[list[Row]]:
+        stats = self.stats
+        stats.reasons, stats.logprobs = [None] * len(rows), [[] for _ in rows]
         for drew in steps:
-            for row in drew:
-                if row.reason is not None:
-                    stats.reasons[row.index], stats.logprobs[row.index] = row.reason, row.logprobs
+            _note(stats, drew)
             yield drew
+        if self.way is not None and share and (others := self.way.share(rows, mine, stats)):
+            _note(stats, others)
+            yield others
 
     def build_cache(self, args: KVCacheArgs, batch_size: int, tokens: int) -> KVCache:
         """A cache in the dtype of this model's keys and values; `tokens` are what a row will see."""
@@ -301,3 +360,9 @@ class LLM:
             single = isinstance(kwargs.get("prompt"), str)
             out = "".join(pieces) if single else ["".join(row) for row in zip(*pieces)]
         return out, table
+
+
+def _note(stats: Stats, rows: Sequence[Row]) -> None:
+    for row in rows:
+        if row.reason is not None:
+            stats.reasons[row.index], stats.logprobs[row.index] = row.reason, row.logprobs

@@ -19,9 +19,11 @@ from tqdm import tqdm
 import litgpt
 from litgpt.config import Config
 from litgpt_kv import checkpoint, registry
+from litgpt_kv.benchmark_parallel import compare
 from litgpt_kv.cache import KVCache
 from litgpt_kv.config import KVCacheArgs
 from litgpt_kv.model import GPT
+from litgpt_kv.parallel import Place
 
 MB = 1_000_000
 STATUS = Path("/proc/self/status")  # where Linux tells a process its resident memory
@@ -82,6 +84,8 @@ def benchmark(
     compile: bool = False,
     precision: str | None = None,
     accelerator: str = "auto",
+    devices: int | str = 1,
+    num_nodes: int = 1,
     threads: int | None = None,
     out: str | None = None,
 ) -> None:
@@ -100,6 +104,8 @@ def benchmark(
         compile: Compile the decode step of our caches.
         precision: Lightning Fabric's name; by default 32-true on a CPU and bf16-true on a GPU.
         accelerator: cpu, cuda, mps, or auto.
+        devices: More than one measures tensor parallel processes beside one, computing and talking apart.
+        num_nodes: How many machines.
         threads: CPU threads; by default torch's own choice.
         out: Write everything measured to this JSON file.
     """
@@ -107,6 +113,20 @@ def benchmark(
         raise ValueError(f"batch_size, steps and repeats must be at least 1, got {batch_size}, {steps}, {repeats}.")
     if threads is not None:
         torch.set_num_threads(threads)
+    if devices != 1 or num_nodes != 1:
+        if checkpoint_dir is None:
+            contexts = contexts or [1024, 4096]
+            config, weights = (shape or Shape()).config(max(contexts) + steps + 1), None
+        else:
+            folder = checkpoint.find(checkpoint_dir)
+            config, weights = checkpoint.load_config(folder), checkpoint.read_weights(folder)
+            contexts = contexts or [config.block_size // 2]
+        _check_contexts(contexts, steps, config)
+        place = Place(accelerator, devices, num_nodes, checkpoint.precision_for(precision, accelerator))
+        report = compare(config, weights, place, contexts, strategies, budget, batch_size, steps, repeats, threads)
+        if out is not None and report is not None:
+            Path(out).write_text(json.dumps(report, indent=2) + "\n")
+        return
     fabric = checkpoint.fabric_for(precision, accelerator)
     if checkpoint_dir is None:
         contexts = contexts or [1024, 4096]
@@ -119,8 +139,7 @@ def benchmark(
         config = checkpoint.load_config(folder)
         model = checkpoint.load_model(folder, config, fabric)
         contexts = contexts or [config.block_size // 2, config.block_size - steps - 1]
-    if bad := [c for c in contexts if not 1 <= c < config.block_size - steps]:
-        raise ValueError(f"A context of {bad[0]} and {steps} steps do not fit the model's {config.block_size} tokens.")
+    _check_contexts(contexts, steps, config)
     limit = bandwidth(fabric.device)
     weights = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "wte" not in n)
     report = {
@@ -147,6 +166,11 @@ def benchmark(
             _print(rows, repeats)
     if out is not None:
         Path(out).write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _check_contexts(contexts: list[int], steps: int, config: Config) -> None:
+    if bad := [c for c in contexts if not 1 <= c < config.block_size - steps]:
+        raise ValueError(f"A context of {bad[0]} and {steps} steps do not fit the model's {config.block_size} tokens.")
 
 
 def _contenders(

@@ -82,7 +82,7 @@ class KVCache(nn.Module):
         self._seen: list[int] | None = [0] * batch_size  # what `pos` and `live` hold, known without a device sync
         self._alive = [True] * batch_size
         self._lengths: list[int] = []  # of the prompts being read, between the door and the count
-        self._whole: tuple[KVCache, int] | None = None  # of a row's view: whose row it is
+        self._whole: tuple[KVCache, range] | None = None  # of a view: whose rows it shows
 
     @classmethod
     def build(
@@ -120,6 +120,8 @@ class KVCache(nn.Module):
             cache._model = weakref.ref(model)  # whose it is, for `save`
             if any(plan.endless for plan in cache._plans):
                 cache._theta = model.theta()
+            for slots in cache.slots:
+                slots.sharing = model.sharing
             return cache
 
     @classmethod
@@ -229,8 +231,14 @@ class KVCache(nn.Module):
     def row(self, b: int) -> KVCache:
         """A cache of one row that shares this one's memory: seed it to admit a request without touching the others."""
         (b,) = self._checked([b])
-        view = _with_rows(self, lambda buffer, dim: buffer.narrow(dim, b, 1))
-        view._whole = (self, b)
+        return self.rows(b, b + 1)
+
+    def rows(self, start: int, stop: int) -> KVCache:
+        """As `row`, of the rows `start` to `stop` - 1."""
+        chosen = range(start, stop)
+        self._checked(chosen)
+        view = _with_rows(self, lambda buffer, dim: buffer.narrow(dim, start, len(chosen)))
+        view._whole = (self, chosen)
         return view
 
     def repeat(self, count: int) -> KVCache:
@@ -271,13 +279,13 @@ class KVCache(nn.Module):
         """Prepares to seed empty rows with prompts of `length` (B,) tokens, padded on the right to T."""
         self._check_prompt(T, length)
         pos = torch.arange(T, device=self.pos.device).expand(self.batch_size, T)
-        length = length.to(self.pos.device)
         steps = []
         for slots in self.slots:
-            kept = None
+            device, kept = slots.pos.device, None
+            here = length.to(device)
             if slots.rank is None:  # every layer of the group keeps the same: choose once
-                kept = slots.keep(pos.unsqueeze(1), length)
-            steps.append(PromptStep(slots, length, kept))
+                kept = slots.keep(pos.unsqueeze(1).to(device), here)
+            steps.append(PromptStep(slots, here, kept))
         return [Turn(layer, steps[g], angles[t]) for layer, g, t in zip(self.layers, self._group, tables)]
 
     def end_prompt(self, length: Tensor) -> None:
@@ -400,9 +408,9 @@ class KVCache(nn.Module):
     def _host(self) -> tuple[list[int], list[bool]]:
         """What `pos` and `live` hold, kept on the host so that no step waits for the device; a view asks the whole."""
         if self._whole is not None:
-            whole, b = self._whole
+            whole, rows = self._whole
             seen, alive = whole._host()
-            return [seen[b]], [alive[b]]
+            return [seen[b] for b in rows], [alive[b] for b in rows]
         if self._seen is None:
             self._seen = self.pos.tolist()
         return self._seen, self._alive
@@ -410,8 +418,8 @@ class KVCache(nn.Module):
     def _note(self, seen: dict[int, int | None], alive: bool | None = None) -> None:
         """Writes down for some rows how many tokens they have seen (None: no change) and whether they are live."""
         if self._whole is not None:
-            whole, b = self._whole
-            whole._note(dict.fromkeys([b], *seen.values()), alive)
+            whole, rows = self._whole
+            whole._note({rows[b]: n for b, n in seen.items()}, alive)
             return
         for b, n in seen.items():
             if self._seen is not None and n is not None:

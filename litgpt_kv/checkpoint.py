@@ -41,10 +41,8 @@ def find(name: str | Path) -> Path:
     return folder
 
 
-def fabric_for(precision: str | None, accelerator: str = "auto", quantize: str | None = None) -> L.Fabric:
-    """One device; precision None is "32-true" on a CPU, else what the device does best: "bf16-true" or "16-true"."""
-    if quantize is not None:
-        return L.Fabric(accelerator="cuda", devices=1, plugins=quantizer(quantize, precision, accelerator))
+def precision_for(precision: str | None, accelerator: str) -> str:
+    """None is "32-true" on a CPU, else what the device does best: "bf16-true" or "16-true"; other names are checked."""
     if precision is None:
         gpu = accelerator != "cpu" and torch.cuda.is_available()
         precision = "32-true" if not gpu else "bf16-true" if torch.cuda.is_bf16_supported() else "16-true"
@@ -52,6 +50,14 @@ def fabric_for(precision: str | None, accelerator: str = "auto", quantize: str |
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}.")
     if accelerator not in ACCELERATORS:
         raise ValueError(f"accelerator must be one of {', '.join(ACCELERATORS)}, got {accelerator!r}.")
+    return precision
+
+
+def fabric_for(precision: str | None, accelerator: str = "auto", quantize: str | None = None) -> L.Fabric:
+    """One device, in the precision that `precision_for` gives or with quantized weights."""
+    if quantize is not None:
+        return L.Fabric(accelerator="cuda", devices=1, plugins=quantizer(quantize, precision, accelerator))
+    precision = precision_for(precision, accelerator)
     try:
         return L.Fabric(accelerator=accelerator, devices=1, precision=precision)
     except Exception as error:  # Lightning's error for a device that is not there differs by device
@@ -65,8 +71,8 @@ def load_config(folder: Path) -> Config:
         raise ValueError(f"{folder / 'model_config.yaml'} cannot be read: {first_line(error)}") from error
 
 
-def load_model(folder: Path, config: Config, fabric: L.Fabric) -> GPT:
-    """The model with a checkpoint's weights, on the fabric's device in its precision, ready for inference."""
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """A checkpoint's parameters by name, mapped from the file: only what is used of them is read."""
     path = folder / "lit_model.pth"
     try:
         weights = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -74,12 +80,20 @@ def load_model(folder: Path, config: Config, fabric: L.Fabric) -> GPT:
         raise ValueError(f"{path} cannot be read, it may be corrupt: {first_line(error)}") from error
     if not isinstance(weights, dict):
         raise ValueError(f"{path} cannot be read, it may be corrupt: it holds no weights by name.")
+    return weights.get("model", weights)
+
+
+def load_model(folder: Path, config: Config, fabric: L.Fabric) -> GPT:
+    """The model with a checkpoint's weights, on the fabric's device in its precision, ready for inference."""
+    weights = read_weights(folder)
     with fabric.init_module(empty_init=True):
         model = GPT(config)
     try:
-        model.load_state_dict(weights.get("model", weights))
+        model.load_state_dict(weights)
     except (RuntimeError, AttributeError) as error:
-        raise ValueError(f"The weights in {path} do not fit its model_config.yaml: {first_line(error)}") from error
+        raise ValueError(
+            f"The weights in {folder / 'lit_model.pth'} do not fit its model_config.yaml: {first_line(error)}"
+        ) from error
     return model.eval()
 
 

@@ -22,6 +22,7 @@ from litgpt_kv.files import Answers, Line, Settings, answer_file, read_prompts
 from litgpt_kv.generate import Request, Stats
 from litgpt_kv.generate.runners import PREFILLS
 from litgpt_kv.generate.stopping import Row
+from litgpt_kv.parallel import quiet
 from litgpt_kv.talk import talk
 
 SMALL_MODEL = 20_000_000  # weights
@@ -55,6 +56,9 @@ def generate(
     quantize: str | None = None,
     precision: str | None = None,
     accelerator: str = "auto",
+    devices: int | str = 1,
+    num_nodes: int = 1,
+    generate_strategy: str | None = None,
     threads: int | None = None,
     compile: bool = False,
 ) -> None:
@@ -92,6 +96,11 @@ def generate(
             bnb.fp4-dq or bnb.int8.
         precision: Lightning Fabric's name; by default 32-true on a CPU and bf16-true on a GPU.
         accelerator: cpu, cuda, mps, or auto.
+        devices: How many devices on each machine, or "auto" for all; more than one needs --generate-strategy.
+        num_nodes: How many machines; each runs this command, under torchrun, SLURM or with Fabric's MASTER_ADDR and
+            NODE_RANK.
+        generate_strategy: How devices share the work: tensor_parallel (every layer over all), sequential (layers over
+            the devices of one machine) or data_parallel (the whole model on each, and some of the prompts).
         threads: CPU threads; by default one for a small model, whose steps are over before a second one has begun, and
             torch's own choice for others.
         compile: Compile the decode step: slow to start, fast to run.
@@ -120,7 +129,8 @@ def generate(
     made = [checkpoint_dir, asdict(settings), None if args is None else asdict(args), prefill, prefill_chunk, logprobs]
     digest = hashlib.sha256(json.dumps([*made, num_samples > 1, precision, quantize]).encode()).hexdigest()[:8]
     answers = Answers(out, resume, digest) if prompts is not None else None
-    llm = load(checkpoint_dir, precision, accelerator, threads, quantize)
+    place = devices, num_nodes, generate_strategy
+    llm = load(checkpoint_dir, precision, accelerator, threads, quantize, place)
     if compile:
         llm.compile()
     how = {"batch_size": batch_size, "prefill": prefill, "prefill_chunk": prefill_chunk}
@@ -193,13 +203,26 @@ def _announce(llm: LLM, rows: list[Row], prefill: str, prefill_chunk: int | None
 
 
 def load(
-    checkpoint_dir: str, precision: str | None, accelerator: str, threads: int | None, quantize: str | None
+    checkpoint_dir: str,
+    precision: str | None,
+    accelerator: str,
+    threads: int | None,
+    quantize: str | None,
+    place: tuple[int | str, int, str | None] | None = None,
 ) -> LLM:
-    """A model, and as many CPU threads as suit it."""
+    """A model, on one device or at a place (devices, num_nodes, generate_strategy), and CPU threads that suit it."""
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}.")
     began = time.perf_counter()
-    llm = LLM.load(checkpoint_dir, precision=precision, accelerator=accelerator, quantize=quantize)
+    many = place is not None and (place[0] != 1 or place[1] != 1 or place[2] is not None)
+    if many and quantize is not None:
+        raise ValueError("Quantized weights are for one device: leave out --devices, --num-nodes, --generate-strategy.")
+    way = None if many else "auto"
+    llm = LLM.load(checkpoint_dir, precision=precision, accelerator=accelerator, quantize=quantize, distribute=way)
+    if many:
+        devices, num_nodes, strategy = place
+        llm.distribute(accelerator, devices, num_nodes, precision, strategy)
+        quiet(llm.fabric.global_rank)
     _say(f"Loaded {checkpoint_dir} on {llm.fabric.device} in {time.perf_counter() - began:.2f} s.")
     if threads is None and llm.fabric.device.type == "cpu":
         threads = 1 if sum(p.numel() for p in llm.model.parameters()) < SMALL_MODEL else None

@@ -5,6 +5,7 @@ Floor 6.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from litgpt_kv.config import KVCacheArgs, SamplingArgs
 from litgpt_kv.generate.base import check
 from litgpt_kv.generate.runners import Limits
 from litgpt_kv.generate.stopping import Row
+from litgpt_kv.parallel import Way
 
 BEGIN = b'{"line": '  # of every answer
 Place = tuple[int, int]  # a prompt's line and the number of its sample
@@ -119,6 +121,7 @@ class Answers:
 
     Attributes:
         done: The answers that are there, by place.
+        way: How processes share the work, if there are several.
         expected: The places of those that standard output still waits for, in order.
         given: How many standard output got.
 
@@ -132,18 +135,20 @@ class Answers:
         self.done: dict[Place, dict[str, Any]] = {}
         self.expected: deque[Place] = deque()
         self.given = 0
+        self.way: Way | None = None
         self._file: TextIO | None = None
-        self._torn = 0  # bytes of a last line that was not finished
+        self._torn: dict[Path, int] = {}  # bytes of a last line that was not finished
         if self.path is None:
             if resume:
                 raise ValueError("--resume continues a file: give it with --out.")
             return
         if self.path.exists() and not self.path.is_file():
             raise ValueError(f"{path} is no file.")
-        if self.path.exists() and self.path.stat().st_size:
-            if not resume:
-                raise ValueError(f"{path} exists: --resume continues it, or choose another name.")
-            self._load(self.path)
+        for file in (self.path, *self.parts()):
+            if file.exists() and file.stat().st_size:
+                if not resume:
+                    raise ValueError(f"{file} exists: --resume continues it, or choose another name.")
+                self._load(file)
         if not os.access(self.path if self.path.exists() else self.path.parent, os.W_OK):
             raise ValueError(f"{path} cannot be written.")
 
@@ -160,7 +165,11 @@ class Answers:
                 raise ValueError(f"{path} cannot be continued: line {number} is no answer of a run before.") from error
         if not (torn.startswith(BEGIN) or BEGIN.startswith(torn)):
             raise ValueError(f"{path} cannot be continued: its last line is no answer of a run before.")
-        self._torn = len(torn)
+        self._torn[path] = len(torn)
+
+    def parts(self) -> list[Path]:
+        """The files of the processes that divided a run."""
+        return sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.part*"))
 
     def matches(self, number: int, sample: int, prompt: str) -> bool:
         """Whether an answer is there already.
@@ -181,37 +190,59 @@ class Answers:
         """Takes a finished answer."""
         record = {**record, "run": self.run} if self.run and self.path is not None else record
         self.done[key(record)] = record
+        if self.way is not None and self.way.team.rank and not self.way.divided:
+            return  # process 0 has the same, and writes it
         if self.path is not None:
             if self._file is None:  # not before there is something to write
-                self._file = self._open(self.path)
+                self._file = self._open(self._mine)
             self._file.write(_json(record) + "\n")
             self._file.flush()
             return
+        if self.way is None or not self.way.divided:
+            self._print()
+
+    def _print(self) -> None:
         while self.expected and self.expected[0] in self.done:
             print(_json(self.done.pop(self.expected.popleft())), flush=True)
             self.given += 1
 
+    @property
+    def _mine(self) -> Path:
+        """Where this process writes: each one has a part where they divide the prompts."""
+        divided = self.way is not None and self.way.divided
+        return self.path.with_name(f"{self.path.name}.part{self.way.team.rank}") if divided else self.path
+
     def _open(self, path: Path) -> TextIO:
         try:
-            if self._torn:
-                os.truncate(path, path.stat().st_size - self._torn)
+            if torn := self._torn.get(path):
+                os.truncate(path, path.stat().st_size - torn)
             return path.open("a", encoding="utf-8")
         except OSError as error:
             raise ValueError(f"{path} cannot be written: {error.strerror}.") from error
 
     def close(self) -> None:
-        """Brings a file into the order of the prompts."""
-        if self._file is None or self.path is None:
+        """Brings a file into the order of the prompts, and the processes' parts together."""
+        if self._file is not None:
+            self._file.close()
+        if self.way is not None and self.way.divided:
+            others = self.way.gather(self.done)
+            for done in others:
+                self.done |= done
+            if self.path is None:
+                self._print()
+        if self.path is None or not self.done or (self.way is not None and self.way.team.rank):
             return
-        self._file.close()
         path = self.path.resolve()
         try:
             with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as beside:
                 beside.writelines(_json(self.done[place]) + "\n" for place in sorted(self.done))
                 beside.flush()
                 os.fsync(beside.fileno())
-            shutil.copymode(path, beside.name)
+            if path.exists():
+                shutil.copymode(path, beside.name)
             os.replace(beside.name, path)
+            for part in self.parts():
+                part.unlink()
         except OSError as error:  # all answers are in the file, in the order in which they came
             raise ValueError(f"{path} could not be put in order: {error.strerror}.") from error
 
@@ -270,6 +301,7 @@ def answer_file(
     Returns:
         The lines that could not be used, with their error.
     """
+    answers.way = llm.way
     usable = _checked(llm, lines, settings, Limits.of(llm.model, args, prefill))
     tokens = max((row.sees for _, row in usable), default=1)  # of all, done or not: budgets may be a share of it
     usable = _checked(llm, [line for line, _ in usable], settings, Limits.of(llm.model, args, prefill, tokens))
@@ -280,7 +312,7 @@ def answer_file(
             if not answers.matches(line.number, sample, line.fields["prompt"]):
                 rows.append(settings.row(llm, line.fields, len(rows), sample))
                 places.append((line, sample))
-    steps = llm.run(rows, args, batch_size, prefill, prefill_chunk, logprobs, tokens) if rows else ()
+    steps = llm.run(rows, args, batch_size, prefill, prefill_chunk, logprobs, tokens, share=False) if rows else ()
     begun(rows)
     with tqdm(total=len(rows) + len(answers.done), initial=len(answers.done), unit="prompt", disable=None) as bar:
         for row in (row for drew in steps for row in drew if row.reason is not None):

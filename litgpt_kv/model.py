@@ -26,6 +26,7 @@ from litgpt_kv.layer import Turn
 from litgpt_kv.linear import speed_up
 from litgpt_kv.positions import Angles, halves, rotate, theta_of
 from litgpt_kv.shim import Attached, attach, dense_cache
+from litgpt_kv.slots import Sharing
 from litgpt_kv.yarn import is_yarn, yarn_tables
 
 
@@ -42,7 +43,12 @@ class GPT(base.GPT):
       for the whole block before it attends.
 
     Gradients flow through training and through a prefill's own tokens; what was read from a cache has none.
+
+    Attributes:
+        sharing: Where other devices hold the other heads, how a cache hears of them; None on one device.
     """
+
+    sharing: Sharing | None = None
 
     def __init__(self, config: Config) -> None:
         nn.Module.__init__(self)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,17 @@ from litgpt_kv.strategies import Seen, Strategy
 LAST = torch.iinfo(torch.int64).max
 
 
+class Sharing(Protocol):
+    """What slots ask for where other devices hold a layer's other heads. Each process of a run asks the same."""
+
+    def mass(self, mass: Tensor, per_head: bool) -> Tensor:
+        """Attention (..., G, S) that this device's query heads paid, to that of all: (..., G, S), or for one choice
+        for all heads (..., 1, S)."""
+
+    def rank(self, rank: Tensor, per_head: bool) -> Tensor:
+        """Ranks (..., P, S) made from this device's keys and queries, to the mean over all devices with a say."""
+
+
 class Slots(nn.Module):
     """The slots of a stack of layers: `pos` (L, B, P, S), -1 where empty, and `rank` (L, B, P, S), -inf where empty.
 
@@ -29,6 +40,7 @@ class Slots(nn.Module):
 
     row_dim: ClassVar[int] = 1
     rank: Tensor | None
+    sharing: Sharing | None = None
 
     def __init__(
         self,
@@ -91,14 +103,13 @@ class Slots(nn.Module):
         """After attention: new tokens' ranks [L x (B, P, T)] are entered, then all are updated, L layers at once."""
         if self.rank is None:
             return
-        entering = torch.stack(entered).to(self.rank.dtype)
+        entering = self._agreed(torch.stack(entered).to(self.rank.dtype))
         rank = self.rank.scatter(-1, slot, entering)  # (L, B, P, S)
         if type(self.strategy).update is not Strategy.update:
             fold = (-1, *rank.shape[2:])  # layers are rows to a strategy
             seen = Seen(pos=self.pos.reshape(fold), now=now.repeat(rank.size(0)), prompt=False, layer=None)
             if masses:
-                observed = torch.stack(masses)  # (L, B, G, S)
-                seen.mass = (observed if rank.size(2) > 1 else observed.mean(2, keepdim=True)).reshape(fold)
+                seen.mass = self._observed(torch.stack(masses)).reshape(fold)  # of (L, B, G, S)
             rank = self.strategy.update(rank.view(fold), seen).view(rank.shape)
         rank = rank.masked_fill(self.pos < 0, float("-inf"))
         self.rank.copy_(rank if live is None else torch.where(live.view(1, -1, 1, 1), rank, self.rank))
@@ -141,6 +152,18 @@ class Slots(nn.Module):
         """The rank (B, P, T) with which a prompt's tokens enter, or their integer position for recency."""
         if self.rank is None:
             return seen.pos
-        if seen.mass is not None and self.pos.size(2) == 1:  # heads share one choice
-            seen = replace(seen, mass=seen.mass.mean(dim=1, keepdim=True))
-        return self.strategy.enter(seen).to(self.rank.dtype)
+        if seen.mass is not None:
+            seen = replace(seen, mass=self._observed(seen.mass))
+        return self._agreed(self.strategy.enter(seen).to(self.rank.dtype))
+
+    def _observed(self, mass: Tensor) -> Tensor:
+        """Mass (..., G, T) as the strategy sees it, (..., P, T): heads that share one choice share their mean."""
+        if self.sharing is not None:
+            return self.sharing.mass(mass, self.strategy.per_head)
+        return mass if self.pos.size(2) > 1 else mass.mean(dim=-2, keepdim=True)
+
+    def _agreed(self, rank: Tensor) -> Tensor:
+        """Ranks (..., P, T) that a strategy worked out; devices that keep the same tokens agree on them."""
+        if self.sharing is None or type(self.strategy).enter is Strategy.enter:
+            return rank
+        return self.sharing.rank(rank, self.strategy.per_head)

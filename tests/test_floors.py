@@ -32,7 +32,7 @@ FLOORS = dict(
 )
 FLOORS |= dict.fromkeys(["generate", "install", "parallel"], 5)
 FLOORS |= dict.fromkeys(["api", "chat", "checkpoint", "cli", "commands", "files", "quantize", "talk", "__main__"], 6)
-FLOORS |= dict.fromkeys(["benchmark", "benchmark_batches"], 6)
+FLOORS |= dict.fromkeys(["benchmark", "benchmark_batches", "benchmark_parallel", "planning"], 6)
 HEAVY = {"lightning", "jsonargparse", "transformers", "triton"}
 NEVER = {("cache", "model"), *(("strategies", other) for other in ("storage", "slots", "cache", "model"))}
 

@@ -4,6 +4,7 @@ import contextlib
 import io
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -61,6 +62,10 @@ def test_command(command, monkeypatch, capsys, tmp_path):
             words += ["--shape.n_layer", "2", "--shape.n_embd", "96"]
     if "--resume" in words:  # there is something to go on with
         main([word for word in words[1:] if word != "--resume"])
+    if words[1] == "generate" and "--devices" in words:  # starts the script again: not from inside of pytest
+        done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0 and done.stdout, done.stderr
+        return
     with contextlib.suppress(SystemExit) if "--help" in words else contextlib.nullcontext():
         main(words[1:])
     out, err = capsys.readouterr()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 from litgpt_kv.config import SamplingArgs
 from litgpt_kv.generate.text import TextStream
+
+ANSWER = ("tokens", "text", "reason", "began", "first", "ended", "_logprobs")
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,17 @@ class Row:
 
     def __post_init__(self) -> None:
         self._stop = [list(one) for one in self.request.stop]
+
+    @property
+    def answer(self) -> dict[str, Any]:
+        """What it came to, for another process' row of the same request."""
+        return {name: getattr(self, name) for name in ANSWER}
+
+    @answer.setter
+    def answer(self, values: Mapping[str, Any]) -> None:
+        for name in ANSWER:
+            setattr(self, name, values[name])
+        self.new, self.piece = list(self.tokens), self.text
 
     @property
     def sees(self) -> int:

@@ -1,0 +1,105 @@
+"""The processes that work on one model, and all that they say to each other. Floor 5."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Clock:
+    """Time spent in collectives, waiting for the others included.
+
+    Attributes:
+        calls, bytes: How many collectives, and what this process handed to them.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.calls, self.bytes = device, 0, 0
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def measure(self, x: Tensor) -> Iterator[None]:
+        self.calls, self.bytes = self.calls + 1, self.bytes + x.nbytes
+        if self.device.type == "cuda":  # no waiting here: the device notes when it comes by
+            pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            pair[0].record()
+            yield
+            pair[1].record()
+            self._events.append(pair)
+        else:
+            began = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - began
+
+    @property
+    def seconds(self) -> float:
+        """Time so far; on a GPU it must have been synchronised."""
+        return self._seconds + sum(a.elapsed_time(b) for a, b in self._events) / 1e3
+
+
+class Team:
+    """The processes of a run: who this one is, and the collectives, all through one process group.
+
+    Attributes:
+        rank, size: This process' number, and how many there are.
+        clock: Measures the collectives if it is set.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.rank = 0 if group is None else group.rank()
+        self.size = 1 if group is None else group.size()
+        self.clock: Clock | None = None
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over all processes, the same to the bit on each; `x` may be overwritten."""
+        if self.size == 1:
+            return x
+        x = x.contiguous()
+        if self.clock is None:
+            dist.all_reduce(x, group=self.group)
+        else:
+            with self.clock.measure(x):
+                dist.all_reduce(x, group=self.group)
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:
+        """(..., n) of each process side by side, (..., size * n), the same to the bit on each."""
+        if self.size == 1:
+            return x
+        x = x.contiguous()
+        every = [torch.empty_like(x) for _ in range(self.size)]
+        if self.clock is None:
+            dist.all_gather(every, x, group=self.group)
+        else:
+            with self.clock.measure(x):
+                dist.all_gather(every, x, group=self.group)
+        return torch.cat(every, dim=-1)
+
+    def same(self, value: Any) -> Any:
+        """What process 0 has, on every process; any object that can be pickled."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
+
+    def collect(self, value: Any) -> list[Any]:
+        """Every process' object, by rank, on every process."""
+        if self.size == 1:
+            return [value]
+        every: list[Any] = [None] * self.size
+        dist.all_gather_object(every, value, group=self.group)
+        return every
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.size > 1:
+            dist.barrier(group=self.group)

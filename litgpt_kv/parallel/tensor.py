@@ -1,0 +1,152 @@
+"""Tensor parallel: every layer over all devices, by heads and by columns and rows. Floor 5.
+
+Attention takes whole key/value heads with their query heads, an MLP some of its columns; both give a part of the
+output, and two sums a layer over the devices make it whole. The vocabulary head gives some of the logits, which are
+gathered. Everything else (embedding, norms, routers) is on every device.
+
+H query heads · G key/value heads · D head size · C embedding size · V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import litgpt.model as base
+from litgpt.config import Config
+from litgpt_kv.linear import Linear, speed_up
+from litgpt_kv.model import GPT
+from litgpt_kv.parallel.heads import Heads, Sharing, bounds, divide
+from litgpt_kv.parallel.team import Team
+from litgpt_kv.parallel.weights import fill, full_shapes
+
+COLUMNS = ("fc", "fc_1", "fc_2")  # of an MLP: each device has some of its hidden elements
+
+
+def local_config(config: Config, heads: Heads) -> Config:
+    """The config of one device's part: its own numbers of heads, and all else (the embedding's width!) as it was."""
+    own = copy.copy(config)
+    own.n_head, own.n_query_groups = len(heads.queries), len(heads.groups)
+    return own
+
+
+def cut(config: Config, heads: Heads, rank: int, devices: int, split_head: bool, name: str, whole: Tensor) -> Tensor:
+    """Device `rank`'s part of the parameter `name`: a view where that is possible."""
+    *_, module, leaf = name.split(".")
+    D, H, G = config.head_size, config.n_head, config.n_query_groups
+    queries = slice(heads.queries.start * D, heads.queries.stop * D)
+    groups = slice(heads.groups.start * D, heads.groups.stop * D)
+    if module == "qkv":  # stacked [Q; K; V]: each is cut by heads
+        parts = whole.split((H * D, G * D, G * D))
+        return torch.cat([part[rows] for part, rows in zip(parts, (queries, groups, groups))])
+    if module in ("norm_q", "norm_k") and config.norm_qk_type == "olmo2":
+        return whole[queries if module == "norm_q" else groups]
+    if module == "proj" and leaf == "bias":  # the parts are summed: one of them brings the bias
+        return whole if rank == 0 else torch.zeros_like(whole)
+    if module == "proj":
+        return whole[:, queries if ".attn." in name else slice(*bounds(whole.size(1), devices, rank))]
+    if module in COLUMNS:
+        return whole[slice(*bounds(whole.size(0), devices, rank))]
+    if module == "lm_head" and split_head:  # padded, so that all parts are alike and can be gathered
+        most = -(-whole.size(0) // devices)
+        part = whole[rank * most : (rank + 1) * most]
+        return part if len(part) == most else torch.cat((part, whole.new_zeros(most - len(part), *whole.shape[1:])))
+    return whole
+
+
+def shard(
+    config: Config,
+    team: Team,
+    weights: Mapping[str, Tensor],
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    split_head: bool = True,
+) -> GPT:
+    """This process' part of a model, for inference.
+
+    Weights are copied a part at a time: this process never holds the others' parts.
+
+    Args:
+        config: Of the whole model.
+        team: The processes that share it.
+        weights: The whole model's parameters by name, best mapped from a file; only what is copied is read.
+        device, dtype: Of the copies; None: torch's defaults.
+        split_head: Divide the vocabulary head as well, and gather the logits.
+
+    Returns:
+        A `GPT` whose forward gives the whole model's logits, the same on every process. All processes must call it
+        together.
+
+    Raises:
+        ValueError: If the model cannot be divided over so many devices, or the weights do not fit the config.
+    """
+    heads = divide(config, team.size)[team.rank]
+    shapes = full_shapes(config)
+    part = partial(cut, config, heads, team.rank, team.size, split_head)
+    model = skeleton(config, heads, shapes, part)
+    fill(model, config, shapes, weights, part, device, dtype)
+    speed_up(model)
+    for block in model.transformer.h:
+        block.attn.register_forward_hook(partial(_after, team.sum))
+        block.mlp.register_forward_hook(partial(_after, team.sum))
+        if config.norm_qk and config.norm_qk_type == "olmo2":
+            attn = block.attn
+            attn.norm_q = SharedNorm(attn.norm_q, team, config.n_head * config.head_size, 1.0)
+            attn.norm_k = SharedNorm(attn.norm_k, team, config.n_query_groups * config.head_size, heads.weight)
+    if split_head:
+        gather = partial(_vocabulary, team.gather, config.padded_vocab_size)
+        model.lm_head.register_forward_hook(partial(_after, gather))
+    model.sharing = Sharing(team, heads)
+    return model.eval().requires_grad_(False)
+
+
+def skeleton(config: Config, heads: Heads, shapes: Mapping[str, Tensor], part: Callable[[str, Tensor], Tensor]) -> GPT:
+    """One device's modules with parameters of the right shapes, on the meta device."""
+    with torch.device("meta"):
+        model = GPT(local_config(config, heads))
+    for name, whole in shapes.items():
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        if leaf in module._parameters:
+            module._parameters[leaf] = nn.Parameter(part(name, whole), requires_grad=False)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.out_features, module.in_features = module.weight.shape
+            if type(module) is Linear:  # a part may be too small to gain from it: asked again when all is in place
+                module.__class__ = nn.Linear
+    model.lm_head.out_features = config.padded_vocab_size  # what a caller sees of it
+    return model
+
+
+def _after(change: Callable[[Tensor], Tensor], module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return change(output)
+
+
+def _vocabulary(gather: Callable[[Tensor], Tensor], size: int, logits: Tensor) -> Tensor:
+    return gather(logits)[..., :size]
+
+
+class SharedNorm(nn.Module):
+    """litgpt's RMSNorm over a projection whose heads are on several devices: the mean square is taken over all.
+
+    `share` is which part of this device's heads counts here: a copied key head is counted once.
+    """
+
+    def __init__(self, norm: nn.Module, team: Team, size: int, share: float) -> None:
+        super().__init__()
+        if not isinstance(norm, base.RMSNorm):
+            raise ValueError(f"A {type(norm).__name__} over the whole projection cannot be divided; use 'sequential'.")
+        self.weight, self.eps, self.offset = norm.weight, norm.eps, norm.add_unit_offset
+        self.team, self.size, self.share = team, size, share
+
+    def forward(self, x: Tensor) -> Tensor:
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        square = self.team.sum((exact * exact).sum(dim=-1, keepdim=True) * self.share)
+        weight = self.weight.to(exact.dtype) + (1.0 if self.offset else 0.0)
+        return (exact * torch.rsqrt(square / self.size + self.eps) * weight).to(x.dtype)
