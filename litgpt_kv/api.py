@@ -264,13 +264,11 @@ class LLM:
         prefill_chunk: int | None = None,
         logprobs: bool = False,
         tokens: int | None = None,
-        share: bool = True,
     ) -> Iterator[list[Row]]:
         """Builds a cache of the right size and answers rows, as many at a time as `batch_size` says.
 
         `tokens` are what the longest row will see, prompt and new ones, if that is not to be taken from these rows.
-        With "data_parallel" a process answers some of the rows, and at the end, unless not to `share`, has the others
-        from the other processes.
+        With "data_parallel" a process answers some of the rows, and at the end has the others from the other processes.
 
         Yields:
             For each draw the rows that took part in it, see `litgpt_kv.generate.serve`. `stats` and `cache` are this
@@ -301,17 +299,15 @@ class LLM:
             if mine or not rows
             else iter(())
         )  # a process may have nothing to do
-        return self._noted(steps, rows, mine, share)
+        return self._noted(steps, rows, mine)
 
-    def _noted(
-        self, steps: Iterator[list[Row]], rows: Sequence[Row], mine: Sequence[Row], share: bool
-    ) -> Iterator[list[Row]]:
+    def _noted(self, steps: Iterator[list[Row]], rows: Sequence[Row], mine: Sequence[Row]) -> Iterator[list[Row]]:
         stats = self.stats
         stats.reasons, stats.logprobs = [None] * len(rows), [[] for _ in rows]
         for drew in steps:
             _note(stats, drew)
             yield drew
-        if self.way is not None and share and (others := self.way.share(rows, mine, stats)):
+        if self.way is not None and (others := self.way.share(rows, mine, stats)):
             _note(stats, others)
             yield others
 

@@ -186,22 +186,20 @@ class Answers:
             raise ValueError(f"{self.path} was made with other settings than these: give it those, or another name.")
         return record is not None
 
-    def add(self, record: dict[str, Any]) -> None:
-        """Takes a finished answer."""
+    def add(self, record: dict[str, Any], elsewhere: bool = False) -> None:
+        """Takes a finished answer; what was made `elsewhere` another process has written already."""
         record = {**record, "run": self.run} if self.run and self.path is not None else record
         self.done[key(record)] = record
         if self.way is not None and self.way.team.rank and not self.way.divided:
             return  # process 0 has the same, and writes it
         if self.path is not None:
+            if elsewhere:
+                return
             if self._file is None:  # not before there is something to write
                 self._file = self._open(self._mine)
             self._file.write(_json(record) + "\n")
             self._file.flush()
             return
-        if self.way is None or not self.way.divided:
-            self._print()
-
-    def _print(self) -> None:
         while self.expected and self.expected[0] in self.done:
             print(_json(self.done.pop(self.expected.popleft())), flush=True)
             self.given += 1
@@ -224,12 +222,6 @@ class Answers:
         """Brings a file into the order of the prompts, and the processes' parts together."""
         if self._file is not None:
             self._file.close()
-        if self.way is not None and self.way.divided:
-            others = self.way.gather(self.done)
-            for done in others:
-                self.done |= done
-            if self.path is None:
-                self._print()
         if self.path is None or not self.done or (self.way is not None and self.way.team.rank):
             return
         path = self.path.resolve()
@@ -312,11 +304,11 @@ def answer_file(
             if not answers.matches(line.number, sample, line.fields["prompt"]):
                 rows.append(settings.row(llm, line.fields, len(rows), sample))
                 places.append((line, sample))
-    steps = llm.run(rows, args, batch_size, prefill, prefill_chunk, logprobs, tokens, share=False) if rows else ()
+    steps = llm.run(rows, args, batch_size, prefill, prefill_chunk, logprobs, tokens) if rows else ()
     begun(rows)
     with tqdm(total=len(rows) + len(answers.done), initial=len(answers.done), unit="prompt", disable=None) as bar:
         for row in (row for drew in steps for row in drew if row.reason is not None):
-            answers.add(_record(row, *places[row.index], many=num_samples > 1))
+            answers.add(_record(row, *places[row.index], many=num_samples > 1), row.elsewhere)
             bar.update()
     return [line for line in lines if line.error is not None]
 

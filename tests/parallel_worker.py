@@ -36,7 +36,6 @@ from shrink import LLAMA, SYNTHETIC, fill, shrink
 LENGTHS, PROMPTS, BUDGET = (14, 11, 10), [10, 4, 9], 6
 
 
-@register("strategy", "one-choice")
 @dataclass(frozen=True)
 class OneChoice(Strategy):
     """Keep, for all heads alike, what the last query attends to."""
@@ -51,7 +50,6 @@ class OneChoice(Strategy):
         return seen.mass
 
 
-@register("strategy", "one-choice-keys")
 @dataclass(frozen=True)
 class OneChoiceKeys(Strategy):
     """Keep, for all heads alike, tokens with long keys."""
@@ -62,7 +60,6 @@ class OneChoiceKeys(Strategy):
         return seen.k.norm(dim=-1).mean(dim=1, keepdim=True)
 
 
-@register("strategy", "queries")
 @dataclass(frozen=True)
 class Queries(Strategy):
     """Keep, for each key/value head, tokens whose queries are long: copies of a head see different queries."""
@@ -71,7 +68,7 @@ class Queries(Strategy):
         return seen.q.unflatten(1, (seen.k.size(1), -1)).norm(dim=-1).mean(dim=2)
 
 
-OURS = ("one-choice", "one-choice-keys", "queries")
+OURS = {"one-choice": OneChoice, "one-choice-keys": OneChoiceKeys, "queries": Queries}  # registered when this runs
 GRID = {
     "mha": shrink(LLAMA, n_query_groups=4),
     "gqa": shrink(LLAMA),
@@ -103,15 +100,16 @@ FEW = ("phi-2", "Gemma-2-2b", "Mixtral-8x7B-v0.1")
 def cases(devices: int) -> Iterator[tuple[str, Config, str, str, str, str]]:
     """(name, config, strategy, storage, positions, prefill way)."""
     few = devices > 2  # a machine of few cores takes its time to switch between processes
+    strategies = sorted({*registry.names("strategy"), *OURS})
     for name, config in GRID.items():
-        for strategy in registry.names("strategy"):
+        for strategy in strategies:
             looks = strategy in ("h2o", *OURS)  # at what heads have, which may be elsewhere
             if not few or name == "gqa" or (name == "mqa" and looks):
                 yield f"{name}/{strategy}/plain/full", config, strategy, "plain", "absolute", "full"
             if name == "gqa" and strategy in ("h2o", "one-choice") if few else name in ("mha", "mqa"):
                 yield f"{name}/{strategy}/plain/streamed", config, strategy, "plain", "absolute", "streamed"
     for storage in registry.names("storage"):
-        for strategy in registry.names("strategy"):
+        for strategy in strategies:
             if storage != "plain" and not few:
                 yield f"gqa/{strategy}/{storage}/full", GRID["gqa"], strategy, storage, "absolute", "full"
     for strategy in ("sink", "h2o"):
@@ -248,6 +246,8 @@ def main() -> None:
     parser.add_argument("--out")
     parser.add_argument("--checkpoint", type=Path)
     options = parser.parse_args()
+    for name, strategy in OURS.items():
+        register("strategy", name)(strategy)
     run = launch("cpu", options.devices, 1, "32-true")
     torch.set_num_threads(1)
     team = run.team

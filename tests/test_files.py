@@ -158,8 +158,8 @@ def test_a_run_that_was_killed_goes_on(tmp_path: Path, capsys: pytest.CaptureFix
 def test_an_interrupt_says_how_to_go_on(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
     real, count = Answers.add, []
 
-    def add(self: Answers, record: dict) -> None:
-        real(self, record)
+    def add(self: Answers, record: dict, *others: bool) -> None:
+        real(self, record, *others)
         count.append(record)
         if len(count) == 2:
             raise KeyboardInterrupt

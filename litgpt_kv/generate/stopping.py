@@ -65,6 +65,7 @@ class Row:
         text: All text released so far, and `piece` that of the last push.
         last: The last token pushed, shown or not; it is the one that no cache has read yet.
         reason: Why the row ended, "stop" or "length"; None while it runs.
+        elsewhere: Whether another process answered it.
         began, first, ended: Seconds (`time.perf_counter`) when it was admitted, had its first token, and ended.
     """
 
@@ -81,6 +82,7 @@ class Row:
     began: float = 0.0
     first: float = 0.0
     ended: float = 0.0
+    elsewhere: bool = False
     _held: list[int] = field(default_factory=list)
     _logprobs: list[float] = field(default_factory=list)
 
@@ -96,7 +98,7 @@ class Row:
     def answer(self, values: Mapping[str, Any]) -> None:
         for name in ANSWER:
             setattr(self, name, values[name])
-        self.new, self.piece = list(self.tokens), self.text
+        self.new, self.piece, self.elsewhere = list(self.tokens), self.text, True
 
     @property
     def sees(self) -> int:

@@ -68,9 +68,6 @@ class Way(Protocol):
     def share(self, rows: Sequence[Row], mine: Sequence[Row], stats: Stats) -> list[Row]:
         """When its own rows have ended: fills the others', and returns them; `stats` then count all."""
 
-    def gather(self, value: Any) -> list[Any]:
-        """Every process' object, on every process."""
-
     def close(self) -> None:
         """Ends the run; all processes must call it."""
 
@@ -94,9 +91,6 @@ class TensorParallel:
     def share(self, rows: Sequence[Row], mine: Sequence[Row], stats: Stats) -> list[Row]:
         return []
 
-    def gather(self, value: Any) -> list[Any]:
-        return self.team.collect(value)
-
 
 class Sequential:
     """Layers over the devices of one process."""
@@ -119,9 +113,6 @@ class Sequential:
     def share(self, rows: Sequence[Row], mine: Sequence[Row], stats: Stats) -> list[Row]:
         return []
 
-    def gather(self, value: Any) -> list[Any]:
-        return [value]
-
     def close(self) -> None:
         """One process has nobody to wait for."""
 
@@ -142,7 +133,8 @@ class DataParallel:
         return [rows[b] for b in assign([row.sees for row in rows], self.team.size)[self.team.rank]]
 
     def share(self, rows: Sequence[Row], mine: Sequence[Row], stats: Stats) -> list[Row]:
-        parts = self.gather(([(row.index, row.answer) for row in mine], vars(stats)))
+        self._run.watch.meet()  # however long the others take: a collective would give up
+        parts = self.team.collect(([(row.index, row.answer) for row in mine], vars(stats)))
         _total(stats, [theirs for _, theirs in parts])
         by_index = {row.index: row for row in rows}
         others = []
@@ -151,11 +143,6 @@ class DataParallel:
                 by_index[index].answer = answer
                 others.append(by_index[index])
         return sorted(others, key=lambda row: row.index)
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every process' object, when all are here, however long that takes: a collective would give up."""
-        self._run.watch.meet()
-        return self.team.collect(value)
 
 
 def _total(stats: Stats, parts: list[dict[str, Any]]) -> None:
