@@ -40,7 +40,7 @@ def benchmark_batches(
     longest: int = 800,
     new_tokens: int = 32,
     answers: int = 1000,
-    fewest: int = 24,
+    fewest: int = 32,
     spread: int = 10,
     kv_cache: dict[str, Any] | str = "dense",
     repeats: int = 3,
