@@ -131,8 +131,8 @@ def cases(devices: int) -> Iterator[tuple[str, Config, str, str, str, str]]:
 def latent_cases(few: bool) -> Iterator[tuple[str, Config, str, str, str, str]]:
     """Latent attention: heads are divided, and all devices hold the same latents and keep the same tokens."""
     for name, config in LATENT.items():
-        some = ("h2o",) if few or name != "latent" else registry.names("strategy")
-        for strategy in some if name != "latent-experts" or not few else ():
+        some = registry.names("strategy") if name == "latent" and not few else ("h2o", "one-choice", "queries")
+        for strategy in some if name == "latent-uneven" or not few else ("h2o",):
             yield f"{name}/{strategy}/plain/full", config, strategy, "plain", "absolute", "full"
         for strategy in ("dense", "sink", "h2o") if name == "latent" and not few else ():
             yield f"{name}/{strategy}/plain/streamed", config, strategy, "plain", "absolute", "streamed"
@@ -287,8 +287,7 @@ def main() -> None:
         report["memory"] = memory(team, options.checkpoint)
     if team.rank == 0:
         print(f"{len(found)} cases in {time.perf_counter() - began:.1f} s", file=sys.stderr)
-        Path(options.out).write_text(json.dumps(report))
-    run.end()
+        Path(options.out).write_text(json.dumps(report))  # the processes end together by themselves
 
 
 if __name__ == "__main__":
