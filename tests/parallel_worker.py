@@ -31,7 +31,7 @@ from litgpt_kv.parallel.team import Team
 from litgpt_kv.parallel.tensor import shard
 from litgpt_kv.parallel.ways import seeded
 from reference import kept_of, lift, logits_of, tokens_of
-from shrink import LLAMA, SYNTHETIC, fill, shrink
+from shrink import DEEPSEEK, LLAMA, SYNTHETIC, fill, shrink
 
 LENGTHS, PROMPTS, BUDGET = (14, 11, 10), [10, 4, 9], 6
 
@@ -75,6 +75,11 @@ GRID = {
     "mqa": shrink(LLAMA, n_query_groups=1),
     "uneven": shrink(LLAMA, n_head=9, n_query_groups=3, head_size=6, n_embd=54),
 }
+LATENT = {
+    "latent": shrink(LLAMA, **DEEPSEEK, bias=True, attn_bias=True),
+    "latent-uneven": shrink(LLAMA, **DEEPSEEK | dict(n_head=5, n_query_groups=5), attention_logit_softcapping=2.0),
+    "latent-experts": SYNTHETIC["latent-experts"],  # grouped routing and a dense layer first, as in DeepSeek-V3
+}
 SPREAD = (
     "pythia-14m",  # biases everywhere, parallel residual, a part of each head rotated
     "phi-2",  # one norm for both, a bias at the head
@@ -116,8 +121,26 @@ def cases(devices: int) -> Iterator[tuple[str, Config, str, str, str, str]]:
         yield f"gqa/{strategy}/plain/streamed/cache", GRID["gqa"], strategy, "plain", "cache", "streamed"
     for name in FEW if few else SPREAD:
         yield f"{name}/h2o/plain/streamed", _config(name), "h2o", "plain", "absolute", "streamed"
+    yield from latent_cases(few)
     olmo = _config("OLMo-2-1124-7B", n_query_groups=1 if devices == 2 else 2)
     yield "OLMo-2-copied-keys/h2o/plain/full", olmo, "h2o", "plain", "absolute", "full"
+
+
+def latent_cases(few: bool) -> Iterator[tuple[str, Config, str, str, str, str]]:
+    """Latent attention: heads are divided, and all devices hold the same latents and keep the same tokens."""
+    for name, config in LATENT.items():
+        some = registry.names("strategy") if name == "latent" and not few else ("h2o", "one-choice", "queries")
+        for strategy in some if name == "latent-uneven" or not few else ("h2o",):
+            yield f"{name}/{strategy}/plain/full", config, strategy, "plain", "absolute", "full"
+        for strategy in ("dense", "sink", "h2o") if name == "latent" and not few else ():
+            yield f"{name}/{strategy}/plain/streamed", config, strategy, "plain", "absolute", "streamed"
+            for way in ("full", "streamed") if strategy != "dense" else ():
+                yield f"{name}/{strategy}/plain/{way}/cache", config, strategy, "plain", "cache", way
+        for storage in registry.names("storage") if name == "latent" and not few else ():
+            if storage != "plain":
+                yield f"{name}/h2o/{storage}/full", config, "h2o", storage, "absolute", "full"
+        if name == "latent-experts":
+            yield f"{name}/h2o/plain/streamed/cache", config, "h2o", "plain", "cache", "streamed"
 
 
 def _config(name: str, **changes: Any) -> Config:
@@ -188,17 +211,15 @@ def same_answers(team: Team, pair: Whole, case: tuple) -> dict[str, Any]:
     return found
 
 
-def extras(team: Team, pair: Whole) -> dict[str, Any]:
-    """What is asked once."""
-    config = GRID["gqa"]
-    whole, part = pair(config)
+def passes(pair: Whole, config: Config) -> dict[str, float]:
+    """The greatest difference from the whole model in passes of other kinds."""
     idx = torch.tensor([tokens_of(3, 11, config.vocab_size), tokens_of(4, 11, config.vocab_size)])
     found = {}
     with torch.no_grad():
-        found["training_pass"] = float((part(idx) - whole(idx)).abs().max())
-        _, uncut = pair(config, split_head=False)
+        whole, uncut = pair(config, split_head=False)
         found["uncut_head"] = float((uncut(idx) - whole(idx)).abs().max())
         whole, part = pair(config)
+        found["training_pass"] = float((part(idx) - whole(idx)).abs().max())
         # a block of several new tokens, and the same under torch.compile's tracing, in one graph
         caches = [KVCache.build(m, KVCacheArgs("h2o", budget=8), 2, 24) for m in (whole, part, part)]
         lengths = torch.tensor([9, 7])
@@ -208,6 +229,12 @@ def extras(team: Team, pair: Whole) -> dict[str, Any]:
         last = [m(idx[:, :1], c) for m, c in zip((whole, part, traced), caches)]
         for name, (a, *others) in dict(first=first, block=block, last=last).items():
             found[name] = max(float((a - b).abs().max()) for b in others)
+    return found
+
+
+def extras(team: Team, pair: Whole) -> dict[str, Any]:
+    """What is asked once."""
+    found = {"gqa": passes(pair, GRID["gqa"]), "latent": passes(pair, LATENT["latent"])}
     free = SamplingArgs(top_k=5)  # without a seed
     rows = [[Row(Request([1], sampling=free), b) for b in range(3)] for _ in range(2)]
     drawn = [tuple(row.request.sampling.seed for row in seeded(team, some)) for some in rows]
@@ -260,8 +287,7 @@ def main() -> None:
         report["memory"] = memory(team, options.checkpoint)
     if team.rank == 0:
         print(f"{len(found)} cases in {time.perf_counter() - began:.1f} s", file=sys.stderr)
-        Path(options.out).write_text(json.dumps(report))
-    run.end()
+        Path(options.out).write_text(json.dumps(report))  # the processes end together by themselves
 
 
 if __name__ == "__main__":

@@ -14,10 +14,11 @@ from litgpt_kv.parallel.memory import cache_bytes, weight_bytes
 from litgpt_kv.parallel.sequential import places, spread
 from litgpt_kv.parallel.team import Team
 from litgpt_kv.parallel.tensor import shard
-from parallel_worker import GRID
+from parallel_worker import GRID, LATENT
 from shrink import fill, shrink
 
 CONFIGS = [*GRID.values(), shrink("Gemma-3-1b-it"), shrink("Mixtral-8x7B-v0.1"), shrink("OLMo-2-1124-7B")]
+CONFIGS += LATENT.values()
 KINDS = [KVCacheArgs("dense"), KVCacheArgs("h2o", budget="50%"), KVCacheArgs("sink", budget=9)]
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from litgpt.config import Config
+from litgpt_kv.config import layer_facts
 from litgpt_kv.parallel.team import Team
 
 
@@ -18,7 +19,8 @@ from litgpt_kv.parallel.team import Team
 class Heads:
     """A device's heads: `queries` and `groups` are ranges of numbers out of `all_queries` and `all_groups`.
 
-    A device holds whole groups, or a part of one group's query heads and a copy of its key/value head.
+    A device holds whole groups, or a part of one group's query heads and a copy of its key/value head. The heads of
+    latent attention are one group, as what they have in common is cached once: the latent and the rotary key.
     """
 
     queries: range
@@ -46,9 +48,7 @@ def divide(config: Config, devices: int) -> list[Heads]:
     Raises:
         ValueError: If the model cannot be divided over so many devices; the message says how many can.
     """
-    if config.latent_attention:
-        raise ValueError(f"{config.name!r} has latent attention, which is not divided yet; use 'sequential'.")
-    H, G = config.n_head, config.n_query_groups
+    H, G = config.n_head, layer_facts(config, 0).groups
     widths = [w for w in (config.intermediate_size, config.moe_intermediate_size) if w]
     most = min(H, *widths)
     if not 1 <= devices <= most:

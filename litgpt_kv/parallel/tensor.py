@@ -4,6 +4,9 @@ Attention takes whole key/value heads with their query heads, an MLP some of its
 output, and two sums a layer over the devices make it whole. The vocabulary head gives some of the logits, which are
 gathered. Everything else (embedding, norms, routers) is on every device.
 
+Latent attention takes some of its heads: their rows of the projections from the queries' and the tokens' latents and
+their columns of the output's. The latents themselves, and so its cache, are the same on every device.
+
 H query heads · G key/value heads · D head size · C embedding size · V vocabulary.
 """
 
@@ -31,7 +34,8 @@ COLUMNS = ("fc", "fc_1", "fc_2")  # of an MLP: each device has some of its hidde
 def local_config(config: Config, heads: Heads) -> Config:
     """The config of one device's part: its own numbers of heads, and all else (the embedding's width!) as it was."""
     own = copy.copy(config)
-    own.n_head, own.n_query_groups = len(heads.queries), len(heads.groups)
+    own.n_head = len(heads.queries)
+    own.n_query_groups = own.n_head if config.latent_attention else len(heads.groups)  # litgpt counts expanded heads
     return own
 
 
@@ -39,6 +43,11 @@ def cut(config: Config, heads: Heads, rank: int, devices: int, split_head: bool,
     """Device `rank`'s part of the parameter `name`: a view where that is possible."""
     *_, module, leaf = name.split(".")
     D, H, G = config.head_size, config.n_head, config.n_query_groups
+    if config.latent_attention:
+        D = config.v_head_dim  # what a head hands to `proj`
+        widths = {"q_b_proj": config.qk_head_dim, "kv_b_proj": config.qk_nope_head_dim + config.v_head_dim}
+        if width := widths.get(module):
+            return whole[heads.queries.start * width : heads.queries.stop * width]
     queries = slice(heads.queries.start * D, heads.queries.stop * D)
     groups = slice(heads.groups.start * D, heads.groups.stop * D)
     if module == "qkv":  # stacked [Q; K; V]: each is cut by heads
@@ -95,7 +104,7 @@ def shard(
     for block in model.transformer.h:
         block.attn.register_forward_hook(partial(_after, team.sum))
         block.mlp.register_forward_hook(partial(_after, team.sum))
-        if config.norm_qk and config.norm_qk_type == "olmo2":
+        if config.norm_qk and config.norm_qk_type == "olmo2" and not config.latent_attention:
             attn = block.attn
             attn.norm_q = SharedNorm(attn.norm_q, team, config.n_head * config.head_size, 1.0)
             attn.norm_k = SharedNorm(attn.norm_k, team, config.n_query_groups * config.head_size, heads.weight)
