@@ -19,6 +19,8 @@ from litgpt_kv.cache import KVCache
 from litgpt_kv.chat import Chat
 from litgpt_kv.config import KVCacheArgs, SamplingArgs
 from litgpt_kv.generate import Request, Stats, serve
+from litgpt_kv.generate.base import check
+from litgpt_kv.generate.runners import Limits
 from litgpt_kv.generate.stopping import Row
 from litgpt_kv.generate.text import TextStream, stop_texts
 from litgpt_kv.model import GPT
@@ -34,7 +36,7 @@ class LLM:
         stats: What the last run did, in tokens and seconds.
         cache: The last run's cache, None without one.
         decoder: Runs the one-token steps: the model, or what `compile` made of it.
-        self.way: Way | None = None
+        way: How several devices share the work; None on one.
     """
 
     def __init__(
@@ -49,7 +51,6 @@ class LLM:
         self.model, self.tokenizer, self.prompt_style = model, tokenizer, prompt_style
         self.config, self.checkpoint_dir, self.fabric = config, checkpoint_dir, fabric
         self.stats, self.cache = Stats(), None
-        self.decoder = model
         self.decoder = model
         self.way: Way | None = None
 
@@ -83,6 +84,8 @@ class LLM:
         """
         if init not in ("pretrained", "random"):
             raise ValueError(f"init must be 'pretrained' or 'random', got {init!r}.")
+        if quantize is not None and distribute is None:
+            raise ValueError("Quantized weights are for one device: leave out quantize, or distribute=None.")
         fabric = checkpoint.fabric_for(precision, accelerator, quantize)
         folder = None
         if init == "pretrained":
@@ -280,7 +283,13 @@ class LLM:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         self.stats, self.cache = Stats(), None
         tokens = tokens or max((row.sees for row in rows), default=1)
-        mine = rows if self.way is None else self.way.mine(rows)
+        mine = rows
+        if self.way is not None:
+            if self.way.divided:  # what one process would refuse, all refuse
+                limits = Limits.of(self.model, args, prefill, tokens)
+                for row in rows:
+                    check(row.request, limits, f"Prompt {row.index}")
+            mine = self.way.mine(rows)
         size = max(1, min(len(mine), batch_size or len(mine)))
         if args is not None:
             self.cache = self.build_cache(args, size, tokens)
@@ -304,9 +313,14 @@ class LLM:
     def _noted(self, steps: Iterator[list[Row]], rows: Sequence[Row], mine: Sequence[Row]) -> Iterator[list[Row]]:
         stats = self.stats
         stats.reasons, stats.logprobs = [None] * len(rows), [[] for _ in rows]
-        for drew in steps:
-            _note(stats, drew)
-            yield drew
+        try:
+            for drew in steps:
+                _note(stats, drew)
+                yield drew
+        except BaseException as error:
+            if self.way is not None and self.way.divided:
+                self.way.meet(f"{type(error).__name__}: {error}")
+            raise
         if self.way is not None and (others := self.way.share(rows, mine, stats)):
             _note(stats, others)
             yield others

@@ -352,8 +352,9 @@ class KVCache(nn.Module):
             # and inside the window they stay so: only the sinks, always in the first slots, are nearer than they were
             first = step.seen[0, ..., : slots.sinks if T == 1 else None]
             far = rows_at(cos, sin, step.pos.clamp(max=slots.size - 1)), (first >= 0) & (first < slots.sinks)
-        theta = tuple(x.to(step.pos.device) for x in self._theta[table])
-        return angles_at(theta, step.pos, cos.dtype), far, None
+        here = step.pos.device if step.pos.device.type != "mps" else "cpu"  # mps has no float64
+        theta = (x.to(here) for x in self._theta[table])
+        return angles_at(tuple(theta), step.pos, cos.dtype), far, None
 
     def end(self, turns: list[Turn]) -> None:
         """Counts the tokens of a decode pass that went well, and updates the ranks."""

@@ -22,7 +22,7 @@ from litgpt_kv.files import Answers, Line, Settings, answer_file, read_prompts
 from litgpt_kv.generate import Request, Stats
 from litgpt_kv.generate.runners import PREFILLS
 from litgpt_kv.generate.stopping import Row
-from litgpt_kv.parallel import quiet
+from litgpt_kv.parallel import Way, quiet
 from litgpt_kv.talk import talk
 
 SMALL_MODEL = 20_000_000  # weights
@@ -121,6 +121,8 @@ def generate(
         raise ValueError("--out, --resume and --logprobs go with a file of prompts: --prompts FILE.")
     if prompts is not None and prompt is not None:
         raise ValueError("Give either --prompt or --prompts.")
+    if prompts == "-" and (devices != 1 or num_nodes != 1):
+        raise ValueError("Standard input reaches one process only: give a file of prompts.")
     lines = read_prompts(prompts) if prompts is not None else []
     prompt = QUESTION if prompt is None else prompt
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -143,7 +145,7 @@ def generate(
         steps = llm.run(rows, args, **how)
         _announce(llm, rows, prefill, prefill_chunk)
         show(llm, rows, steps)
-        report(llm.stats, llm.cache)
+        report(llm.stats, llm.cache, way=llm.way)
 
 
 def show(llm: LLM, rows: list[Row], steps: Iterator[list[Row]]) -> None:
@@ -169,13 +171,14 @@ def _answer(llm: LLM, lines: list[Line], answers: Answers, *others: Any, **how: 
         bad = answer_file(llm, lines, answers, *others, **how, begun=begun)
     except KeyboardInterrupt:
         if answers.path is not None:
-            _say(f"Interrupted: {len(answers.done):,} answers are in {answers.path}; --resume goes on.")
+            where = f"{answers.path} and its parts" if answers.way is not None and answers.way.divided else answers.path
+            _say(f"Interrupted: {len(answers.done):,} answers are in {where}; --resume goes on.")
         raise
     answers.close()
     for line in bad:
         _say(f"Line {line.number} was left out: {line.error}")
     if llm.stats.new_tokens:
-        report(llm.stats, llm.cache, brief=True)
+        report(llm.stats, llm.cache, brief=True, way=llm.way)
     where = "" if answers.path is None else f" in {answers.path}"
     resumed = f", {before:,} of them from before" if before else ""
     if orphans := len(answers.done.keys() - set(answers.expected)) if answers.path is not None else 0:
@@ -300,8 +303,8 @@ def strategies() -> None:
         print(describe(name))
 
 
-def report(stats: Stats, cache: KVCache | None, brief: bool = False) -> None:
-    """What a run did, on standard error; `brief` without what each row keeps."""
+def report(stats: Stats, cache: KVCache | None, brief: bool = False, way: Way | None = None) -> None:
+    """What a run did, on standard error; `brief` without what each row keeps. The cache is that of process 0."""
     prefill = f"{stats.prefill_seconds:.2f} s ({_rate(stats.prefill_tokens, stats.prefill_seconds)})"
     if (later := stats.prompt_tokens - stats.prefill_tokens) > 0:
         prefill += f" and {later:,} beside decoding"
@@ -315,6 +318,7 @@ def report(stats: Stats, cache: KVCache | None, brief: bool = False) -> None:
         parts = ", ".join(f"{what} {n:,}" for what, n in size.items() if n and what != "total")
         budget = " to ".join(f"{b:,}" for b in dict.fromkeys([budgets[0], budgets[-1]]))
         what = f"Cache {', '.join(dict.fromkeys(names))}: budget {budget} tokens, {size['total']:,} bytes ({parts})"
+        what += f" on process 0 of {way.team.size}" if way is not None and way.team.size > 1 else ""
         _say(what + "." if brief else f"{what}; kept {kept} tokens seen.")
 
 

@@ -5,6 +5,7 @@ Floor 6.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import os
@@ -74,9 +75,7 @@ def read_prompts(path: str) -> list[Line]:
     lines = [(n, raw) for n, raw in enumerate(data.splitlines(), 1) if raw.strip()]
     if not lines:
         raise ValueError(f"There are no prompts in {'standard input' if path == '-' else repr(path)}.")
-    as_json = path.lower().endswith((".jsonl", ".json", ".ndjson")) or (
-        path == "-" and lines[0][1].lstrip().startswith(b"{")
-    )
+    as_json = lines[0][1].lstrip().startswith(b"{") if path == "-" else path.lower().endswith(JSON)
     return [_line(number, raw, as_json) for number, raw in lines]
 
 
@@ -169,7 +168,15 @@ class Answers:
 
     def parts(self) -> list[Path]:
         """The files of the processes that divided a run."""
-        return sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.part*"))
+        found = self.path.parent.glob(f"{glob.escape(self.path.name)}.part*")
+        return sorted(file for file in found if file.name.rpartition(".part")[2].isdigit())
+
+    def share(self, way: Way | None) -> None:
+        """Says how processes share the work; those that divide it learn what any of them finished in a run before."""
+        self.way = way
+        if way is not None and way.divided:
+            for done in way.team.collect(self.done):
+                self.done |= done
 
     def matches(self, number: int, sample: int, prompt: str) -> bool:
         """Whether an answer is there already.
@@ -222,20 +229,31 @@ class Answers:
         """Brings a file into the order of the prompts, and the processes' parts together."""
         if self._file is not None:
             self._file.close()
-        if self.path is None or not self.done or (self.way is not None and self.way.team.rank):
+        if self.path is None:
             return
+        if self.done and (self.way is None or self.way.team.rank == 0):
+            self._write()
+        if self.way is not None and self.way.divided:
+            self.way.meet()  # until the whole file is there
+            self._mine.unlink(missing_ok=True)
+            if self.way.team.rank == 0:
+                for part in self.parts():  # of a run with more processes
+                    part.unlink(missing_ok=True)
+
+    def _write(self) -> None:
         path = self.path.resolve()
         try:
             with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as beside:
                 beside.writelines(_json(self.done[place]) + "\n" for place in sorted(self.done))
                 beside.flush()
                 os.fsync(beside.fileno())
-            if path.exists():
-                shutil.copymode(path, beside.name)
+            like = next((file for file in (path, *self.parts()) if file.exists()), None)
+            if like is not None:
+                shutil.copymode(like, beside.name)
             os.replace(beside.name, path)
-            for part in self.parts():
-                part.unlink()
-        except OSError as error:  # all answers are in the file, in the order in which they came
+        except OSError as error:  # all answers are there, in the order in which they came
+            with contextlib.suppress(OSError, NameError):
+                os.unlink(beside.name)
             raise ValueError(f"{path} could not be put in order: {error.strerror}.") from error
 
 
@@ -293,7 +311,7 @@ def answer_file(
     Returns:
         The lines that could not be used, with their error.
     """
-    answers.way = llm.way
+    answers.share(llm.way)
     usable = _checked(llm, lines, settings, Limits.of(llm.model, args, prefill))
     tokens = max((row.sees for _, row in usable), default=1)  # of all, done or not: budgets may be a share of it
     usable = _checked(llm, [line for line, _ in usable], settings, Limits.of(llm.model, args, prefill, tokens))

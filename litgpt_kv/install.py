@@ -32,8 +32,10 @@ def install() -> ExitStack:
         What undoes it: `with install(): ...`, or `install().close()` later; ignored, it lasts. Models made in between
         stay ours, LoRA's and the adapters' do not.
     """
-    _swap(OURS)
     undo = ExitStack()
+    if base.GPT is GPT:  # it was done before, and whoever did it undoes it
+        return undo
+    _swap(OURS)
     undo.callback(_swap, {ours: theirs for theirs, ours in OURS.items()})
     return undo
 

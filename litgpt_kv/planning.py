@@ -43,6 +43,8 @@ def plan(
         raise ValueError(f"precision must be one of {', '.join(DTYPES)}, got {precision!r}.")
     if min(devices, batch_size) < 1 or memory <= 0:
         raise ValueError(f"devices, batch_size and memory must be positive, got {devices}, {batch_size}, {memory}.")
+    if context is not None and context < 1:
+        raise ValueError(f"context must be at least 1, got {context}.")
     named = model in name_to_config
     config = Config.from_name(model) if named else checkpoint.load_config(checkpoint.find(model))
     context, dtype = context or config.block_size, DTYPES[precision]
@@ -51,7 +53,7 @@ def plan(
     names = [_name(args) for args in kinds]
     print(f"Computed, not measured: {config.name}, {precision}, {batch_size} rows of {context:,} tokens.")
     print(f"GB (10^9 bytes) on the device that needs most; rows: as many of that length as {memory:g} GB can hold.")
-    layout = "{:<16}{:>8}{:>10}" + "{:>16}{:>9}{:>8}" * len(kinds)
+    layout = "{:<16}{:>8}{:>10}" + " {:>15} {:>8} {:>7}" * len(kinds)
     print(layout.format("way", "devices", "weights", *(x for name in names for x in (name, "total", "rows"))))
     counts = [n for n in (2**i for i in range(devices.bit_length())) if n < devices] + [devices]
     for way in WAYS:
@@ -63,7 +65,10 @@ def plan(
                 continue
             cells: list[str] = []
             for args in kinds:
-                cells += _cells(config, way, count, args, batch_size, context, dtype, weights, memory)
+                try:
+                    cells += _cells(config, way, count, args, batch_size, context, dtype, weights, memory)
+                except ValueError:  # a dense cache past the model's context, where others go on
+                    cells += ["-", "-", "-"]
             print(layout.format("one device" if count == 1 else way, count, f"{max(weights) / GB:.2f}", *cells))
     print("Not counted: what a pass computes with (the longest prompt's hidden states and logits), and the libraries.")
 

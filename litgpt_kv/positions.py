@@ -27,6 +27,8 @@ def theta_of(cos: Tensor, sin: Tensor) -> Angles:
 
     The table must be float32 or float64: a rounded angle is wrong by radians a thousand positions on.
     """
+    if cos.device.type == "mps":  # which has no float64
+        cos, sin = cos.cpu(), sin.cpu()
     return torch.atan2(sin[1], cos[1]).double(), cos[0].double().clone()
 
 
@@ -37,8 +39,9 @@ def angles_at(theta: Angles, pos: Tensor, dtype: torch.dtype) -> Angles:
     near 10^6.
     """
     per_position, amplitude = theta
-    angle = pos.double().unsqueeze(-1) * per_position
-    return (angle.cos() * amplitude).to(dtype), (angle.sin() * amplitude).to(dtype)
+    here = pos.device
+    angle = pos.to(per_position.device).double().unsqueeze(-1) * per_position
+    return tuple((x * amplitude).to(dtype).to(here) for x in (angle.cos(), angle.sin()))  # type: ignore[return-value]
 
 
 def rotate(x: Tensor, angles: Angles, size: int) -> Tensor:

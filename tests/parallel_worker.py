@@ -128,8 +128,9 @@ def cases(devices: int) -> Iterator[tuple[str, Config, str, str, str, str]]:
 
 def latent_cases(few: bool) -> Iterator[tuple[str, Config, str, str, str, str]]:
     """Latent attention: heads are divided, and all devices hold the same latents and keep the same tokens."""
+    strategies = sorted({*registry.names("strategy"), *OURS})
     for name, config in LATENT.items():
-        some = registry.names("strategy") if name == "latent" and not few else ("h2o", "one-choice", "queries")
+        some = strategies if name == "latent" and not few else ("h2o", "one-choice", "queries")
         for strategy in some if name == "latent-uneven" or not few else ("h2o",):
             yield f"{name}/{strategy}/plain/full", config, strategy, "plain", "absolute", "full"
         for strategy in ("dense", "sink", "h2o") if name == "latent" and not few else ():

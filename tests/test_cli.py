@@ -189,7 +189,7 @@ def test_help_shows_dashes_and_examples(capsys):
         (["--num-samples", "0"], "num_samples must be at least 1, got 0"),
         (["--prefill", "left"], "prefill must be one of min-length, full, got 'left'"),
         (["--precision", "8-true"], "precision must be one of"),
-        (["--seed", "-1"], "seed must be 0 or greater, got -1"),
+        (["--seed", "-1"], "seed must be 0 to 2**63 - 1, got -1"),
         (["--unknown", "1"], "--unknown"),
         (["--prompt"], "--prompt needs a value"),
         (["--config", "no_such_file.yaml"], "no_such_file.yaml"),

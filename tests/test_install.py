@@ -213,3 +213,12 @@ def test_install_is_everywhere_and_is_undone() -> None:
     assert litgpt.lora.GPT.__bases__ == bases
     assert not isinstance(tuned("lora", "pythia-14m"), GPT)
     assert torch.equal(fill(old(shrink("Gemma-3-1b-it")))(TOKENS), expected)
+
+
+def test_an_inner_install_leaves_the_outer_one() -> None:
+    theirs = litgpt.model.GPT
+    with install():
+        with install():
+            pass
+        assert litgpt.model.GPT is GPT
+    assert litgpt.model.GPT is theirs is not GPT

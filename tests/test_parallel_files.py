@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from litgpt_kv import LLM
 from litgpt_kv.__main__ import main
+from litgpt_kv.files import Answers
 from test_parallel import GENERATE, finished, linux, started
 
 pytestmark = pytest.mark.xdist_group("parallel")
@@ -27,6 +29,63 @@ def questions_in(path: Path, count: int = 30) -> Path:
 
 def answers_in(path: Path) -> list[dict]:
     return [{k: v for k, v in json.loads(line).items() if "seconds" not in k} for line in path.read_text().splitlines()]
+
+
+SCRIPT = """
+import sys, time
+from litgpt_kv import LLM
+llm = LLM.load("demo", accelerator="cpu", distribute=None)
+llm.distribute(accelerator="cpu", devices=2, generate_strategy="data_parallel")
+first, rank = llm.fabric.is_global_zero, llm.fabric.global_rank
+texts = ["def f(x):", "class A", "import os\\n"]
+try:  # what one process would refuse, all do
+    llm.generate(["x " * 2000, "import os\\n"], kv_cache="h2o", budget=64, max_new_tokens=4)
+except ValueError as error:
+    print("refused", rank, "over the limit of 1024" in str(error), flush=True)
+try:  # one process fails on its own; the other one hears of it
+    for n, drew in enumerate(llm.run([llm.row(t, b, max_new_tokens=9) for b, t in enumerate(texts)], None)):
+        if rank and n == 3:
+            raise OSError("no space")
+except (OSError, RuntimeError) as error:
+    print("failed", rank, error, flush=True)
+found = llm.generate(texts, max_new_tokens=6, temperature=0.0)  # and both go on, with the same
+print("then", rank, found == {expected!r}, flush=True)
+if not first:
+    time.sleep(17)  # longer than a silence: the process that has the store waits
+llm.close()
+print("closed", rank, flush=True)
+"""
+
+
+def test_processes_fail_alike_and_go_on_alike(tmp_path: Path) -> None:
+    texts = ["def f(x):", "class A", "import os\n"]
+    expected = LLM.load("demo", accelerator="cpu").generate(texts, max_new_tokens=6, temperature=0.0)
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.replace("{expected!r}", repr(expected)))
+    code, out, err = finished(str(script))
+    lines = sorted(out.splitlines())
+    assert code == 0 and lines == [
+        "closed 0",
+        "closed 1",
+        "failed 0 process 1 of 2 failed: GeneratorExit: ",
+        "failed 1 no space",
+        "refused 0 True",
+        "refused 1 True",
+        "then 0 True",
+        "then 1 True",
+    ], (out, err)
+
+
+def test_standard_input_is_for_one_process(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([*GENERATE[2:], "--prompts", "-", *TWO])
+    assert end.value.code == 2 and "Standard input reaches one process only" in capsys.readouterr().err
+
+
+def test_only_parts_of_this_file_are_its_parts(tmp_path: Path) -> None:
+    for name in ("a.jsonl.partner", "a.jsonl.part0", "a.jsonl.part12", "ba.jsonl.part1"):
+        (tmp_path / name).write_text("")
+    assert [p.name for p in Answers(str(tmp_path / "a.jsonl")).parts()] == ["a.jsonl.part0", "a.jsonl.part12"]
 
 
 @linux
@@ -56,7 +115,8 @@ def test_a_file_over_two_processes_is_that_of_one_and_survives_a_killed_one(tmp_
     assert answers_in(two) == answers_in(one)
     found = [json.loads(line) for line in two.read_text().splitlines()]
     assert all(record in found for record in kept), "what was finished stays as it was, its seconds too"
-    assert not list(tmp_path.glob("*.part*"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one.jsonl", "q.jsonl", "two.jsonl"]
+    assert two.stat().st_mode == one.stat().st_mode
 
 
 def test_standard_output_has_the_answers_of_all_processes_in_order(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_another_cache_and_a_checkpoint(capsys: pytest.CaptureFixture) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["demo", "--context", "5000"], "over the limit of 1024"),
+        (["demo", "--context", "0"], "context must be at least 1, got 0"),
         (["no-such-model"], "no checkpoint folder 'no-such-model'"),
         (["demo", "--devices", "0"], "must be positive"),
         (["demo", "--precision", "8-bit"], "precision must be one of"),
@@ -106,3 +106,9 @@ def test_what_is_refused(capsys: pytest.CaptureFixture, flags: list[str], messag
         main(["plan", *flags])
     assert end.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_stream_past_the_context_has_no_dense_cache(capsys: pytest.CaptureFixture) -> None:
+    main(["plan", "demo", "--context", "5000", "--kv-cache", "sink", "--kv-cache.budget", "64"])
+    (line,) = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("one device")]
+    assert line[4:7] == ["-", "-", "-"] and float(line[8]) > 0

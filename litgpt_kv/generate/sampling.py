@@ -150,6 +150,8 @@ def exponential(seed: Tensor, step: Tensor, size: int) -> Tensor:
     """
     index = torch.arange(size, device=seed.device)
     state = _mix(_mix(seed).add(step * _GOLDEN).unsqueeze(-1)) + index * _GOLDEN  # (B, size)
+    if seed.device.type == "mps":  # which has no float64
+        return ((_mix(state) >> 40) & (2**24 - 1)).float().add_(0.5).mul_(2.0**-24).log_().neg_()
     uniform = ((_mix(state) >> 11) & (2**53 - 1)).double().add_(0.5).mul_(2.0**-53)
     return uniform.log_().neg_().float()
 

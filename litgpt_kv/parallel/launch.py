@@ -60,9 +60,16 @@ class Run:
     def fail(self, error: BaseException) -> None:
         """This process ends with an error: tells the others; process 0 says what really happened, and ends.
 
-        Returns for errors of the user's, met by all processes alike, on process 0: its caller reports them.
+        Returns on process 0 for errors of the user's, most of them met by all processes alike: its caller reports them.
         """
-        users = isinstance(error, (ValueError, OSError, KeyboardInterrupt, SystemExit))
+        if self._over:
+            return
+        if isinstance(error, SystemExit):  # a command's own end, the same on all
+            self.end()
+            if self.team.rank:
+                raise SystemExit(0) from error  # process 0 says it; its watch takes another code for a failure
+            return
+        users = isinstance(error, (ValueError, OSError, KeyboardInterrupt))
         if self.team.rank == 0 and not users and (reason := self.watch.reason()):
             self.watch.give_up(reason)  # what failed here is only that another had gone
         text = str(error) if users else "".join(traceback.format_exception(error))
@@ -73,7 +80,7 @@ class Run:
         if not users:
             self.watch.give_up(f"process 0 of {self.team.size} ended: {text}")
         if isinstance(error, KeyboardInterrupt):  # in the middle of a collective, whose group cannot be closed
-            print(flush=True)
+            print(file=sys.stderr, flush=True)
             os._exit(130)
         dist.destroy_process_group()
 

@@ -66,7 +66,7 @@ class Spread(GPT):
     ) -> Tensor | list[Tensor]:
         """As `GPT.forward`."""
         count = min(self.pieces, len(idx)) if idx.dim() == 2 else 1
-        if cache is None or count < 2 or cache.batch_size != len(idx):
+        if not isinstance(cache, KVCache) or count < 2 or cache.batch_size != len(idx):
             return super().forward(idx, cache, length, **options)
         if length is None:  # no piece may move before all are known to fit
             cache._check_step(idx.size(1))

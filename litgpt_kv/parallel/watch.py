@@ -61,21 +61,34 @@ class Watch:
             time.sleep(0.1)
         return self._lost
 
-    def stop(self, seconds: float = PATIENCE) -> None:
-        """This process is through; process 0, which has the store, waits until all are."""
-        self._ending.set()
+    def stop(self) -> None:
+        """This process is through; process 0, which has the store, waits until all are or one is lost."""
         self.report("")
         with contextlib.suppress(Exception):
-            if self.rank == 0:
-                ends = [f"end/{r}" for r in range(self.size)]
-                self.store.wait(ends, timedelta(seconds=seconds))
+            while self.rank == 0 and not self.store.check([f"end/{r}" for r in range(self.size)]):
+                time.sleep(PERIOD / 10)
+        self._ending.set()
 
-    def meet(self) -> None:
-        """Waits until every process has come here as often as this one; if one ends, the watch ends all."""
+    def meet(self, failure: str | None = None) -> None:
+        """Waits until every process has come here as often as this one; if one ends, the watch ends all.
+
+        Args:
+            failure: Why this process has nothing to bring: the others then raise instead of waiting, and it goes on.
+
+        Raises:
+            RuntimeError: If another process failed on its way here.
+        """
         self._met += 1
-        self.store.add(f"met/{self._met}", 1)
-        while self.store.add(f"met/{self._met}", 0) < self.size:
-            time.sleep(PERIOD / 10)
+        if failure is not None:
+            self.store.set(f"failed/{self._met}", f"process {self.rank} of {self.size} failed: {failure}")
+        elif not self.store.check([f"failed/{self._met}"]):
+            self.store.add(f"met/{self._met}", 1)
+            while self.store.add(f"met/{self._met}", 0) < self.size:
+                if self.store.check([f"failed/{self._met}"]):
+                    break
+                time.sleep(PERIOD / 10)
+        if failure is None and self.store.check([f"failed/{self._met}"]):
+            raise RuntimeError(self.store.get(f"failed/{self._met}").decode())
 
     def _talk(self) -> None:
         beats, at = [0] * self.size, [time.monotonic()] * self.size

@@ -68,6 +68,9 @@ class Way(Protocol):
     def share(self, rows: Sequence[Row], mine: Sequence[Row], stats: Stats) -> list[Row]:
         """When its own rows have ended: fills the others', and returns them; `stats` then count all."""
 
+    def meet(self, failure: str | None = None) -> None:
+        """Waits for the other processes, or tells them that this one failed."""
+
     def close(self) -> None:
         """Ends the run; all processes must call it."""
 
@@ -91,6 +94,9 @@ class TensorParallel:
     def share(self, rows: Sequence[Row], mine: Sequence[Row], stats: Stats) -> list[Row]:
         return []
 
+    def meet(self, failure: str | None = None) -> None:
+        """They meet in every layer."""
+
 
 class Sequential:
     """Layers over the devices of one process."""
@@ -113,6 +119,9 @@ class Sequential:
     def share(self, rows: Sequence[Row], mine: Sequence[Row], stats: Stats) -> list[Row]:
         return []
 
+    def meet(self, failure: str | None = None) -> None:
+        """One process has nobody to meet."""
+
     def close(self) -> None:
         """One process has nobody to wait for."""
 
@@ -133,7 +142,7 @@ class DataParallel:
         return [rows[b] for b in assign([row.sees for row in rows], self.team.size)[self.team.rank]]
 
     def share(self, rows: Sequence[Row], mine: Sequence[Row], stats: Stats) -> list[Row]:
-        self._run.watch.meet()  # however long the others take: a collective would give up
+        self.meet()  # however long the others take: a collective would give up
         parts = self.team.collect(([(row.index, row.answer) for row in mine], vars(stats)))
         _total(stats, [theirs for _, theirs in parts])
         by_index = {row.index: row for row in rows}
@@ -143,6 +152,9 @@ class DataParallel:
                 by_index[index].answer = answer
                 others.append(by_index[index])
         return sorted(others, key=lambda row: row.index)
+
+    def meet(self, failure: str | None = None) -> None:
+        self._run.watch.meet(failure)
 
 
 def _total(stats: Stats, parts: list[dict[str, Any]]) -> None:
