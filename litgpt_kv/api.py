@@ -205,7 +205,8 @@ class LLM:
                 every step.
             budget: Tokens kept, instead of that of `kv_cache`.
             batch_size: Prompts at a time; when one ends the next takes its place. None: all at once.
-            prefill: "min-length" (token by token beyond the shortest prompt) or "full" (one padded pass).
+            prefill: "min-length" (each prompt in one pass as far as the budget allows, the rest in blocks or token by
+                token) or "full" (one padded pass, then compressed to the budget).
             prefill_chunk: See `litgpt_kv.generate.stream`.
             min_new_tokens: The end of the model's text and `stop` count only after so many.
             stop: A text that ends the output and is not part of it, or several.

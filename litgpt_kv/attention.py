@@ -71,6 +71,11 @@ def attend(
     return F.softmax(scores, dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype) @ v
 
 
+def queries_at(q: Tensor, pos: Tensor) -> Tensor:
+    """One query a row: q (B, H, T, D) at pos (B,) is (B, H, 1, D)."""
+    return q.gather(2, pos.view(-1, 1, 1, 1).expand(-1, q.size(1), 1, q.size(-1)))
+
+
 def attend_last(
     q: Tensor, k: Tensor, v: Tensor, last: Tensor, *, scale: float, softcap: float | None, window: int | None
 ) -> Tensor:

@@ -114,6 +114,8 @@ def benchmark(
     if threads is not None:
         torch.set_num_threads(threads)
     if devices != 1 or num_nodes != 1:
+        if compile:
+            raise ValueError("The comparison of one process with several is not compiled: leave out --compile.")
         if checkpoint_dir is None:
             contexts = contexts or [1024, 4096]
             config, weights = (shape or Shape()).config(max(contexts) + steps + 1), None

@@ -87,8 +87,8 @@ def generate(
         kv_cache: What to keep: a strategy of `litgpt_kv strategies`, or "none" to compute the whole text at every step.
             With --kv-cache.budget, .sinks, .recent, .storage, .positions and the strategy's own options;
             `--kv-cache.help h2o` explains one.
-        prefill: How prompts are read: "min-length", in one pass up to the shortest and then token by token; or "full",
-            in one padded pass.
+        prefill: How prompts are read: "min-length", each in one pass as far as the budget allows and then in blocks or
+            token by token; or "full", all in one padded pass and then compressed to the budget.
         prefill_chunk: Read what prompts have beyond the first pass in blocks of so many tokens; by default in blocks
             for strategies whose results do not depend on it (dense, window, sink), one at a time for others.
         ignore_eos: Go on when the model ends its text.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import litgpt.model as base
 from litgpt.config import Config
-from litgpt_kv.attention import Masks, attend, attend_last, attend_mass, mass
+from litgpt_kv.attention import Masks, attend, attend_last, attend_mass, mass, queries_at
 from litgpt_kv.config import layer_facts
 from litgpt_kv.layer import Turn
 from litgpt_kv.linear import Linear
@@ -86,7 +86,7 @@ class MultiheadLatentAttention(base.MultiheadLatentAttention):
         if last is None:
             y = attend(q, k, v, **math, masks=masks)
         else:
-            one = q.gather(2, last.view(-1, 1, 1, 1).expand(-1, q.size(1), 1, q.size(-1)))
+            one = queries_at(q, last)
             y = attend_last(one, k, v, last, **math)
         if turn is not None:
             layer, step, received = turn.layer, turn.step, None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import litgpt.model as base
 from litgpt.config import Config
 from litgpt.model import do_softcapping
-from litgpt_kv.attention import Masks, attend, attend_last, attend_mass, mass
+from litgpt_kv.attention import Masks, attend, attend_last, attend_mass, mass, queries_at
 from litgpt_kv.cache import KVCache
 from litgpt_kv.config import layer_facts
 from litgpt_kv.latent import MultiheadLatentAttention
@@ -277,7 +277,7 @@ class CausalSelfAttention(base.CausalSelfAttention):
         q, k = rotate(qk, angles, facts.rope_size).split((facts.heads, facts.groups), dim=1)
         one, how = q, partial(attend, **math, masks=masks)
         if last is not None:
-            one = q.gather(2, last.view(-1, 1, 1, 1).expand(-1, q.size(1), 1, q.size(-1)))
+            one = queries_at(q, last)
             how = partial(attend_last, last=last, **math)
         y = self.scaled_dot_product_attention(one, k, v, how)
         if turn is not None:

@@ -12,9 +12,9 @@ from litgpt_kv.cli import cache_args
 from litgpt_kv.config import KVCacheArgs
 from litgpt_kv.parallel import WAYS
 from litgpt_kv.parallel.memory import cache_bytes, weight_bytes
+from litgpt_kv.quantize import DTYPES
 
 GB = 10**9
-DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "32-true": torch.float32}
 CACHE = {"strategy": "h2o", "budget": "10%"}
 
 
