@@ -4,12 +4,12 @@ from litgpt.scripts.convert_hf_checkpoint import convert_hf_checkpoint
 from litgpt.scripts.convert_lit_checkpoint import convert_lit_checkpoint
 from litgpt.scripts.download import download_from_hub
 from litgpt.scripts.merge_lora import merge_lora
-from litgpt_kv.benchmark import benchmark
-from litgpt_kv.benchmark_batches import benchmark_batches
-from litgpt_kv.cli import run
-from litgpt_kv.commands import chat, generate, strategies
+from litgpt_kv.benchmark.batches import benchmark_batches
+from litgpt_kv.benchmark.decode import benchmark
+from litgpt_kv.cli.commands import chat, generate, strategies
+from litgpt_kv.cli.parser import run
+from litgpt_kv.cli.plan import plan
 from litgpt_kv.parallel import ends_together
-from litgpt_kv.planning import plan
 
 COMMANDS = {
     "generate": ends_together(generate),

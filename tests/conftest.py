@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from litgpt_kv import GPT
-from reference import tiny
+from tests.oracle.reference import tiny
 
 torch.set_num_threads(1)
 

@@ -11,7 +11,7 @@ import litgpt.model as base
 from litgpt.config import Config, name_to_config
 from litgpt_kv import KVCacheArgs, SamplingArgs
 from litgpt_kv.config import layer_facts, per_layer, percent
-from shrink import LATENT, SYNTHETIC, YARN, shrink
+from tests.oracle.shrink import LATENT, SYNTHETIC, YARN, shrink
 
 # -- KVCacheArgs -------------------------------------------------------------------------------------------------------
 

@@ -47,7 +47,7 @@ def run(*command: object, cwd: Path) -> subprocess.CompletedProcess[str]:
 def imported(*folders: Path) -> set[str]:
     """Names of the distributions that the modules in some folders import, wherever in the file."""
     names: set[str] = set()
-    own = {path.stem for folder in folders for path in folder.rglob("*.py")} | {"litgpt_kv"}
+    own = {path.stem for folder in folders for path in folder.rglob("*.py")} | {"litgpt_kv", "tests"}
     for path in (p for folder in folders for p in folder.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):

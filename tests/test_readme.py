@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-import low_precision
 from litgpt_kv.__main__ import main
+from tests.model import low_precision
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()

@@ -19,7 +19,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for marker in ("flaky(reruns): needs pytest-rerunfailures; ignored here", "timeout(seconds): ignored here"):
         config.addinivalue_line("markers", marker)
     if os.environ.get("LITGPT_SUITE") != "theirs":
-        from litgpt_kv.install import install
+        from litgpt_kv.compat.install import install
 
         install()
     if os.environ.get("HF_HUB_OFFLINE") == "1":

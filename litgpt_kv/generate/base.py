@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from litgpt_kv.cache import KVCache
+from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.config import KVCacheArgs, SamplingArgs, per_row
 from litgpt_kv.generate.loop import Loop, Stats
 from litgpt_kv.generate.runners import (
@@ -27,7 +27,7 @@ from litgpt_kv.generate.runners import (
 )
 from litgpt_kv.generate.sampling import Sampler
 from litgpt_kv.generate.stopping import Request, Row
-from litgpt_kv.model import GPT
+from litgpt_kv.model.gpt import GPT
 
 
 @torch.inference_mode()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
-from litgpt_kv.cache import KVCache
+from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.generate.base import check, run_rows, runner
 from litgpt_kv.generate.loop import Stats
 from litgpt_kv.generate.runners import Limits, Model

@@ -68,7 +68,7 @@ def divide(config: Config, devices: int) -> list[Heads]:
 
 
 class Sharing:
-    """What a layer's slots ask for where other devices hold the other heads; see `litgpt_kv.slots.Sharing`.
+    """What a layer's slots ask for where other devices hold the other heads; see `litgpt_kv.cache.slots.Sharing`.
 
     Devices that hold whole groups say nothing to each other, unless a strategy makes one choice for all heads.
     """

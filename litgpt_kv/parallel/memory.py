@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from litgpt.config import Config
-from litgpt_kv.cache import KVCache
+from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.config import KVCacheArgs
-from litgpt_kv.model import GPT
+from litgpt_kv.model.gpt import GPT
 from litgpt_kv.parallel.heads import divide
 from litgpt_kv.parallel.sequential import Spread, places
 from litgpt_kv.parallel.tensor import cut, local_config

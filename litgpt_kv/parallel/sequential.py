@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from litgpt.config import Config
-from litgpt_kv.cache import KVCache
-from litgpt_kv.model import GPT
+from litgpt_kv.attention.rope import Angles
+from litgpt_kv.cache.kv_cache import KVCache
+from litgpt_kv.model.gpt import GPT
 from litgpt_kv.parallel.heads import bounds
 from litgpt_kv.parallel.weights import fill, full_shapes
-from litgpt_kv.positions import Angles
 
 
 def places(n_layer: int, devices: int) -> list[int]:

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 import litgpt.model as base
 from litgpt.config import Config
-from litgpt_kv.linear import Linear, speed_up
-from litgpt_kv.model import GPT
+from litgpt_kv.model.gpt import GPT
+from litgpt_kv.model.linear import Linear, speed_up
 from litgpt_kv.parallel.heads import Heads, Sharing, bounds, divide
 from litgpt_kv.parallel.team import Team
 from litgpt_kv.parallel.weights import fill, full_shapes

@@ -18,7 +18,7 @@ from torch import Tensor
 from litgpt.config import Config
 from litgpt_kv.generate import Stats
 from litgpt_kv.generate.stopping import Row
-from litgpt_kv.model import GPT
+from litgpt_kv.model.gpt import GPT
 from litgpt_kv.parallel.heads import divide
 from litgpt_kv.parallel.launch import launch
 from litgpt_kv.parallel.sequential import places, spread

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from litgpt.config import Config
 from litgpt.scripts.convert_hf_checkpoint import qkv_reassemble
-from litgpt_kv.model import GPT
+from litgpt_kv.model.gpt import GPT
 
 OLD, NEW = ".attn.attn.", ".attn.qkv."  # the stacked projection's name, and order of heads, in litgpt before 0.5
 

@@ -1,0 +1,1 @@
+"""Attention as functions of tensors: rope and YaRN, masks, and the eager products."""

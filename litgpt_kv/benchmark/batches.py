@@ -1,0 +1,148 @@
+"""`litgpt_kv benchmark_batches`: many prompts of different lengths through few rows, in every way there is. Floor 6."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from litgpt_kv.cache.kv_cache import KVCache
+from litgpt_kv.cli.parser import cache_args
+from litgpt_kv.config import KVCacheArgs, SamplingArgs
+from litgpt_kv.generate import Request, Stats, generate, serve
+from litgpt_kv.llm.llm import LLM
+
+GREEDY = SamplingArgs(temperature=0)
+
+
+@dataclass
+class Way:
+    """One way to answer all requests: its name, and the run."""
+
+    name: str
+    run: Callable[[], Stats]
+    seconds: list[float] = field(default_factory=list)
+    stats: Stats = field(default_factory=Stats)
+
+
+def benchmark_batches(
+    checkpoint_dir: str = "demo",
+    *,
+    prompts: int = 64,
+    rows: int = 8,
+    shortest: int = 8,
+    longest: int = 800,
+    new_tokens: int = 32,
+    answers: int = 1000,
+    fewest: int = 32,
+    spread: int = 10,
+    kv_cache: dict[str, Any] | str = "dense",
+    repeats: int = 3,
+    seed: int = 1,
+    precision: str | None = None,
+    accelerator: str = "auto",
+    threads: int | None = 1,
+) -> None:
+    """Measure tokens/s of many ragged prompts: one by one, in batches that wait for their longest, and with rows that
+    take the next prompt when they end; once with prompts of different lengths, once with answers of different lengths.
+
+    Args:
+        checkpoint_dir: A checkpoint, or "demo" for the shipped model.
+        prompts: How many; their tokens are random.
+        rows: Of the cache.
+        shortest: Tokens of the shortest prompt.
+        longest: Tokens of the longest prompt; all lengths between are as probable.
+        new_tokens: Of each prompt in the first table.
+        answers: Prompts of the second table, which all have the shortest length.
+        fewest: New tokens of the shortest answer in the second table.
+        spread: The longest answer has so many times as many; the logarithm of their number is uniform.
+        kv_cache: What to keep, as for `generate`.
+        repeats: Repetitions of everything, interleaved; the table shows the best and the median.
+        seed: Of lengths and tokens.
+        precision: Lightning Fabric's name; by default 32-true on a CPU and bf16-true on a GPU.
+        accelerator: cpu, cuda, mps, or auto.
+        threads: CPU threads; null is torch's own choice.
+    """
+    counts = {"prompts": prompts, "rows": rows, "shortest": shortest, "new_tokens": new_tokens, "answers": answers}
+    for name, value in {**counts, "fewest": fewest, "spread": spread, "repeats": repeats}.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    if longest < shortest:
+        raise ValueError(f"longest must be at least shortest ({shortest}), got {longest}.")
+    args = cache_args(kv_cache)
+    if args is None:
+        raise ValueError("kv_cache 'none' has no rows to fill: choose a strategy.")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    llm = LLM.load(checkpoint_dir, precision=precision, accelerator=accelerator)
+    g = torch.Generator().manual_seed(seed)
+    ragged = torch.randint(shortest, longest + 1, (prompts,), generator=g).tolist()
+    new = (fewest * spread ** torch.rand(answers, generator=g)).long().tolist()
+    vocabulary = llm.model.config.vocab_size
+
+    def requests(lengths: Sequence[int], new: Sequence[int]) -> list[Request]:
+        ids = [torch.randint(vocabulary, (n,), generator=g) for n in lengths]
+        return [Request(i, n, sampling=GREEDY) for i, n in zip(ids, new)]
+
+    print(f"{checkpoint_dir}, {llm.fabric.device}, {args.strategy}, {rows} rows, best and median of {repeats}\n")
+    every = ways(llm, requests(ragged, [new_tokens] * prompts), args, rows)
+    _table(f"{prompts} prompts of {shortest} to {longest} tokens, {new_tokens} new ones each", every, repeats)
+    every = ways(llm, requests([shortest] * answers, new), args, rows)
+    equal = [way for way in every if way.name.endswith("min-length")]  # prompts of one length: both prefills are one
+    _table(f"{answers:,} prompts of {shortest} tokens, {fewest} to {fewest * spread} new ones", equal, repeats)
+
+
+def ways(llm: LLM, requests: list[Request], args: KVCacheArgs, rows: int) -> list[Way]:
+    """All that there are; each makes as many tokens."""
+    tokens = max(len(r.prompt) + r.max_new_tokens for r in requests)
+    one, many = (KVCache.build(llm.model, args, n, tokens) for n in (1, rows))
+
+    def waiting(cache: KVCache, prefill: str) -> Stats:
+        """Batches that begin and end together; the last one may be smaller."""
+        total = Stats()
+        for start in range(0, len(requests), cache.batch_size):
+            part = requests[start : start + cache.batch_size]
+            cache.reset()
+            its = cache if len(part) == cache.batch_size else KVCache.build(llm.model, args, len(part), tokens)
+            ids, new, stats = [r.prompt for r in part], [r.max_new_tokens for r in part], Stats()
+            generate(llm.model, ids, its, max_new_tokens=new, sampling=GREEDY, prefill=prefill, stats=stats)
+            total.prompt_tokens += stats.prompt_tokens
+            total.new_tokens += stats.new_tokens
+        return total
+
+    def coming(prefill: str) -> Stats:
+        stats = Stats()
+        many.reset()
+        for _ in serve(llm.model, requests, many, prefill=prefill, stats=stats):
+            pass
+        return stats
+
+    return [
+        Way("one by one", lambda: waiting(one, "full")),
+        Way("waiting, min-length", lambda: waiting(many, "min-length")),
+        Way("waiting, full", lambda: waiting(many, "full")),
+        Way("rows come and go, min-length", lambda: coming("min-length")),
+        Way("rows come and go, full", lambda: coming("full")),
+    ]
+
+
+def _table(title: str, them: list[Way], repeats: int) -> None:
+    order = [way for _ in range(repeats) for way in them]
+    for way in tqdm(order, disable=None, leave=False, file=sys.stderr):
+        began = time.perf_counter()
+        way.stats = way.run()
+        way.seconds.append(time.perf_counter() - began)
+    print(title)
+    print(f"{'':30}{'new tokens/s':>18}{'all tokens/s':>14}{'seconds':>10}")
+    for way in them:
+        best, median = min(way.seconds), statistics.median(way.seconds)
+        new = way.stats.new_tokens
+        speed = f"{new / best:,.0f} · {new / median:,.0f}"
+        print(f"{way.name:30}{speed:>18}{(new + way.stats.prompt_tokens) / best:>14,.0f}{best:>10.2f}")
+    print()

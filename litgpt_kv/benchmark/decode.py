@@ -1,0 +1,343 @@
+"""`litgpt_kv benchmark`: our caches and litgpt's own, on the same weights, in one interleaved run. Floor 6."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import litgpt
+from litgpt.config import Config
+from litgpt_kv import registry
+from litgpt_kv.benchmark.parallel import compare
+from litgpt_kv.cache.kv_cache import KVCache
+from litgpt_kv.config import KVCacheArgs
+from litgpt_kv.llm import checkpoint
+from litgpt_kv.model.gpt import GPT
+from litgpt_kv.parallel import Place
+
+MB = 1_000_000
+STATUS = Path("/proc/self/status")  # where Linux tells a process its resident memory
+
+
+@dataclass
+class Shape:
+    """A random Llama-style model; its context is made as long as the longest run."""
+
+    n_layer: int = 12
+    n_embd: int = 768
+    n_head: int = 12
+    n_query_groups: int = 3
+    intermediate_size: int = 2048
+    vocab_size: int = 2048
+
+    def config(self, context: int) -> Config:
+        return Config(
+            name="benchmark",
+            block_size=context,
+            padded_vocab_size=self.vocab_size,
+            rotary_percentage=1.0,
+            parallel_residual=False,
+            bias=False,
+            norm_class_name="RMSNorm",
+            mlp_class_name="LLaMAMLP",
+            **asdict(self),
+        )
+
+
+@dataclass
+class Contender:
+    """One way to run a model: how it reads a prompt, how it makes a token, what it holds."""
+
+    name: str
+    reset: Callable[[], None]
+    prefill: Callable[[Tensor], Any]
+    step: Callable[[Tensor, int], Any]
+    formula: int
+    allocated: int
+    read: int  # cache bytes that a decode step must read
+    prefill_seconds: list[float] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+    peak: int | None = None
+
+
+def benchmark(
+    *,
+    checkpoint_dir: str | None = None,
+    shape: Shape | None = None,
+    contexts: list[int] | None = None,
+    strategies: list[str] | None = None,
+    budget: int | str = "25%",
+    batch_size: int = 1,
+    steps: int = 16,
+    repeats: int = 5,
+    litgpt: bool = True,
+    compile: bool = False,
+    precision: str | None = None,
+    accelerator: str = "auto",
+    devices: int | str = 1,
+    num_nodes: int = 1,
+    threads: int | None = None,
+    out: str | None = None,
+) -> None:
+    """Measure prefill, decode and memory of strategies at several context lengths, litgpt's own cache beside them.
+
+    Args:
+        checkpoint_dir: A checkpoint, "demo" for the shipped model; by default a random model of the given shape.
+        shape: The random model.
+        contexts: Prompt lengths in tokens (default: 1024 and 4096; half and most of the context for a checkpoint).
+        strategies: Which strategies to run (default: all that are registered); "none" runs the whole text each step.
+        budget: Of the strategies that evict: tokens, or a share of the context.
+        batch_size: Rows.
+        steps: Decode steps timed together in each repetition.
+        repeats: Repetitions of everything, interleaved; the table shows the best and the median.
+        litgpt: Run litgpt's own cache as well.
+        compile: Compile the decode step of our caches.
+        precision: Lightning Fabric's name; by default 32-true on a CPU and bf16-true on a GPU.
+        accelerator: cpu, cuda, mps, or auto.
+        devices: More than one measures tensor parallel processes beside one, computing and talking apart.
+        num_nodes: How many machines.
+        threads: CPU threads; by default torch's own choice.
+        out: Write everything measured to this JSON file.
+    """
+    if min(batch_size, steps, repeats) < 1:
+        raise ValueError(f"batch_size, steps and repeats must be at least 1, got {batch_size}, {steps}, {repeats}.")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if devices != 1 or num_nodes != 1:
+        if compile:
+            raise ValueError("The comparison of one process with several is not compiled: leave out --compile.")
+        if checkpoint_dir is None:
+            contexts = contexts or [1024, 4096]
+            config, weights = (shape or Shape()).config(max(contexts) + steps + 1), None
+        else:
+            folder = checkpoint.find(checkpoint_dir)
+            config, weights = checkpoint.load_config(folder), checkpoint.read_weights(folder)
+            contexts = contexts or [config.block_size // 2]
+        _check_contexts(contexts, steps, config)
+        place = Place(accelerator, devices, num_nodes, checkpoint.precision_for(precision, accelerator))
+        report = compare(config, weights, place, contexts, strategies, budget, batch_size, steps, repeats, threads)
+        if out is not None and report is not None:
+            Path(out).write_text(json.dumps(report, indent=2) + "\n")
+        return
+    fabric = checkpoint.fabric_for(precision, accelerator)
+    if checkpoint_dir is None:
+        contexts = contexts or [1024, 4096]
+        config = (shape or Shape()).config(max(contexts) + steps + 1)
+        torch.manual_seed(0)
+        with fabric.init_module():
+            model = GPT(config).eval()
+    else:
+        folder = checkpoint.find(checkpoint_dir)
+        config = checkpoint.load_config(folder)
+        model = checkpoint.load_model(folder, config, fabric)
+        contexts = contexts or [config.block_size // 2, config.block_size - steps - 1]
+    _check_contexts(contexts, steps, config)
+    limit = bandwidth(fabric.device)
+    weights = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "wte" not in n)
+    report = {
+        "machine": f"{platform.processor() or platform.machine()}, {fabric.device}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "model": config.name,
+        "batch_size": batch_size,
+        "weight_bytes": weights,
+        "read_GB_per_s": limit / 1e9,
+        "rows": [],
+    }
+    print(f"{report['machine']}, torch {torch.__version__}; memory reads at most {limit / 1e9:.1f} GB/s")
+    with tqdm(total=len(contexts) * repeats, file=sys.stderr, disable=None, leave=False) as bar, torch.inference_mode():
+        for context in contexts:
+            made = _contenders(model, context, steps, batch_size, strategies, budget, litgpt, compile)
+            tokens = torch.randint(config.vocab_size, (batch_size, context + steps), device=fabric.device)
+            for i in range(repeats + 1):  # the first round warms up
+                for contender in made:
+                    _measure(contender, tokens, context, steps, keep=i > 0)
+                bar.update(i > 0)
+            rows = [_row(c, context, steps, batch_size, weights, limit) for c in made]
+            report["rows"] += rows
+            bar.clear()
+            _print(rows, repeats)
+    if out is not None:
+        Path(out).write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _check_contexts(contexts: list[int], steps: int, config: Config) -> None:
+    if bad := [c for c in contexts if not 1 <= c < config.block_size - steps]:
+        raise ValueError(f"A context of {bad[0]} and {steps} steps do not fit the model's {config.block_size} tokens.")
+
+
+def _contenders(
+    model: GPT,
+    context: int,
+    steps: int,
+    batch_size: int,
+    strategies: list[str] | None,
+    budget: int | str,
+    with_litgpt: bool,
+    compiled: bool,
+) -> list[Contender]:
+    device = model.lm_head.weight.device
+    decoder = torch.compile(model, dynamic=False) if compiled else model
+    length = torch.full((batch_size,), context, device=device)
+    made = []
+    for name in strategies or registry.names("strategy"):
+        if name == "none":
+            made.append(_none(model))
+            continue
+        args = KVCacheArgs(strategy=name, budget=budget if registry.get("strategy", name).evicts else None)
+        total = context + steps
+        cache = KVCache.build(model, args, batch_size, total)
+        dtype = model.transformer.wte.weight.dtype
+        formula = KVCache.nbytes(model.config, args, batch_size, total, dtype)["total"]
+        held = cache.allocated()
+
+        def prefill(tokens: Tensor, cache: KVCache = cache) -> Tensor:
+            return model(tokens, cache, length)
+
+        def step(token: Tensor, _: int, cache: KVCache = cache) -> Tensor:
+            return decoder(token, cache)
+
+        read = held["keys"] + held["values"]
+        made.append(Contender(name, cache.reset, prefill, step, formula, held["total"], read))
+    if with_litgpt:
+        made.append(_litgpt(model, context, steps, batch_size))
+    return made
+
+
+def _none(model: GPT) -> Contender:
+    """No cache: every step runs the whole text again."""
+    text: list[Tensor] = []
+
+    def prefill(tokens: Tensor) -> Tensor:
+        text[:] = [tokens]
+        return model(tokens)[:, -1]
+
+    def step(token: Tensor, _: int) -> Tensor:
+        text.append(token)
+        return model(torch.cat(text, dim=1))[:, -1]
+
+    return Contender("none", lambda: None, prefill, step, 0, 0, 0)
+
+
+def _litgpt(model: GPT, context: int, steps: int, batch_size: int) -> Contender:
+    """litgpt's model over the same weights, driven as its own `generate` does."""
+    device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
+    with torch.device("meta"):
+        other = litgpt.GPT(model.config).eval()
+    other.load_state_dict(model.state_dict(), assign=True)
+    other.cos, other.sin = model.cos, model.sin
+    other.max_seq_length = context + steps
+    other.set_kv_cache(batch_size, device=device, dtype=dtype)
+    buffers = [b for block in other.transformer.h for b in (block.attn.kv_cache.k, block.attn.kv_cache.v)]
+    held = sum(b.numel() * b.element_size() for b in buffers)
+    total = held + other.mask_cache.numel() * other.mask_cache.element_size()
+    positions = torch.arange(context + steps, device=device)
+
+    def prefill(tokens: Tensor) -> Tensor:
+        return other(tokens, positions[:context], input_pos_maxp1=context)
+
+    def step(token: Tensor, at: int) -> Tensor:
+        return other(token, positions[at : at + 1], input_pos_maxp1=at + 1)
+
+    return Contender("litgpt", lambda: None, prefill, step, total, total, held)
+
+
+def _measure(contender: Contender, tokens: Tensor, context: int, steps: int, keep: bool) -> None:
+    device = tokens.device
+    contender.reset()
+    before = _resident(device, reset=True)
+    began = _now(device)
+    contender.prefill(tokens[:, :context])
+    read = _now(device)
+    for at in range(context, context + steps):
+        contender.step(tokens[:, at : at + 1], at)
+    end = _now(device)
+    peak = _resident(device)
+    if keep:
+        contender.prefill_seconds.append(read - began)
+        contender.step_seconds.append((end - read) / steps)
+        if peak is not None and before is not None:
+            contender.peak = max(contender.peak or 0, peak - before)
+
+
+def _row(c: Contender, context: int, steps: int, batch_size: int, weights: int, limit: float) -> dict[str, Any]:
+    best, median = min(c.step_seconds), statistics.median(c.step_seconds)
+    return {
+        "cache": c.name,
+        "context": context,
+        "prefill_tokens_per_s": [
+            batch_size * context / t for t in (min(c.prefill_seconds), statistics.median(c.prefill_seconds))
+        ],
+        "decode_ms": [1e3 * best, 1e3 * median],
+        "decode_GB_per_s": (weights + c.read) / best / 1e9,
+        "of_limit": (weights + c.read) / best / limit,
+        "cache_bytes": c.allocated,
+        "cache_bytes_formula": c.formula,
+        "peak_bytes": c.peak,
+    }
+
+
+def _print(rows: list[dict[str, Any]], repeats: int) -> None:
+    print(f"\n{rows[0]['context']:,} tokens of context; best and median of {repeats}")
+    layout = "{:<10}{:>20}{:>20}{:>7}{:>10}{:>10}{:>9}{:>9}"
+    heads = "cache", "prefill tokens/s", "decode ms a step", "GB/s", "of limit", "cache MB", "formula", "peak MB"
+    print(layout.format(*heads))
+    for r in rows:
+        print(
+            layout.format(
+                r["cache"],
+                "{:,.0f} {:,.0f}".format(*r["prefill_tokens_per_s"]),
+                "{:.2f} {:.2f}".format(*r["decode_ms"]),
+                f"{r['decode_GB_per_s']:.1f}",
+                f"{r['of_limit']:.0%}",
+                f"{r['cache_bytes'] / MB:.2f}",
+                f"{r['cache_bytes_formula'] / MB:.2f}",
+                "-" if r["peak_bytes"] is None else f"{r['peak_bytes'] / MB:.1f}",
+            )
+        )
+
+
+def bandwidth(device: torch.device) -> float:
+    """Bytes a second that this device reads from memory, measured on a sum over 256 MB: the limit of a decode step."""
+    x = torch.ones(64 * 2**20, device=device)
+    times = []
+    for _ in range(6):
+        began = _now(device)
+        x.sum()
+        times.append(_now(device) - began)
+    return x.numel() * x.element_size() / min(times)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _resident(device: torch.device, reset: bool = False) -> int | None:
+    """Memory in use (with `reset`, which also forgets the peak) or the peak since; None where it cannot be told."""
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+            return torch.cuda.memory_allocated(device)
+        return torch.cuda.max_memory_allocated(device)
+    if device.type != "cpu" or not STATUS.is_file():
+        return None
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    key = "VmRSS" if reset else "VmHWM"
+    line = next((line for line in STATUS.read_text().splitlines() if line.startswith(key)), None)
+    return None if line is None else int(line.split()[1]) * 1024

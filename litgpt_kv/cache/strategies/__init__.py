@@ -1,0 +1,1 @@
+"""What a cache keeps: one file a family of strategies."""

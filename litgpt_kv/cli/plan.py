@@ -1,0 +1,100 @@
+"""`litgpt_kv plan`: what fits on which devices, computed before anything is bought or loaded. Floor 6."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from litgpt.config import Config, name_to_config
+from litgpt_kv.cli.parser import cache_args
+from litgpt_kv.config import KVCacheArgs
+from litgpt_kv.llm import checkpoint
+from litgpt_kv.llm.quantize import DTYPES
+from litgpt_kv.parallel import WAYS
+from litgpt_kv.parallel.memory import cache_bytes, weight_bytes
+
+GB = 10**9
+CACHE = {"strategy": "h2o", "budget": "10%"}
+
+
+def plan(
+    model: str,
+    *,
+    devices: int = 8,
+    memory: float = 80.0,
+    context: int | None = None,
+    batch_size: int = 1,
+    kv_cache: dict[str, Any] | str | None = None,
+    precision: str = "bf16-true",
+) -> None:
+    """Show the memory that each device needs, for every way to use several and for up to so many devices.
+
+    Args:
+        model: The name of one of litgpt's configs, or a checkpoint folder.
+        devices: The most devices.
+        memory: Of one device, in GB (10^9 bytes).
+        context: Tokens a row may see, prompt included; by default the model's context.
+        batch_size: Rows.
+        kv_cache: A cache to set beside the dense one; by default h2o with a tenth of the context.
+        precision: Of weights and cache: bf16-true, 16-true or 32-true.
+    """
+    if precision not in DTYPES:
+        raise ValueError(f"precision must be one of {', '.join(DTYPES)}, got {precision!r}.")
+    if min(devices, batch_size) < 1 or memory <= 0:
+        raise ValueError(f"devices, batch_size and memory must be positive, got {devices}, {batch_size}, {memory}.")
+    if context is not None and context < 1:
+        raise ValueError(f"context must be at least 1, got {context}.")
+    named = model in name_to_config
+    config = Config.from_name(model) if named else checkpoint.load_config(checkpoint.find(model))
+    context, dtype = context or config.block_size, DTYPES[precision]
+    other = cache_args(CACHE if kv_cache is None else kv_cache)
+    kinds = [KVCacheArgs("dense")] + ([other] if other is not None and other.strategy != "dense" else [])
+    names = [_name(args) for args in kinds]
+    print(f"Computed, not measured: {config.name}, {precision}, {batch_size} rows of {context:,} tokens.")
+    print(f"GB (10^9 bytes) on the device that needs most; rows: as many of that length as {memory:g} GB can hold.")
+    layout = "{:<16}{:>8}{:>10}" + " {:>15} {:>8} {:>7}" * len(kinds)
+    print(layout.format("way", "devices", "weights", *(x for name in names for x in (name, "total", "rows"))))
+    counts = [n for n in (2**i for i in range(devices.bit_length())) if n < devices] + [devices]
+    for way in WAYS:
+        for count in counts if way == next(iter(WAYS)) else [n for n in counts if n > 1]:
+            try:
+                weights = weight_bytes(config, way, count, dtype)
+            except ValueError as error:
+                print(f"{way:<16}{count:>8}  {error}")
+                continue
+            cells: list[str] = []
+            for args in kinds:
+                try:
+                    cells += _cells(config, way, count, args, batch_size, context, dtype, weights, memory)
+                except ValueError:  # a dense cache past the model's context, where others go on
+                    cells += ["-", "-", "-"]
+            print(layout.format("one device" if count == 1 else way, count, f"{max(weights) / GB:.2f}", *cells))
+    print("Not counted: what a pass computes with (the longest prompt's hidden states and logits), and the libraries.")
+
+
+def _cells(
+    config: Config,
+    way: str,
+    count: int,
+    args: KVCacheArgs,
+    batch_size: int,
+    context: int,
+    dtype: torch.dtype,
+    weights: list[int],
+    memory: float,
+) -> list[str]:
+    cache = cache_bytes(config, way, count, args, batch_size, context, dtype)
+    most = max(range(count), key=lambda d: weights[d] + cache[d])
+    one = cache_bytes(config, way, count, args, 1, context, dtype)
+    rows = min(int((memory * GB - w) // c) for w, c in zip(weights, one))
+    rows = max(0, rows) * (count if way == "data_parallel" else 1)
+    total = weights[most] + cache[most]
+    fits = "" if total <= memory * GB else "!"
+    return [f"{cache[most] / GB:.3f}", f"{total / GB:.2f}{fits}", str(rows)]
+
+
+def _name(args: KVCacheArgs) -> str:
+    strategy = args.strategy if isinstance(args.strategy, str) else "mixed"
+    budget = "" if args.budget is None or isinstance(args.budget, (list, tuple)) else f" {args.budget}"
+    return f"{strategy}{budget} GB"

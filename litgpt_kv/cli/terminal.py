@@ -1,0 +1,121 @@
+"""The terminal's side of a conversation: reading turns, commands, showing replies. Floor 6."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from litgpt_kv.llm.chat import Chat
+
+HELP = "/reset forgets the conversation, /cache tells what is kept, /quit ends; a line may end with \\ to go on."
+END = ("!submit", "!quit", "!exit")
+
+
+def talk(chat: Chat, multiline: bool = False) -> None:
+    """Reads turns from standard input until it ends; replies go to standard output, all else to standard error."""
+    _say(f"Now chatting with {chat.llm.config.name}. {HELP}")
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is no text is found below, a line at a time
+    while (text := read_turn(multiline)) is not None:
+        if text.strip() in ("/quit", "/exit"):
+            return
+        if text.startswith("/") and text[1:].strip().isalpha():  # one word; all else may be a question
+            _command(chat, text.strip())
+        elif text.strip():
+            _reply(chat, text)
+
+
+def read_turn(multiline: bool) -> str | None:
+    """One input, None at the end of all."""
+    lines: list[str] = []
+    terminal, interrupted = sys.stdin.isatty(), False
+    while True:
+        prompt = ("... " if lines else ">>> ") if terminal else ""
+        try:
+            line = input(prompt)
+        except EOFError:
+            return "\n".join(lines) if lines else None
+        except KeyboardInterrupt:  # the first one drops what was typed, a second one ends
+            print(file=sys.stderr)
+            if interrupted:
+                return None
+            lines, interrupted = [], True
+            continue
+        interrupted = False
+        if any("\ud800" <= c <= "\udfff" for c in line):
+            _say("litgpt_kv: this line is no text in the terminal's encoding; it was left out.")
+            continue
+        if not lines and line.strip() in ("!quit", "!exit"):
+            return None
+        if multiline and not (not lines and line.strip().startswith("/")):
+            if line.strip() in END:
+                return "\n".join(lines) if line.strip() == "!submit" else None
+            lines.append(line)
+        elif line.endswith("\\"):
+            lines.append(line[:-1])
+        else:
+            return "\n".join([*lines, line])
+
+
+def _command(chat: Chat, text: str) -> None:
+    if text == "/reset":
+        chat.reset()
+        _say("The conversation is forgotten.")
+    elif text == "/cache":
+        tokens, size = chat.cache.tokens(), chat.cache.allocated()
+        _say(f"{chat.cache}: keeps {tokens['kept'][0]:,} of {tokens['seen'][0]:,} tokens, {size['total']:,} bytes.")
+    else:
+        _say(f"There is no {text.split()[0]}. {HELP}")
+
+
+def _reply(chat: Chat, text: str) -> None:
+    try:
+        with interrupts() as interrupted:
+            for piece in chat.say(text):
+                print(piece, end="", flush=True)
+                if interrupted():
+                    break
+    except ValueError as error:
+        _say(f"litgpt_kv: {error}")
+        return
+    except KeyboardInterrupt:
+        chat.reset()
+        _say("\nInterrupted in the middle of a step: the conversation is forgotten.")
+        return
+    print(flush=True)
+    stats = chat.stats
+    speed = f", {stats.decode_tokens / stats.decode_seconds:,.0f} tokens/s" if stats.decode_tokens else ""
+    if chat.full:
+        _say("The conversation is full; /reset starts anew, and a strategy that evicts goes on: --kv-cache sink.")
+    _say(f"[read {stats.prompt_tokens:,} tokens in {stats.prefill_seconds:.2f} s, made {stats.new_tokens:,}{speed}]")
+
+
+@contextmanager
+def interrupts() -> Iterator[Callable[[], bool]]:
+    """Notes Ctrl-C instead of raising in the middle of a step, which would leave a token half in the cache.
+
+    A second one raises: a long prompt may be under way, and nothing is drawn before it is read.
+    """
+    noted: list[Any] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+
+    def note(*_: Any) -> None:
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(True)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(noted)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

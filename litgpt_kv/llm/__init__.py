@@ -1,0 +1,1 @@
+"""A checkpoint, its tokenizer and a conversation."""

@@ -1,0 +1,160 @@
+"""A conversation: the cache stays between turns, so that only what is new is read. Floor 6."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from litgpt.prompts import PromptStyle
+from litgpt_kv.config import KVCacheArgs, SamplingArgs
+from litgpt_kv.generate import Request, Stats
+from litgpt_kv.generate.base import run_rows, runner
+from litgpt_kv.generate.stopping import Row
+from litgpt_kv.generate.text import TextStream, stop_texts
+
+if TYPE_CHECKING:
+    from litgpt_kv.llm.llm import LLM
+
+ROOM = 8192  # tokens: what a conversation may have unless more is asked for
+
+
+class Chat:
+    """Turns of one conversation with an `LLM`, on one cache of one row.
+
+    Args:
+        llm: The model and its tokenizer.
+        sys_prompt: For prompt styles that have one; it stands before the first turn.
+        kv_cache: A strategy's name, or all of `KVCacheArgs`.
+        budget: Tokens kept, instead of that of `kv_cache`.
+        max_tokens: How many tokens the conversation may have: the size of a dense cache, and the budget where none is
+            given. None: the model's context, at most 8,192.
+        max_new_tokens: The most tokens of a reply; fewer where no more fit.
+        temperature, top_k, top_p, repetition_penalty: See `SamplingArgs`.
+        seed: Of the first turn; each turn has the next one. None: torch's global generator.
+        stop: Texts that end a reply.
+        prefill: How the first turn is read, "min-length" or "full"; later ones are read in blocks where that changes
+            nothing (dense, window, sink), else one token at a time.
+
+    Attributes:
+        cache: Everything the model remembers. stats: The last turn's. turns: How many there were.
+    """
+
+    def __init__(
+        self,
+        llm: LLM,
+        sys_prompt: str | None = None,
+        *,
+        kv_cache: str | KVCacheArgs = "dense",
+        budget: int | str | None = None,
+        max_tokens: int | None = None,
+        max_new_tokens: int = 256,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        prefill: str = "min-length",
+    ) -> None:
+        if llm.way is not None and llm.way.divided:
+            raise ValueError("A conversation has one row: nothing is to be divided among the processes.")
+        self.llm, self.sys_prompt, self.prefill = llm, sys_prompt, prefill
+        self.stop = stop_texts(stop)
+        self.sampling = SamplingArgs(temperature, top_k, top_p, seed, repetition_penalty)
+        self.max_new_tokens = Request((), max_new_tokens, sampling=self.sampling).max_new_tokens
+        args = KVCacheArgs.of(kv_cache, budget)
+        if args is None:
+            raise ValueError("Without a cache nothing is kept between turns: choose a strategy.")
+        room = min(ROOM, llm.model.max_seq_length) if max_tokens is None else max_tokens
+        self.cache = llm.build_cache(args, 1, room)
+        runner(llm.model, self.cache, 1, prefill, None, None)  # raises for an unknown prefill
+        self.stats, self.turns = Stats(), 0
+        self._row: Row | None = None
+        self._text: list[int] = []  # all tokens of the conversation, for the repetition penalty
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.cache.reset()
+        self.turns, self._row, self._text = 0, None, []
+
+    def say(self, text: str) -> Iterator[str]:
+        """The reply to a turn, piece by piece as it is made. One that is not read to its end stays as it is.
+
+        The turn is read when the first piece is asked for; finish or drop a reply before the next turn.
+
+        Raises:
+            ValueError: If the turn is empty or no longer fits; the conversation can then go on with another one.
+        """
+        ids = self.turn(text)
+        if self._row is not None and self._row.last >= 0:
+            last = self._row.last  # drawn, but not read yet; a style that ends the reply itself need not do so twice
+            ids = ids if ids[0] == last and [last] in self.llm.ends() else [last, *ids]
+        room = self.max_new_tokens
+        if self.cache.limit is not None:
+            room = min(room, self.cache.limit + 1 - self.cache.seen[0] - len(ids))
+            if room < 1:
+                raise ValueError(
+                    f"After {self.cache.seen[0]:,} tokens, {len(ids)} more do not fit the {self.cache.limit:,} of this "
+                    f"conversation: {self.cache.why}. Start anew (/reset in the chat command)."
+                )
+        return self._reply(ids, room)
+
+    def _reply(self, ids: list[int], room: int) -> Iterator[str]:
+        seed = None if self.sampling.seed is None else self.sampling.seed + self.turns
+        request = Request(ids, room, sampling=replace(self.sampling, seed=seed), stop=self.llm.ends(), past=self._text)
+        row, self.stats = Row(request, 0, TextStream(self.llm.decode, list(ids), self.stop)), Stats()
+        if self.llm.way is not None:
+            self.llm.way.mine([row])  # all processes draw alike
+        run = runner(self.llm.model, self.cache, 1, self.prefill, None, self.llm.decoder)
+        self.turns += 1
+        self._text = [*self._text, *ids]
+        drawn: int | None = None
+        self._row = row
+        for _ in run_rows(run, [row], (), self.stats):
+            if drawn is not None:
+                self._text.append(drawn)  # it is read by now
+            drawn = row.last
+            yield row.piece
+            if self._row is not row:
+                raise ValueError("This reply was dropped: another turn began before it ended.")
+
+    @property
+    def full(self) -> bool:
+        """Whether the last reply ended because no more tokens fit."""
+        limit = self.cache.limit
+        return limit is not None and self.cache.seen[0] >= limit
+
+    def ask(self, text: str) -> str:
+        """The whole reply to a turn."""
+        return "".join(self.say(text))
+
+    def turn(self, text: str) -> list[int]:
+        """The tokens of a turn in the model's prompt style: the first one with system prompt and beginning of text."""
+        first = self.llm.encode(text, self.sys_prompt).tolist()
+        if self._row is None:
+            return first
+        ids = self.llm.tokenizer.encode(later_turn(self.llm.prompt_style, text), bos=False).tolist()
+        if not ids:
+            raise ValueError(f"The prompt {text!r} has no tokens.")
+        return ids
+
+
+def later_turn(style: PromptStyle, text: str) -> str:
+    """What a prompt style puts between a reply and the next one.
+
+    Styles that know conversations (Llama 3, R1) say it themselves. The others' single turn is used, without its system
+    prompt where they can leave it out; Llama 2, TinyLlama, Phi 3 and a few more repeat theirs.
+    """
+    reply = "\x00"
+    turns = [{"role": r, "content": c} for r, c in (("user", "?"), ("assistant", reply), ("user", text))]
+    try:
+        whole = style.apply(turns)
+    except (TypeError, ValueError, AttributeError):
+        whole = ""
+    if reply in whole and "'role'" not in whole:  # a style for texts alone prints the list as it is
+        return whole.partition(reply)[2]
+    style = copy.copy(style)
+    style.system_message = None
+    return style.apply(text)

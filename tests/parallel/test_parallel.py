@@ -1,0 +1,336 @@
+"""Several processes on one model give what one gives; launched as users launch them, through Fabric on CPUs with gloo.
+
+The models of `parallel_worker.py` run in one launch of 2 and one of 4 processes; its report is judged here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from litgpt.config import Config, name_to_config
+from litgpt.utils import save_config
+from litgpt_kv import GPT, LLM
+from litgpt_kv.__main__ import main
+from litgpt_kv.llm.checkpoint import DEMO
+from litgpt_kv.parallel.heads import bounds, divide
+from litgpt_kv.parallel.tensor import cut
+from litgpt_kv.parallel.ways import WAYS, Place, assign, way_of
+from tests.oracle.shrink import LLAMA, shrink
+from tests.parallel.parallel_worker import GRID, LATENT, SPREAD, _config, cases
+
+pytestmark = pytest.mark.xdist_group("parallel")  # one at a time: each is several processes
+HERE = Path(__file__).parent
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+
+
+def environment() -> dict[str, str]:
+    """What a launch needs, and nothing of a launch around it."""
+    own = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_PORT")}
+    path = os.pathsep.join([str(HERE.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**own, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+
+
+@contextlib.contextmanager
+def started(*command: str, **variables: str) -> Iterator[subprocess.Popen]:
+    """A launch in a session of its own, which is gone afterwards whatever happened."""
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, *command], env=environment() | variables, start_new_session=True, **pipes
+    )
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def finished(*command: str, **variables: str) -> tuple[int, str, str]:
+    with started(*command, **variables) as process:
+        out, err = process.communicate(timeout=240)
+        return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 60 MB."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    config = shrink(LLAMA, n_embd=512, n_head=8, head_size=64, intermediate_size=2048, n_layer=4)
+    torch.save(GPT(config).state_dict(), folder / "lit_model.pth")
+    save_config(config, folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids="{} processes".format)
+def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> dict:
+    out = tmp_path_factory.mktemp("report") / "report.json"
+    options = ["--devices", str(request.param), "--out", str(out), "--checkpoint", str(checkpoint)]
+    code, _, err = finished(str(HERE / "parallel_worker.py"), *options)
+    assert code == 0, err[-3000:]
+    return {"devices": request.param, **json.loads(out.read_text())}
+
+
+def test_logits_kept_tokens_and_texts_are_those_of_one_process(report: dict) -> None:
+    expected = [case[0] for case in cases(report["devices"])]
+    assert sorted(report["cases"]) == sorted(set(expected)) and len(expected) > 15
+    for name, found in report["cases"].items():
+        assert found["alike"], f"{name}: the processes have different logits"
+        assert found["logits"] <= 1e-8, f"{name}: {found}"
+        assert found["steps"] >= 12 and found["scale"] > 0.5, f"{name}: nothing was compared"
+        assert found["kept"], f"{name}: other tokens are kept"
+        if "/full" in name:
+            assert found["greedy"] and found["sampled"], f"{name}: {found}"
+
+
+def test_other_ways_through_a_divided_model(report: dict) -> None:
+    found = report["extras"]
+    for kind, name in itertools.product(
+        ("gqa", "latent"), ("training_pass", "uncut_head", "first", "block", "last")
+    ):  # `last` in one traced graph, too
+        assert found[kind][name] <= 1e-8, f"{kind}: {name}"
+    assert found["unseeded"] == {"alike": True, "fresh": True, "by_row": True}
+
+
+@linux
+def test_no_process_ever_holds_the_whole_model(report: dict) -> None:
+    for rank in report["memory"]["ranks"]:
+        share = rank["whole"] / report["devices"]
+        assert rank["held"] < 1.15 * share  # the embedding and the norms are on all
+        assert rank["peak"] < rank["held"] + 6_000_000  # one weight at a time beside what stays
+        assert rank["peak"] > 0.9 * rank["held"]  # it was measured
+
+
+# -- how a model is divided --------------------------------------------------------------------------------------------
+
+
+WHOLE = GRID | LATENT
+
+
+@pytest.mark.parametrize("config", [*WHOLE.values(), *map(_config, SPREAD)], ids=[*WHOLE, *SPREAD])
+def test_heads_and_weights_are_all_somewhere_once(config) -> None:
+    groups = 1 if config.latent_attention else config.n_query_groups  # of what is cached
+    for devices in range(1, config.n_head + 1):
+        shares = divide(config, devices)
+        assert [h for s in shares for h in s.queries] == list(range(config.n_head))
+        per_group = config.n_head // groups
+        counted = [0.0] * groups
+        for share in shares:
+            assert {h // per_group for h in share.queries} == set(share.groups)
+            assert len(share.queries) % len(share.groups) == 0
+            for group in share.groups:
+                counted[group] += share.weight
+        assert counted == pytest.approx([1.0] * groups)
+        if devices <= groups:  # nothing is held twice
+            assert [g for s in shares for g in s.groups] == list(range(groups))
+    with torch.device("meta"):
+        whole = GPT(config).state_dict()
+    for name, weight in whole.items():
+        sizes = [
+            cut(config, share, rank, 4, True, name, weight).numel() for rank, share in enumerate(divide(config, 4))
+        ]
+        copied = ("q_a_proj", "kv_a_proj_with_mqa")  # they make what all devices' heads start from
+        if any(part in name for part in copied):
+            assert sum(sizes) == 4 * weight.numel(), name
+        elif any(part in name for part in (".fc", "proj.weight", "lm_head.weight")):
+            assert weight.numel() <= sum(sizes) < weight.numel() + 4 * weight.shape[-1], name
+
+
+def test_what_cannot_be_divided_says_how_many_can() -> None:
+    with pytest.raises(ValueError, match=r"has 4 heads: 1 to 4 devices can share it, not 5\."):
+        divide(shrink(LLAMA), 5)
+    with pytest.raises(ValueError, match=r"1 to 3 devices can share it, not 4\."):
+        divide(shrink(LLAMA, intermediate_size=3), 4)
+    with pytest.raises(ValueError, match=r"has 5 heads: 1 to 5 devices can share it, not 6\."):
+        divide(LATENT["latent-uneven"], 6)
+
+
+def test_every_named_model_can_be_divided_by_eight_or_says_why() -> None:
+    for name in name_to_config:
+        config = Config.from_name(name)
+        if config.n_head >= 8:
+            assert len(divide(config, 8)) == 8
+        else:
+            with pytest.raises(ValueError, match=f"has {config.n_head} heads: 1 to {config.n_head} devices"):
+                divide(config, 8)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7])
+def test_bounds_cover_everything(parts: int) -> None:
+    found = [range(*bounds(20, parts, i)) for i in range(parts)]
+    assert [x for r in found for x in r] == list(range(20))
+    assert max(map(len, found)) - min(map(len, found)) <= 1
+
+
+def test_rows_are_balanced_by_length() -> None:
+    lengths = [900, 10, 20, 880, 500, 400, 30]
+    found = assign(lengths, 2)
+    assert sorted(b for rows in found for b in rows) == list(range(7))
+    loads = [sum(lengths[b] for b in rows) for rows in found]
+    assert max(loads) - min(loads) <= 30
+    assert assign([5], 3) == [[0], [], []]
+
+
+# -- the command line and the API --------------------------------------------------------------------------------------
+
+GENERATE = ["-m", "litgpt_kv", "generate", "demo", "--accelerator", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def alone() -> list[str]:
+    llm = LLM.load("demo", accelerator="cpu")
+    texts = ["def fib(", "import os\n", "class A:"]
+    options = dict(max_new_tokens=24, kv_cache="h2o", budget=20, temperature=1.0, top_k=50, seed=1234)
+    return [text + new for text, new in zip(texts, llm.generate(texts, **options))]
+
+
+THREE = ["--prompt", "def fib(", "--prompt", "import os\n", "--prompt", "class A:"]
+SHORT = ["--max-new-tokens", "24", "--kv-cache.budget", "20"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_command_prints_what_one_process_prints(way: str, alone: list[str], capsys: pytest.CaptureFixture) -> None:
+    """With the way's YAML file, which asks for two devices and h2o."""
+    path = HERE.parents[1] / "config_hub" / "generate" / f"{way}.yaml"
+    assert f"litgpt_kv generate demo --config config_hub/generate/{way}.yaml" in path.read_text()
+    command = [*GENERATE, "--config", str(path), *SHORT, *THREE]
+    if way == "sequential":  # which starts no process
+        main(command[2:])
+        out, err = capsys.readouterr()
+    else:
+        code, out, err = finished(*command)
+        assert code == 0, err
+        assert "Starting with 2 processes" in err
+    assert out == "\n".join(alone) + "\n", err
+    assert err.count("Loaded demo") == 1 and "made 72 in" in err
+    assert "Warning" not in err and "Traceback" not in err
+
+
+def test_two_machines(alone: list[str]) -> None:
+    """As two machines start it, with Fabric's variables; both are this one."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    options = ["--devices", "1", "--num-nodes", "2", "--generate-strategy", "tensor_parallel", "--temperature", "1.0"]
+    command = [*GENERATE, *options, "--kv-cache", "h2o", *SHORT, *THREE]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    with started(*command, NODE_RANK="1", **common) as second:
+        code, out, err = finished(*command, NODE_RANK="0", **common)
+        assert (code, out) == (0, "\n".join(alone) + "\n"), err
+        assert second.communicate(timeout=60)[0] == "" and second.returncode == 0
+
+
+SCRIPT = """
+import time
+from litgpt_kv import LLM
+llm = LLM.load("demo", accelerator="cpu", distribute=None)
+llm.distribute(accelerator="cpu", devices=2, generate_strategy="tensor_parallel")
+text = llm.generate("def fib(", max_new_tokens=8, temperature=0.0)
+if llm.fabric.is_global_zero:
+    print(repr(text), flush=True)
+if not llm.fabric.is_global_zero:
+    raise RuntimeError("only here")
+time.sleep(60)
+"""
+
+
+def test_a_script_distributes_a_model_and_fails_as_a_whole(tmp_path: Path) -> None:
+    """One that ends well, without a word about its processes, is parallel_worker.py."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    expected = LLM.load("demo", accelerator="cpu").generate("def fib(", max_new_tokens=8, temperature=0.0)
+    began = time.monotonic()
+    code, out, err = finished(str(script))
+    assert (code, out) == (1, repr(expected) + "\n"), err
+    assert "RuntimeError: only here" in err, err
+    assert time.monotonic() - began < 55
+
+
+def test_the_benchmark_shows_computing_and_talking_apart(tmp_path: Path) -> None:
+    shape = ["--shape.n_layer", "2", "--shape.n_embd", "96", "--contexts", "[48]", "--steps", "3", "--repeats", "2"]
+    out = tmp_path / "out.json"
+    options = ["--accelerator", "cpu", "--devices", "2", "--threads", "1", "--strategies", "[h2o]", "--out", str(out)]
+    code, table, err = finished("-m", "litgpt_kv", "benchmark", *shape, *options)
+    assert code == 0, err
+    one, two = json.loads(out.read_text())["rows"]
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert (one["communication_ms"], one["collectives"], one["communication_bytes"]) == (0, 0, 0)
+    assert two["collectives"] == 2 * 2 + 1  # two sums a layer, and the gathered logits
+    assert two["communication_bytes"] == 4 * (2 * 2 * 96 + 2048 / 2)  # of one token, in float32
+    assert two["communication_ms"] > 0 and two["compute_ms"] > 0
+    assert two["compute_ms"] + two["communication_ms"] == pytest.approx(two["token_ms"][0])
+    assert two["weight_bytes"] < 0.75 * one["weight_bytes"] and two["cache_bytes"] < one["cache_bytes"]
+    assert re.search(r"^h2o +1 .*\nh2o +2 ", table, re.MULTILINE)
+
+
+def test_bad_requests_are_refused_before_anything_starts(tmp_path: Path) -> None:
+    llm = LLM.load("demo", accelerator="cpu", distribute=None)
+    with pytest.raises(ValueError, match="No weights are loaded: call distribute"):
+        llm.generate("a", max_new_tokens=1)
+    for given, message in {
+        ("tensor_parallel", 7): "has 6 heads: 1 to 6 devices can share it, not 7",
+        ("sequential", 7): "6 layers can be laid over 1 to 6 devices, not 7",
+        ("nope", 2): "must be one of tensor_parallel, sequential, data_parallel, got 'nope'",
+        ("tensor_parallel", 0): "devices must be a count or 'auto', got 0",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            llm.distribute("cpu", given[1], generate_strategy=given[0])
+    with pytest.raises(ValueError, match="'sequential' runs in one process on one machine, not on 2"):
+        llm.distribute("cpu", 2, 2, generate_strategy="sequential")
+    with pytest.raises(ValueError, match="precision 'bf16-mixed' is for one device"):
+        llm.distribute("cpu", 2, precision="bf16-mixed", generate_strategy="tensor_parallel")
+    with pytest.raises(ValueError, match="num_nodes must be at least 1, got 0"):
+        Place("cpu", 1, 0)
+    with pytest.raises(ValueError, match="need a generate_strategy: tensor_parallel, sequential, data_parallel"):
+        way_of(None)
+    other = LLM.load("pythia-14m", init="random", tokenizer_dir=DEMO, accelerator="cpu")
+    with pytest.raises(ValueError, match="random weights cannot be distributed"):
+        other.distribute("cpu", 2, generate_strategy="tensor_parallel")
+
+
+def test_an_error_of_the_users_is_one_line_and_code_2() -> None:
+    options = ["--devices", "2", "--generate-strategy", "tensor_parallel", "--max-new-tokens", "5000"]
+    code, out, err = finished(*GENERATE, *options)
+    assert (code, out) == (2, "")
+    assert err.count("litgpt_kv: error: ") == 1 and "over the limit of 1024" in err and "Traceback" not in err
+
+
+ENDLESS = ["--kv-cache", "sink", "--kv-cache.budget", "32", "--max-new-tokens", "1000000", "--ignore-eos"]
+
+
+@linux
+@pytest.mark.parametrize("victim", ["first", "second", "interrupt"])
+def test_a_killed_process_takes_the_others_along(victim: str) -> None:
+    options = ["--devices", "2", "--generate-strategy", "tensor_parallel"]
+    with started(*GENERATE, *ENDLESS, *options) as process:
+        for line in process.stderr:
+            if line.startswith("Loaded"):
+                break
+        time.sleep(1.0)  # in the middle of decoding
+        (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        if victim == "interrupt":  # as a terminal sends it, to all
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            os.kill(process.pid if victim == "first" else int(child), signal.SIGKILL)
+        began = time.monotonic()
+        code, err = process.wait(timeout=30), process.stderr.read()
+        if victim == "second":
+            assert code == 1 and "litgpt_kv: error: process 1 of 2 ended with code -9." in err
+        if victim == "interrupt":
+            assert (code, err) == (130, "\n")  # after the terminal's ^C
+        while Path(f"/proc/{child}/exe").exists() and time.monotonic() - began < 30:
+            time.sleep(0.1)
+        assert time.monotonic() - began < 30
