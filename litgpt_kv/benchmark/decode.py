@@ -21,9 +21,9 @@ from litgpt.config import Config
 from litgpt_kv import registry
 from litgpt_kv.benchmark.parallel import compare
 from litgpt_kv.cache.kv_cache import KVCache
+from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.config import KVCacheArgs
 from litgpt_kv.llm import checkpoint
-from litgpt_kv.model.gpt import GPT
 from litgpt_kv.parallel import Place
 
 MB = 1_000_000

@@ -9,7 +9,7 @@ import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,25 +18,21 @@ from torch import nn
 
 from litgpt_kv.config import KVCacheArgs
 
-if TYPE_CHECKING:
-    from litgpt_kv.cache.kv_cache import KVCache
-    from litgpt_kv.model.gpt import GPT
-
-FORMAT = "litgpt_kv cache 1"
+FORMAT = "litgpt_kv cache 2"
 
 
-def write(cache: KVCache, path: str | Path, model: nn.Module) -> None:
+def write(cache: Any, path: str | Path) -> None:
     """`KVCache.save`."""
     about = {"args": asdict(cache.args), "batch_size": cache.batch_size, "max_tokens": cache.max_tokens}
     about["dtype"] = str(next(cache.layers[0].keys.buffers()).dtype).removeprefix("torch.")
-    metadata = {"format": FORMAT, "cache": json.dumps(about), "model": fingerprint(model)}
+    metadata = {"format": FORMAT, "cache": json.dumps(about), "model": cache.fingerprint}
     try:
         save_file({name: buffer.contiguous() for name, buffer in cache.named_buffers()}, str(path), metadata)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"The cache cannot be written to {path}: {error}") from error
 
 
-def read(cls: type[KVCache], path: str | Path, model: GPT, args: KVCacheArgs | str | None) -> KVCache:
+def read(cls: Any, path: str | Path, model: Any, args: KVCacheArgs | str | None) -> Any:
     """`KVCache.load`."""
     args = KVCacheArgs(strategy=args) if isinstance(args, str) else args
     try:
@@ -64,7 +60,12 @@ def read(cls: type[KVCache], path: str | Path, model: GPT, args: KVCacheArgs | s
 def fingerprint(model: nn.Module) -> str:
     """A digest of a model's config and of a sample of its weights, the same on every device."""
     digest = hashlib.sha256(json.dumps(asdict(model.config), sort_keys=True, default=str).encode())
+    samples = []
     for name, weight in sorted(model.state_dict().items()):
-        sample = weight.detach().flatten()[:64].float().cpu().view(torch.uint8)
-        digest.update(name.removeprefix("_orig_mod.").encode() + bytes(sample.tolist()))
+        digest.update(f"{name.removeprefix('_orig_mod.')} {tuple(weight.shape)}".encode())
+        samples.append(weight.detach().flatten()[:64].float())
+    if samples:
+        device = samples[0].device
+        together = torch.cat([sample.to(device) for sample in samples]).cpu()  # one copy from the device
+        digest.update(together.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -15,8 +15,8 @@ from litgpt.config import Config
 from litgpt.prompts import PromptStyle, has_prompt_style, load_prompt_style
 from litgpt.tokenizer import Tokenizer
 from litgpt.utils import extend_checkpoint_dir
+from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.llm.quantize import quantizer
-from litgpt_kv.model.gpt import GPT
 
 DEMO = Path(__file__).parents[1] / "demo"
 ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps")

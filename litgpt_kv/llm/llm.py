@@ -15,6 +15,7 @@ from litgpt.config import Config
 from litgpt.prompts import PromptStyle
 from litgpt.tokenizer import Tokenizer
 from litgpt_kv.cache.kv_cache import KVCache
+from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.config import KVCacheArgs, SamplingArgs
 from litgpt_kv.generate import Request, Stats, serve
 from litgpt_kv.generate.base import check
@@ -23,7 +24,6 @@ from litgpt_kv.generate.stopping import Row
 from litgpt_kv.generate.text import TextStream, stop_texts
 from litgpt_kv.llm import checkpoint
 from litgpt_kv.llm.chat import Chat
-from litgpt_kv.model.gpt import GPT
 from litgpt_kv.parallel import Place, Way, way_of
 
 

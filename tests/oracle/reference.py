@@ -60,7 +60,7 @@ def lift(model: base.GPT) -> base.GPT:
     model.cos, model.sin = model.rope_cache()
     if model.config.attention_logit_softcapping is not None:
         for block in model.transformer.h:
-            if not hasattr(block.attn, "facts"):  # ours does it right, and every pass of ours comes through there
+            if not hasattr(block.attn, "spec"):  # ours does it right, and every pass of ours comes through there
                 block.attn.scaled_dot_product_attention = _softcapped.__get__(block.attn)
     return model
 
@@ -327,7 +327,7 @@ def check_stored(cache: KVCache, reference: Oracle, b: int, tol: float = 1e-8) -
                 assert not torch.cat((keys[g, slot], values[g, slot])).any(), f"empty slot {slot} is not zero"
                 continue
             key = reference.keys[layer][p, g]
-            key = reference.arranged(key) if stored.raw else reference.rotate(key, p, layer)
+            key = reference.arranged(key) if stored.stores_unrotated else reference.rotate(key, p, layer)
             torch.testing.assert_close(keys[g, slot], key, rtol=0, atol=tol)
             torch.testing.assert_close(values[g, slot], reference.values[layer][p, g], rtol=0, atol=tol)
 
@@ -365,7 +365,7 @@ def compare(
             torch.testing.assert_close(logits[b], moment.logits, rtol=0, atol=tol, msg=lambda m, w=where: f"{w}\n{m}")
             assert kept_of(cache, b) == moment.kept, where
             for layer, p in enumerate(policies):
-                if p.name == "h2o" and cache.layers[layer].observes:
+                if p.name == "h2o" and cache.layers[layer].want:
                     for mine, theirs in zip(scores_of(cache, b)[layer], moment.scores[layer]):
                         assert mine == pytest.approx(theirs, rel=0, abs=tol), where
     for b, reference in enumerate(references):

@@ -107,7 +107,7 @@ def test_other_ways_through_a_divided_model(report: dict) -> None:
 
 @linux
 def test_no_process_ever_holds_the_whole_model(report: dict) -> None:
-    for rank in report["memory"]["ranks"]:
+    for rank in report["memory"]["statistics"]:
         share = rank["whole"] / report["devices"]
         assert rank["held"] < 1.15 * share  # the embedding and the norms are on all
         assert rank["peak"] < rank["held"] + 6_000_000  # one weight at a time beside what stays
