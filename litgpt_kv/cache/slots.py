@@ -184,9 +184,8 @@ class Slots(nn.Module):
             worst_first = self._worst_first(self.worth(score, self.pos, now, prompt_length))
         else:
             worth = self.worth(score, pool.per_head(self.pos, self.owner, self.heads, -1), now, prompt_length)
-            worst_first = pool.worst_first(
-                worth, self.pos, self.owner, self.heads, self.plan.floor, self.strategy.comparable
-            )
+            sure = max(0, self.plan.floor - T)  # the tokens that enter count, too
+            worst_first = pool.worst_first(worth, self.pos, self.owner, self.heads, sure, self.strategy.comparable)
         filled_first = worst_first.gather(-1, (self.pos.gather(-1, worst_first) < 0).int().argsort(dim=-1, stable=True))
         leaves = torch.arange(self.size, device=need.device) < need
         gone = torch.zeros_like(self.pos, dtype=torch.bool).scatter_(-1, filled_first, leaves)

@@ -25,6 +25,7 @@ def walk(
     if way == "admitted":
         yield from _admit(model, cache, rows, prompts, pad, step)
         return
+    cache.set_prompt_lengths(dict(enumerate(prompts)))
     first = min(*prompts, cache.first_chunk) if way == "streamed" else max(prompts)
     lengths = [first] * len(rows) if way == "streamed" else prompts
     idx = torch.tensor([row[:n] + [pad] * (first - n) for row, n in zip(rows, lengths)])
