@@ -203,14 +203,16 @@ def _angles(step: DecodeMetadata, tables: Angles, theta: tuple[Tensor, Tensor, T
     if not plan.endless:
         return {"angles": rows_at(tables, step.pos)}
     sinks = None
-    if plan.sinks and step.extent + T > slots.size:  # until something was evicted all distances are the text's own,
-        # and among the last tokens they stay so: only the sinks, always in the first slots, are nearer than they were
-        first = step.key_pos[0, ..., : plan.sinks if T == 1 else None]
+    if (plan.sinks or plan.keep_prompt) and step.extent + T > slots.size:
+        # until something was evicted all distances are the text's own, and among the last tokens they stay so: only
+        # sinks, always in the first slots, and kept prompts are nearer than they were
+        kept = plan.sinks if not plan.keep_prompt else step.prompt_length.clamp(min=plan.sinks).view(-1, 1, 1)
+        first = step.key_pos[0, ..., : plan.sinks if T == 1 and not plan.keep_prompt else None]
         if plan.interval == 1:
             near = step.pos.clamp(max=plan.slots - 1)
         else:
             near = (step.key_pos[0, :, 0] >= 0).sum(-1, keepdim=True) - T + torch.arange(T, device=step.pos.device)
-        sinks = rows_at(tables, near), (first >= 0) & (first < plan.sinks)
+        sinks = rows_at(tables, near), (first >= 0) & (first < kept)
     return {"angles": angles_at(theta, step.pos, tables[0].dtype), "sinks": sinks}
 
 

@@ -122,9 +122,10 @@ class LayerCache(nn.Module):
         sets = slots.pos.size(2) * self.heads
         pos = torch.arange(T, device=fresh.v.device).expand(fresh.v.size(0), sets, T)
         pos = pos.masked_fill(pos >= step.length.view(-1, 1, 1), -1)
-        tokens = Tokens(pos, step.length - 1, step.length, self.spec, statistics, fresh)
+        zeros = dict.fromkeys(slots.names, torch.zeros_like(pos, dtype=slots.dtype))
+        tokens = Tokens(pos, step.length - 1, step.length, self.spec, {**zeros, **statistics}, fresh)
         own = slots.strategy.enter(tokens) if slots.enters else {}
-        tokens.statistics = {**statistics, **own}
+        tokens.statistics = {**tokens.statistics, **own}
         score = slots.prompt_score(tokens) if T > slots.plan.slots else None
         return slots.select_prompt(score, step.length, T), own
 

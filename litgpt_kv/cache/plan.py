@@ -52,7 +52,7 @@ class LayerPlan:
     @property
     def exact_blocks(self) -> bool:
         """Whether a block of tokens gives what they give one at a time: what stays does not depend on attention."""
-        return self.strategy.recency and (self.interval == 1 or not self.strategy.evicts)
+        return self.strategy.recency and (not self.strategy.evicts or (self.interval == 1 and not self.keep_prompt))
 
     @property
     def stack_key(self) -> tuple:

@@ -61,7 +61,7 @@ class Slots(nn.Module):
         self.plan, self.strategy, self.layers = plan, plan.strategy, layers
         recency = plan.strategy.recency
         self.per_head = plan.select != "layer" and not recency
-        self.names = plan.strategy.statistics
+        self.names, self.dtype = plan.strategy.statistics, dtype
         stack, groups = 1 if recency else len(layers), layers[0].groups
         sets = plan.pools or (groups if self.per_head else 1)
         self.heads = groups // plan.pools if plan.pools else 1

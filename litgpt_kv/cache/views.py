@@ -252,7 +252,7 @@ class DecodeView:
         layer, step, slots = self.layer, self.step, self.step.slots
         sets = slots.pos.size(2) * slots.heads
         pos = step.pos.unsqueeze(1).expand(-1, sets, -1)
-        zeros = torch.zeros_like(pos, dtype=torch.promote_types(k.dtype, torch.float32))
+        zeros = torch.zeros_like(pos, dtype=slots.dtype)
         turned = rotate(k, self.new_key_angles or self.angles, layer.spec.rope_size)
         fresh = FreshTokens(layer.spec, turned, k, v, k, k, step.pos[:, -1] + 1, 0)
         now = step.pos[:, -1]
