@@ -128,7 +128,7 @@ class RunLock:
         ValueError: If another run has it.
     """
 
-    def __init__(self, path: str | Path, patience: float = 2.0) -> None:
+    def __init__(self, path: str | Path, patience: float = 1.0) -> None:
         real = check_target(path)
         self._lock = FileLock(real.with_name(f".{real.name}.lock"))
         try:

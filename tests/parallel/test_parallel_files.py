@@ -114,7 +114,12 @@ def test_a_file_over_two_processes_is_that_of_one_and_survives_a_killed_one(tmp_
     assert len(kept) >= 2
     code, _, err = finished(*command)
     assert code == 2 and "exists: --resume continues it" in err
-    code, _, err = finished(*command, "--resume")
+    script = tmp_path / "windows.py"  # several windows, in each of which the processes divide 7 prompts
+    script.write_text(
+        "from litgpt_kv.__main__ import main\nfrom litgpt_kv.cli import file_run\nfile_run.WINDOW = 7\nmain()"
+    )
+    code, _, err = finished(str(script), *command[2:], "--resume")
+    script.unlink()
     assert code == 1 and "Line 31 was left out" in err and "30 answers" in err, err
     assert answers_in(two) == answers_in(one)
     found = [json.loads(line) for line in two.read_text().splitlines()]
