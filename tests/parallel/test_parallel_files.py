@@ -101,7 +101,7 @@ def test_a_file_over_two_processes_is_that_of_one_and_survives_a_killed_one(tmp_
     command = [*GENERATE, "--prompts", str(questions), "--out", str(two), *TWO]
     with started(*command) as process:
         part = tmp_path / "two.jsonl.part1"
-        until = time.monotonic() + 60
+        until = time.monotonic() + 240
         while not (part.exists() and part.read_bytes().count(b"\n") >= 2):
             assert process.poll() is None and time.monotonic() < until
             time.sleep(0.01)
