@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from litgpt_kv import LLM, KVCache, KVCacheArgs, SamplingArgs
 from litgpt_kv.generate import Request, generate
 from litgpt_kv.generate import stream as token_stream
-from tests.attack.harness import Case
+from tests.attack.harness import FAULTS, Case
 
 COUNT, BATCH = 800, 25
 ODD: list[Callable[[], Any]] = [  # made anew for every call
@@ -120,18 +119,25 @@ def tried(first: int, seed: int) -> Callable[[Path], None]:
             call, must, may = target.calls[name]
             given = {k: _value(k, rng, odd=0.3) for k in must}
             given |= {k: _value(k, rng, odd=0.7) for k in rng.sample(may, min(len(may), rng.randrange(4)))}
-            print(f"{name}({', '.join(f'{k}={v!r:.60}' for k, v in given.items())})", file=sys.stderr)
+            words = f"{name}({', '.join(f'{k}={v!r:.60}' for k, v in given.items())})".encode("unicode_escape").decode()
             try:
                 found = call(**given)
                 if hasattr(found, "__next__"):
                     list(found)
             except (TypeError, ValueError) as error:
                 if len(str(error)) > 2000:
-                    raise SystemExit(f"an error of {len(str(error)):,} characters") from None
-        if target.answer() != target.expected:
-            raise SystemExit("answers differ from those before")
+                    broke(folder, words, f"an error of {len(str(error)):,} characters")
+            except Exception as error:
+                broke(folder, words, f"{type(error).__name__}: {error}")
+            if target.answer() != target.expected:
+                raise SystemExit(f"other answers than before after {words}")
 
     return act
+
+
+def broke(folder: Path, words: str, what: str) -> None:
+    with (folder / FAULTS).open("a") as file:
+        print(f"{words:.300} {what!r:.150}", file=file)
 
 
 def _value(name: str, rng: random.Random, odd: float) -> Any:
@@ -145,4 +151,4 @@ def _value(name: str, rng: random.Random, odd: float) -> Any:
 
 def cases(seed: int) -> Iterator[Case]:
     for first in range(0, COUNT, BATCH):
-        yield Case(f"calls from {first}", tried(first, seed), tries=BATCH, codes=(0,))
+        yield Case(f"calls from {first}", tried(first, seed), each=True, tries=BATCH, codes=(0,))

@@ -24,6 +24,7 @@ GOOD_CODES = (0, 1, 2, 130)
 PATIENCE = 90.0  # seconds after which a case hangs; on a busy machine a short one may take 20
 MEMORY = 6 * 2**30  # bytes beyond what a fork begins with
 SHOWN = 6  # broken cases of a family that are shown
+FAULTS = "faults"
 CANARY = "a-command-ran"  # the file that hostile input tries to make
 
 torch.set_num_threads(1)
@@ -46,7 +47,8 @@ class Case:
         name: what is special about it.
         act: does it, in a folder of its own, as a command would; may raise SystemExit.
         check: what broke beyond what `faults` finds, or None; called in the parent.
-        tries: how many things `act` tries, and `refused` how many of them were refused, for the table.
+        each: whether `act` writes what broke, a line each, to the file `FAULTS`.
+        tries: how many things `act` tries.
         kill: a signal to send, and after how many seconds.
         codes: exit codes that are good.
     """
@@ -54,6 +56,7 @@ class Case:
     name: str
     act: Callable[[Path], None]
     check: Callable[[Path, Result], str | None] = lambda folder, result: None
+    each: bool = False
     tries: int = 1
     kill: tuple[signal.Signals, float] | None = None
     codes: Sequence[int] = GOOD_CODES
@@ -89,8 +92,8 @@ class Harness:
                 running.remove(process)
                 row.tried += process.case.tries
                 row.refused += process.result.code == 2
-                if fault := process.fault():
-                    row.broke.append(f"{family}:{process.number} {process.case.name:.80}: {fault}")
+                where = f"{family}:{process.number} {process.case.name:.80}"
+                row.broke += [f"{where}: {fault}" for fault in process.faults()]
                 shutil.rmtree(process.folder, ignore_errors=True)
             time.sleep(0.005)
             if sys.stderr.isatty():
@@ -104,7 +107,7 @@ class Harness:
         while not process.ended():
             time.sleep(0.01)
         print(f"{case.name}\n-- out\n{process.result.out}\n-- err\n{process.result.err}")
-        print(f"-- exit code {process.result.code}; {process.fault() or 'nothing broke'}; {process.folder}")
+        print(f"-- exit code {process.result.code}; {process.faults() or 'nothing broke'}; {process.folder}")
 
     def report(self) -> int:
         """Print the table and what broke; return the exit code."""
@@ -151,8 +154,13 @@ class Process:
         self.result = Result(None if pid == 0 else os.waitstatus_to_exitcode(status), *texts)
         return True
 
-    def fault(self) -> str | None:
+    def faults(self) -> list[str]:
         """What broke."""
+        written = self.folder / FAULTS
+        found = written.read_text(errors="replace").splitlines() if self.case.each and written.exists() else []
+        return [*found, *([fault] if (fault := self._fault()) else [])]
+
+    def _fault(self) -> str | None:
         result, case = self.result, self.case
         last = " | ".join(result.err.splitlines()[-2:])[-300:]
         if (self.folder / CANARY).exists():
