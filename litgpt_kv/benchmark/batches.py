@@ -7,13 +7,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from litgpt_kv.cache.kv_cache import KVCache
-from litgpt_kv.cli.parser import cache_args
+from litgpt_kv.cli.parser import CacheOptions, cache_args
 from litgpt_kv.config import KVCacheArgs, SamplingArgs
 from litgpt_kv.generate import Request, Stats, generate, serve
 from litgpt_kv.llm.llm import LLM
@@ -42,7 +41,7 @@ def benchmark_batches(
     answers: int = 1000,
     fewest: int = 32,
     spread: int = 10,
-    kv_cache: dict[str, Any] | str = "dense",
+    kv_cache: CacheOptions | str = "dense",
     repeats: int = 3,
     seed: int = 1,
     precision: str | None = None,

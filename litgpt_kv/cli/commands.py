@@ -15,7 +15,7 @@ import torch
 
 from litgpt_kv import registry
 from litgpt_kv.cache.kv_cache import KVCache
-from litgpt_kv.cli.parser import cache_args, describe
+from litgpt_kv.cli.parser import CacheOptions, cache_args, describe
 from litgpt_kv.cli.prompt_files import Answers, Line, Settings, answer_file, read_prompts
 from litgpt_kv.cli.terminal import talk
 from litgpt_kv.config import SamplingArgs
@@ -50,7 +50,7 @@ def generate(
     repetition_penalty: float = 1.0,
     seed: int = 1234,
     logprobs: bool = False,
-    kv_cache: dict[str, Any] | str = "dense",
+    kv_cache: CacheOptions | str = "dense",
     prefill: str = "min-length",
     prefill_chunk: int | None = None,
     ignore_eos: bool = False,
@@ -248,7 +248,7 @@ def chat(
     seed: int = 1234,
     stop: list[str] | str | None = None,
     multiline: bool = False,
-    kv_cache: dict[str, Any] | str = "dense",
+    kv_cache: CacheOptions | str = "dense",
     prefill: str = "min-length",
     quantize: str | None = None,
     precision: str | None = None,

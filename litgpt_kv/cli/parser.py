@@ -22,9 +22,15 @@ from jsonargparse import CLI, ArgumentParser, DefaultHelpFormatter, set_loader, 
 
 from litgpt_kv import __version__, registry
 from litgpt_kv.config import KVCacheArgs
+from litgpt_kv.llm.safe_load import MAX_BYTES, load_options, parse_yaml, read_text
 
 PROG = "litgpt_kv"
 _FIELDS = [f.name for f in dataclasses.fields(KVCacheArgs) if f.name != "options"]
+PLAIN = ("--sys_prompt", "--out", "--checkpoint_dir")  # whatever they hold is text
+
+# An option of type Any may be a class_path, which jsonargparse imports and calls; these types cannot.
+Value = bool | int | float | str | None
+CacheOptions = dict[str, Value | list[Value] | dict[str, Value | list[Value]]]
 
 
 class _Help(DefaultHelpFormatter):
@@ -87,12 +93,26 @@ def normalise(args: list[str], flags: Collection[str] = ()) -> list[str]:
         elif name[2:] in flags and not equals and (not rest or rest[0] not in ("true", "false")):
             out.append(name + "=true")
         elif name in ("--config", "--prompts"):
-            out.append(f"{name}={shipped(value if equals else rest.popleft() if rest else '')}")
+            path = shipped(value if equals else rest.popleft() if rest else "")
+            if name == "--config":
+                check("", read_text, Path(path), MAX_BYTES)
+            out.append(f"{name}={path}")
         elif name == "--kv_cache" and not (value or (rest[0] if rest and not equals else "")).startswith("{"):
             out.append("--kv_cache.strategy" + equals + value)
         else:
+            given = value if equals else rest[0] if rest else ""
+            if given.lstrip().startswith(("[", "{")) and name not in PLAIN:
+                check(f"{token.partition('=')[0]}: ", load_options, given)
             out.append(name + equals + value)
     return [*out, *(f"{name}={json.dumps(given, ensure_ascii=False)}" for name, given in texts.items() if given)]
+
+
+def check(where: str, action: Callable[..., Any], *args: Any) -> None:
+    """Run a check of what the user gave; what it refuses ends the program."""
+    try:
+        action(*args)
+    except ValueError as error:
+        fail(f"{where}{error}")
 
 
 def shipped(path: str) -> str:
@@ -104,8 +124,16 @@ def shipped(path: str) -> str:
 
 
 def load_yaml(text: str) -> Any:
-    """YAML as jsonargparse reads it, with `kv_cache: h2o` brought to the form that command-line options can add to."""
-    value = yaml.safe_load(text)
+    """YAML as jsonargparse reads it, with `kv_cache: h2o` brought to the form that command-line options can add to.
+
+    Raises:
+        yaml.YAMLError: For what is no YAML, too large, or more than numbers, texts, lists and mappings of these: the
+            error that jsonargparse expects of a loader.
+    """
+    try:
+        value = load_options(text)
+    except ValueError as error:
+        raise yaml.YAMLError(str(error)) from error
     for level in (value, *(v for v in value.values() if isinstance(v, dict))) if isinstance(value, dict) else ():
         if isinstance(level.get("kv_cache"), str):
             level["kv_cache"] = {"strategy": level["kv_cache"]}
@@ -119,7 +147,7 @@ def cache_args(value: str | dict[str, Any]) -> KVCacheArgs | None:
         ValueError: For an unknown strategy or option, or a value of the wrong type.
     """
     given = {"strategy": value} if isinstance(value, str) else dict(value)
-    given = {k: yaml.safe_load(v) if isinstance(v, str) else v for k, v in given.items()}
+    given = {k: parse_yaml(v) if isinstance(v, str) else v for k, v in given.items()}
     options = {**given.pop("options", {}), **{k: given.pop(k) for k in list(given) if k not in _FIELDS}}
     strategy = given.get("strategy") or "dense"
     if strategy == "none":

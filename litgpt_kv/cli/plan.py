@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from litgpt.config import Config, name_to_config
-from litgpt_kv.cli.parser import cache_args
+from litgpt_kv.cli.parser import CacheOptions, cache_args
 from litgpt_kv.config import KVCacheArgs
 from litgpt_kv.llm import checkpoint
 from litgpt_kv.llm.quantize import DTYPES
@@ -25,7 +23,7 @@ def plan(
     memory: float = 80.0,
     context: int | None = None,
     batch_size: int = 1,
-    kv_cache: dict[str, Any] | str | None = None,
+    kv_cache: CacheOptions | str | None = None,
     precision: str = "bf16-true",
 ) -> None:
     """Show the memory that each device needs, for every way to use several and for up to so many devices.

@@ -11,11 +11,13 @@ import lightning as L
 import torch
 import yaml
 
+from litgpt import prompts
 from litgpt.config import Config
-from litgpt.prompts import PromptStyle, has_prompt_style, load_prompt_style
+from litgpt.prompts import PromptStyle
 from litgpt.tokenizer import Tokenizer
 from litgpt.utils import extend_checkpoint_dir
 from litgpt_kv.llm.quantize import quantizer
+from litgpt_kv.llm.safe_load import read_yaml, shorten
 from litgpt_kv.model.gpt import GPT
 
 DEMO = Path(__file__).parents[1] / "demo"
@@ -114,7 +116,25 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def load_prompt(folder: Path, config: Config) -> PromptStyle:
-    return load_prompt_style(folder) if has_prompt_style(folder) else PromptStyle.from_config(config)
+    """The prompt style that a checkpoint's `prompt_style.yaml` names, else the one that its config's name implies.
+
+    litgpt's loader imports any module and calls any name in it; this one knows litgpt's own style classes only.
+
+    Raises:
+        ValueError: If the file names no style of litgpt.
+    """
+    path = folder / "prompt_style.yaml"
+    if not path.exists():
+        return PromptStyle.from_config(config)
+    data = read_yaml(path)
+    module, _, name = str(data.get("class_path") if isinstance(data, dict) else data).rpartition(".")
+    found = vars(prompts).get(name) if module == prompts.__name__ else None
+    if not (isinstance(found, type) and issubclass(found, PromptStyle) and found is not PromptStyle):
+        raise ValueError(
+            f"{path} must name a prompt style of litgpt, as 'class_path: litgpt.prompts.Alpaca' does, got "
+            f"{shorten(data)}; other styles are code: set them in Python, as llm.prompt_style."
+        )
+    return found()
 
 
 def first_line(error: BaseException) -> str:
