@@ -122,7 +122,7 @@ def benchmark(
             config, weights = (shape or Shape()).config(max(contexts) + steps + 1), None
         else:
             folder = checkpoint.find(checkpoint_dir)
-            config, weights = checkpoint.load_config(folder), checkpoint.read_weights(folder)
+            config, weights = checkpoint.load_config(folder), checkpoint.load_weights(folder)
             contexts = contexts or [config.block_size // 2]
         _check_contexts(contexts, steps, config)
         place = Place(accelerator, devices, num_nodes, checkpoint.precision_for(precision, accelerator))

@@ -23,6 +23,7 @@ from litgpt_kv.generate.stopping import Row
 from litgpt_kv.generate.text import TextStream, stop_texts
 from litgpt_kv.llm import checkpoint
 from litgpt_kv.llm.chat import Chat
+from litgpt_kv.llm.check_weights import check_finite, check_fit
 from litgpt_kv.model.gpt import GPT
 from litgpt_kv.parallel import Place, Way, way_of
 
@@ -65,6 +66,7 @@ class LLM:
         accelerator: str = "auto",
         quantize: str | None = None,
         distribute: str | None = "auto",
+        check_weights: bool = False,
     ) -> LLM:
         """Loads a checkpoint in litgpt's layout.
 
@@ -78,6 +80,7 @@ class LLM:
             quantize: Quantize weights as they are loaded, litgpt's way, with bitsandbytes on an NVIDIA GPU: "bnb.nf4",
                 "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq" or "bnb.int8".
             distribute: None loads no weights yet: the method `distribute` will.
+            check_weights: Refuse weights that are NaN or infinite: one more pass over them.
 
         Raises:
             ValueError: If the checkpoint is missing, incomplete or corrupt, or an argument is unknown.
@@ -92,6 +95,8 @@ class LLM:
             folder = checkpoint.find(model)
             config = checkpoint.load_config(folder)
             gpt = None if distribute is None else checkpoint.load_model(folder, config, fabric)
+            if gpt is not None and check_weights:
+                check_finite(gpt.named_parameters(), str(folder / checkpoint.WEIGHTS))
         else:
             if tokenizer_dir is None:
                 raise ValueError("init='random' needs a tokenizer_dir.")
@@ -117,6 +122,8 @@ class LLM:
         num_nodes: int = 1,
         precision: str | None = None,
         generate_strategy: str | None = None,
+        *,
+        check_weights: bool = False,
     ) -> None:
         """Loads the checkpoint onto several devices; `generate` then runs on all of them.
 
@@ -130,6 +137,7 @@ class LLM:
             num_nodes: How many machines.
             precision: See `load`; not one of the mixed ones.
             generate_strategy: "tensor_parallel", "sequential" or "data_parallel".
+            check_weights: See `load`.
 
         Raises:
             ValueError: If the model cannot be divided so, or an argument is unknown.
@@ -139,8 +147,12 @@ class LLM:
             raise ValueError("A model with random weights cannot be distributed: each process would draw its own.")
         place = Place(accelerator, devices, num_nodes, checkpoint.precision_for(precision, accelerator))
         self.model = self.decoder = self.cache = None  # what one device has makes room
-        self.way = way(self.config, checkpoint.read_weights(self.checkpoint_dir), place)
+        path, weights = self.checkpoint_dir / checkpoint.WEIGHTS, checkpoint.load_weights(self.checkpoint_dir)
+        check_fit(path, self.config, weights)  # before any process is started
+        self.way = way(self.config, weights, place)
         self.fabric, self.model = self.way.fabric, self.way.model
+        if check_weights:
+            check_finite(self.model.named_parameters(), str(path))
         self.decoder = self.model
 
     def close(self) -> None:
