@@ -16,7 +16,7 @@ ROOT = Path(litgpt_kv.__file__).parent
 MODULES = {p.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): p for p in ROOT.rglob("*.py")}
 INNER = sorted(m for m in MODULES if m != "__init__")  # the package's own face stands above all floors
 ORDER = [  # lowest first; what stands on one line may not import each other
-    ["registry"],
+    ["registry", "disk"],
     ["config"],
     ["attention"],
     ["cache"],

@@ -22,6 +22,7 @@ from litgpt_kv import registry
 from litgpt_kv.benchmark.parallel import compare
 from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.config import KVCacheArgs
+from litgpt_kv.disk import check_target, write_text
 from litgpt_kv.llm import checkpoint
 from litgpt_kv.model.gpt import GPT
 from litgpt_kv.parallel import Place
@@ -112,6 +113,8 @@ def benchmark(
     """
     if min(batch_size, steps, repeats) < 1:
         raise ValueError(f"batch_size, steps and repeats must be at least 1, got {batch_size}, {steps}, {repeats}.")
+    if out is not None:
+        check_target(out)  # before minutes of measuring
     if threads is not None:
         torch.set_num_threads(threads)
     if devices != 1 or num_nodes != 1:
@@ -128,7 +131,7 @@ def benchmark(
         place = Place(accelerator, devices, num_nodes, checkpoint.precision_for(precision, accelerator))
         report = compare(config, weights, place, contexts, strategies, budget, batch_size, steps, repeats, threads)
         if out is not None and report is not None:
-            Path(out).write_text(json.dumps(report, indent=2) + "\n")
+            write_text(out, json.dumps(report, indent=2) + "\n")
         return
     fabric = checkpoint.fabric_for(precision, accelerator)
     if checkpoint_dir is None:
@@ -168,7 +171,7 @@ def benchmark(
             bar.clear()
             _print(rows, repeats)
     if out is not None:
-        Path(out).write_text(json.dumps(report, indent=2) + "\n")
+        write_text(out, json.dumps(report, indent=2) + "\n")
 
 
 def _check_contexts(contexts: list[int], steps: int, config: Config) -> None:

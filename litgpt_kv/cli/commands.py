@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -15,8 +15,10 @@ import torch
 
 from litgpt_kv import registry
 from litgpt_kv.cache.kv_cache import KVCache
+from litgpt_kv.cli.answers import Answers
+from litgpt_kv.cli.file_run import answer_file
 from litgpt_kv.cli.parser import CacheOptions, cache_args, describe
-from litgpt_kv.cli.prompt_files import Answers, Line, Settings, answer_file, read_prompts
+from litgpt_kv.cli.prompt_files import Line, PromptFile, Settings
 from litgpt_kv.cli.terminal import talk
 from litgpt_kv.config import SamplingArgs
 from litgpt_kv.generate import Request, Stats
@@ -28,6 +30,7 @@ from litgpt_kv.parallel import Way, quiet
 
 SMALL_MODEL = 20_000_000  # weights
 QUESTION = "What food do llamas eat?"
+MOST_BAD_LINES = 20  # that are shown
 MANY_STEPS = 256  # prompt tokens read one at a time, from which on the user is told of a faster way
 
 
@@ -124,7 +127,7 @@ def generate(
         raise ValueError("Give either --prompt or --prompts.")
     if prompts == "-" and (devices != 1 or num_nodes != 1):
         raise ValueError("Standard input reaches one process only: give a file of prompts.")
-    lines = read_prompts(prompts) if prompts is not None else []
+    file = PromptFile(prompts) if prompts is not None else None
     prompt = QUESTION if prompt is None else prompt
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
     if "" in texts or not texts:
@@ -139,7 +142,7 @@ def generate(
     how = {"batch_size": batch_size, "prefill": prefill, "prefill_chunk": prefill_chunk}
     if answers is not None:
         how |= {"batch_size": batch_size or 8, "num_samples": num_samples, "logprobs": logprobs}
-        _answer(llm, lines, answers, settings, args, **how)
+        _answer(llm, file, answers, settings, args, **how)
         return
     for sample in range(num_samples):
         rows = [settings.row(llm, {"prompt": text}, b, sample) for b, text in enumerate(texts)]
@@ -165,45 +168,64 @@ def show(llm: LLM, rows: list[Row], steps: Iterator[list[Row]]) -> None:
         print(text + row.text)
 
 
-def _answer(llm: LLM, lines: list[Line], answers: Answers, *others: Any, **how: Any) -> None:
-    before = len(answers.done)
-    try:
-        begun = functools.partial(_announce, llm, prefill=how["prefill"], prefill_chunk=how["prefill_chunk"])
-        bad = answer_file(llm, lines, answers, *others, **how, begun=begun)
-    except KeyboardInterrupt:
-        if answers.path is not None:
-            where = f"{answers.path} and its parts" if answers.way is not None and answers.way.divided else answers.path
-            _say(f"Interrupted: {len(answers.done):,} answers are in {where}; --resume goes on.")
-        raise
-    answers.close()
-    for line in bad:
-        _say(f"Line {line.number} was left out: {line.error}")
+def _answer(llm: LLM, prompts: PromptFile, answers: Answers, *others: Any, **how: Any) -> None:
+    telling = _Telling(llm, how["prefill"], how["prefill_chunk"])
+    with answers, contextlib.closing(prompts):
+        try:
+            counts = answer_file(llm, prompts, answers, *others, **how, on_rows=telling.rows, on_bad=telling.bad)
+        except KeyboardInterrupt:
+            if answers.path is not None:
+                where = f"{answers.path} and its parts" if answers.divided else answers.path
+                _say(f"Interrupted: {len(answers):,} answers are in {where}; --resume goes on.")
+            raise
+        answers.close()
+    if counts.bad > MOST_BAD_LINES:
+        _say(f"{counts.bad - MOST_BAD_LINES:,} more lines were left out.")
     if llm.stats.new_tokens:
         report(llm.stats, llm.cache, brief=True, way=llm.way)
     where = "" if answers.path is None else f" in {answers.path}"
+    before = len(answers.before)
     resumed = f", {before:,} of them from before" if before else ""
-    if orphans := len(answers.done.keys() - set(answers.expected)) if answers.path is not None else 0:
+    if orphans := before - answers.matched:
         resumed += f", {orphans:,} to no line of this file"
-    count = len(answers.done) if answers.path is not None else answers.given
-    _say(f"{count:,} answers{where}{resumed}; {len(bad):,} of {len(lines):,} lines could not be used.")
-    if bad:
+    failed = f"; {counts.failed:,} ended with an error: --resume tries them again" if counts.failed else ""
+    what = f"{counts.bad:,} of {counts.lines:,} lines could not be used"
+    _say(f"{len(answers):,} answers{where}{resumed}{failed}; {what}.")
+    if counts.bad or counts.failed:
         raise SystemExit(1)
 
 
-def _announce(llm: LLM, rows: list[Row], prefill: str, prefill_chunk: int | None) -> None:
-    """Says when much of a prompt will be read slowly, and what would be faster."""
+class _Telling:
+    """What is said while a file of prompts is answered: the first bad lines, and one prompt that is read slowly."""
+
+    def __init__(self, llm: LLM, prefill: str, prefill_chunk: int | None) -> None:
+        self.llm, self.how, self.bad_lines, self.announced = llm, (prefill, prefill_chunk), 0, False
+
+    def bad(self, line: Line) -> None:
+        self.bad_lines += 1
+        if self.bad_lines <= MOST_BAD_LINES:
+            _say(f"Line {line.number} was left out: {line.error:.300}")
+
+    def rows(self, rows: Sequence[Row]) -> None:
+        self.announced = self.announced or _announce(self.llm, rows, *self.how)
+
+
+def _announce(llm: LLM, rows: Sequence[Row], prefill: str, prefill_chunk: int | None) -> bool:
+    """Say when much of a prompt will be read slowly, and what would be faster; return whether that was said."""
     cache = llm.cache
     if not rows or cache is None or prefill != "min-length" or prefill_chunk is not None or cache.exact_blocks:
-        return
+        return False
     lengths = [len(row.request.prompt) for row in rows]
     longest, first = max(lengths), min(cache.first_chunk, max(lengths))
     if longest - first >= MANY_STEPS:
         budget = min(slots.size for slots in cache.slots)
         what = f"{longest:,} tokens, {longest / budget:.3g} times the budget"
         _say(
-            f"The longest prompt has {what}: {longest - first:,} will be read one at a time; "
-            "--prefill full reads all in one pass."
+            f"{'A' if len(rows) == 1 else 'The longest'} prompt has {what}: {longest - first:,} will be read one at a "
+            "time; --prefill full reads all in one pass."
         )
+        return True
+    return False
 
 
 def load(

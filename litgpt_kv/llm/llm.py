@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -306,22 +306,52 @@ class LLM:
         size = max(1, min(len(mine), batch_size or len(mine)))
         if args is not None:
             self.cache = self.build_cache(args, size, tokens)
-        steps = (
-            serve(
-                self.model,
-                mine,
-                self.cache,
-                rows=size,
-                prefill=prefill,
-                prefill_chunk=prefill_chunk,
-                decoder=self.decoder,
-                stats=self.stats,
-                logprobs=logprobs,
-            )
-            if mine or not rows
-            else iter(())
-        )  # a process may have nothing to do
+        if mine or not rows:
+            steps = self._serve(mine, size, prefill, prefill_chunk, logprobs)
+        else:  # a process may have nothing to do
+            steps = iter(())
         return self._noted(steps, rows, mine)
+
+    def answer(
+        self,
+        rows: Iterator[Row],
+        args: KVCacheArgs | None,
+        batch_size: int,
+        tokens: int,
+        prefill: str = "min-length",
+        prefill_chunk: int | None = None,
+        logprobs: bool = False,
+    ) -> Iterator[list[Row]]:
+        """Answer any number of rows, each of which is taken from the iterator only when there is room for it.
+
+        Args:
+            tokens: what the longest row will see, prompt and new tokens.
+            args, batch_size, prefill, prefill_chunk, logprobs: see `run`. Processes that divide the rows need `run`.
+
+        Yields:
+            As `run`; `stats` counts, but has nothing of single rows.
+        """
+        self.stats, self.cache = Stats(), None
+        if args is not None:
+            self.cache = self.build_cache(args, batch_size, tokens)
+        if self.way is not None:
+            rows = (row for each in rows for row in self.way.mine([each]))
+        return self._serve(rows, batch_size, prefill, prefill_chunk, logprobs)
+
+    def _serve(
+        self, rows: Iterable[Row], batch_size: int, prefill: str, prefill_chunk: int | None, logprobs: bool
+    ) -> Iterator[list[Row]]:
+        return serve(
+            self.model,
+            rows,
+            self.cache,
+            rows=batch_size,
+            prefill=prefill,
+            prefill_chunk=prefill_chunk,
+            decoder=self.decoder,
+            stats=self.stats,
+            logprobs=logprobs,
+        )
 
     def _noted(self, steps: Iterator[list[Row]], rows: Sequence[Row], mine: Sequence[Row]) -> Iterator[list[Row]]:
         stats = self.stats
