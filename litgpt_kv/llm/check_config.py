@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from litgpt.config import Config
-from litgpt_kv.llm.safe_load import one_line, read_yaml, shorten
+from litgpt_kv.config import shown
+from litgpt_kv.llm.safe_load import one_line, read_yaml
 
 HINTS = get_type_hints(Config)
 MOST = 2**31 - 1  # of a whole number without a limit of its own
@@ -65,10 +66,10 @@ def check_value(name: str, value: Any) -> None:
     """
     if not _fits(value, HINTS[name]):
         hint = str(HINTS[name]).replace("typing.", "").removeprefix("<class '").removesuffix("'>")
-        raise ValueError(f"{name} must be {hint}, got {shorten(value)}")
+        raise ValueError(f"{name} must be {hint}, got {shown(value)}")
     for number in _numbers(value):
         if not abs(number) <= (most := LIMITS.get(name, MOST)):  # so that NaN is refused, too
-            raise ValueError(f"{name} is over the limit of {most:,}: {shorten(number)}")
+            raise ValueError(f"{name} is over the limit of {most:,}: {shown(number)}")
         if number < 0 or (number == 0 and name in POSITIVE):
             raise ValueError(f"{name} must be {'positive' if name in POSITIVE else '0 or more'}, got {number}")
 
@@ -118,3 +119,5 @@ def check_config(config: Config) -> None:
         indices = getattr(config, name)
         if indices is not None and len(indices) < config.n_layer:
             raise ValueError(f"{name} has {len(indices)} values for {config.n_layer} layers")
+        if indices is not None and not all(index in (0, 1) for index in indices):
+            raise ValueError(f"{name} must be 0 or 1 a layer, got {shown(indices)}")

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from litgpt.config import Config
-from litgpt_kv.llm.safe_load import one_line, shorten
+from litgpt_kv.config import shown
+from litgpt_kv.llm.safe_load import one_line
 from litgpt_kv.model.gpt import GPT
 from litgpt_kv.parallel.weights import full_shapes, names_in
 
@@ -40,7 +41,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     total = 0
     for name, weight in weights.items():
         if not isinstance(name, str) or not _is_plain(weight):
-            raise ValueError(f"{path} cannot be used: {shorten(name)} is no floating-point tensor.")
+            raise ValueError(f"{path} cannot be used: {shown(name)} is no floating-point tensor.")
         total += weight.nbytes
     if total > 2 * size + SLACK:  # tied weights stand in a file once
         raise ValueError(f"{path} cannot be used: it names {total:,} bytes of weights and has {size:,}.")

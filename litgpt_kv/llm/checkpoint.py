@@ -14,10 +14,11 @@ from litgpt.config import Config
 from litgpt.prompts import PromptStyle
 from litgpt.tokenizer import Tokenizer
 from litgpt.utils import extend_checkpoint_dir, fix_and_load_json
+from litgpt_kv.config import shown
 from litgpt_kv.llm.check_config import read_config
 from litgpt_kv.llm.check_weights import check_fit, check_memory, check_tables, read_weights
 from litgpt_kv.llm.quantize import quantizer
-from litgpt_kv.llm.safe_load import MAX_BYTES, one_line, read_json, read_text, read_yaml, shorten
+from litgpt_kv.llm.safe_load import MAX_BYTES, one_line, read_json, read_text, read_yaml
 from litgpt_kv.model.gpt import GPT
 
 DEMO = Path(__file__).parents[1] / "demo"
@@ -141,11 +142,11 @@ def generation_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read: it holds no settings by name.")
     value = data.get("temperature")
     if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e6):
-        raise ValueError(f"{path} cannot be used: temperature must be a number of 0 or more, got {shorten(value)}.")
+        raise ValueError(f"{path} cannot be used: temperature must be a number of 0 or more, got {shown(value)}.")
     for name in ("bos_token_id", "eos_token_id"):
         ids = data.get(name)
         if not all(_is_token(i) for i in (ids if isinstance(ids, list) else [] if ids is None else [ids])):
-            raise ValueError(f"{path} cannot be used: {name} must be a token's number, got {shorten(ids)}.")
+            raise ValueError(f"{path} cannot be used: {name} must be a token's number, got {shown(ids)}.")
     return data
 
 
@@ -169,7 +170,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             value = data.get(name)
             value = value.get("content") if isinstance(value, dict) and name.endswith("_token") else value
             if not isinstance(value, kinds):
-                raise ValueError(f"{path} cannot be used: {name} cannot be {shorten(value)}.")
+                raise ValueError(f"{path} cannot be used: {name} cannot be {shown(value)}.")
     try:
         tokenizer = Tokenizer(folder)
     except BaseException as error:  # the tokenizers library raises plain Exception, and Rust's panic is no Exception
@@ -200,6 +201,6 @@ def load_prompt(folder: Path, config: Config) -> PromptStyle:
     if not (isinstance(found, type) and issubclass(found, PromptStyle) and found is not PromptStyle):
         raise ValueError(
             f"{path} must name a prompt style of litgpt, as 'class_path: litgpt.prompts.Alpaca' does, got "
-            f"{shorten(data)}; other styles are code: set them in Python, as llm.prompt_style."
+            f"{shown(data)}; other styles are code: set them in Python, as llm.prompt_style."
         )
     return found()

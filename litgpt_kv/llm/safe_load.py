@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from litgpt_kv.config import shown
+
 MAX_BYTES = 1_000_000  # of a YAML file
 MAX_JSON_BYTES = 32_000_000  # tokenizer_config.json lists thousands of tokens: Gemma 3's has 1.2 MB
 MAX_VALUES = 100_000  # values of a YAML text after its aliases are written out
@@ -84,7 +86,7 @@ def check_data(data: Any) -> None:
     if isinstance(data, dict):
         for key, value in data.items():
             if not isinstance(key, str):
-                raise ValueError(f"its keys must be text, got {shorten(key)}")
+                raise ValueError(f"its keys must be text, got {shown(key)}")
             check_data(value)
     elif isinstance(data, list):
         for value in data:
@@ -120,7 +122,7 @@ def check_options(data: Any) -> None:
     elif isinstance(data, list):
         for value in data:
             if isinstance(value, (dict, list)):
-                raise ValueError(f"a list of options holds numbers and texts only, got {shorten(value)}")
+                raise ValueError(f"a list of options holds numbers and texts only, got {shown(value)}")
 
 
 def read_yaml(path: Path) -> Any:
@@ -167,15 +169,6 @@ def read_text(path: Path, most: int) -> str:
         raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} cannot be read: it is no UTF-8 text.") from error
-
-
-def shorten(value: Any, most: int = 60) -> str:
-    """A value for an error message, cut to a length: reprs may be huge, and Python refuses very long integers."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):
-        return f"a {type(value).__name__} that is too large to show"
-    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def one_line(error: BaseException, most: int = 200) -> str:

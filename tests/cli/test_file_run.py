@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from litgpt_kv import LLM, KVCacheArgs
+from litgpt_kv import LLM, KVCacheArgs, SamplingArgs
+from litgpt_kv.arguments import RunArgs, StoppingArgs
 from litgpt_kv.cli.answers import Answers
 from litgpt_kv.cli.file_run import answer_file
-from litgpt_kv.cli.prompt_files import PromptFile, Settings
+from litgpt_kv.cli.prompt_files import PromptFile
 from litgpt_kv.generate.stopping import Row
+from litgpt_kv.llm.text_request import TextRequest
 from tests.cli.test_answers import COMMAND, texts
 from tests.cli.test_prompt_files import records_of, run, write
 
@@ -43,11 +45,11 @@ def peak(llm: LLM, folder: Path, count: int) -> int:
     """Bytes at the peak of a run over so many lines, of which every third cannot be used."""
     kinds = ('{"prompt": "def f(x):", "seed": 1}', '{"prompt": ""}', '{"prompt": "import os", "max_new_tokens": 2}')
     questions = write(folder / f"{count}.jsonl", [kinds[n % 3] for n in range(count)])
-    settings = Settings(max_new_tokens=4, seed=0)
+    asked = TextRequest(stopping=StoppingArgs(max_new_tokens=4), sampling=SamplingArgs(seed=0))
     tracemalloc.start()
     try:
         with Answers(str(folder / f"{count}.out")) as answers:
-            counts = answer_file(llm, PromptFile(str(questions)), answers, settings, KVCacheArgs("dense"))
+            counts = answer_file(llm, PromptFile(str(questions), asked), answers, KVCacheArgs("dense"))
             answers.close()
             assert (counts.lines, counts.bad, len(answers)) == (count, count // 3, count - count // 3)
         return tracemalloc.get_traced_memory()[1]
@@ -79,7 +81,6 @@ def test_ten_thousand_bad_lines_print_twenty_and_a_count(tmp_path: Path, capsys:
 
 
 NASTY = [
-    {"prompt": "a", "seed": 2**63 - 1},  # its second sample has none
     {"prompt": "a", "seed": -1},
     {"prompt": "a", "seed": 10**400},
     {"prompt": "a", "temperature": 10**400},
@@ -123,7 +124,7 @@ def test_a_cache_grows_when_a_longer_prompt_comes(llm: LLM, tmp_path: Path) -> N
     try:
         with Answers(str(out)) as answers:
             questions = PromptFile(str(write(tmp_path / "q.jsonl", lines)))
-            answer_file(llm, questions, answers, Settings(), KVCacheArgs("dense"), batch_size=2)
+            answer_file(llm, questions, answers, KVCacheArgs("dense"), RunArgs(batch_size=2))
             answers.close()
     finally:
         del llm.build_cache
