@@ -10,15 +10,18 @@ from typing import Any
 
 from tqdm import tqdm
 
+from litgpt_kv.arguments import RunArgs
 from litgpt_kv.cli.answers import FAILED, MOST_SAMPLES, Answers
-from litgpt_kv.cli.prompt_files import Line, PromptFile, Settings
-from litgpt_kv.config import KVCacheArgs, SamplingArgs
+from litgpt_kv.cli.prompt_files import Line, PromptFile
+from litgpt_kv.config import KVCacheArgs
 from litgpt_kv.generate import Stats
 from litgpt_kv.generate.base import check
 from litgpt_kv.generate.runners import Limits
 from litgpt_kv.generate.stopping import Row
 from litgpt_kv.llm.llm import LLM
+from litgpt_kv.llm.openai_batch import batch_answer
 
+ROWS = 8  # prompts at a time unless told otherwise
 WINDOW = 2048  # prompts that processes divide at a time
 GROWTH = 1.25  # of a cache whose size hangs on the longest row, when a longer one comes
 
@@ -36,18 +39,14 @@ def answer_file(
     llm: LLM,
     prompts: PromptFile,
     answers: Answers,
-    settings: Settings,
     args: KVCacheArgs | None,
+    run_args: RunArgs | None = None,
     *,
     num_samples: int = 1,
-    batch_size: int = 8,
-    prefill: str = "min-length",
-    prefill_chunk: int | None = None,
-    logprobs: bool = False,
     on_rows: Callable[[Sequence[Row]], None] = lambda rows: None,
     on_bad: Callable[[Line], None] = lambda line: None,
 ) -> Counts:
-    """Answer the prompts of a file, `batch_size` at a time, reading it as it goes; a terminal shows a progress bar.
+    """Answer the prompts of a file, some at a time, reading it as it goes; a terminal shows a progress bar.
 
     Memory does not grow with the file. It is read once more beforehand, and only then, where a budget is a share of
     the longest prompt, where the decode step is compiled for one size of cache, or to see whether the answers of a run
@@ -56,16 +55,17 @@ def answer_file(
     Args:
         on_rows: called with rows that begin, when their cache is there.
         on_bad: called with each line that cannot be used, with its error, as it comes.
-        others: see `LLM.generate`.
+        run_args: how prompts are batched and read; 8 at a time unless it says otherwise.
     """
     if num_samples > MOST_SAMPLES:
         raise ValueError(f"num_samples must be at most {MOST_SAMPLES:,} for a file of prompts, got {num_samples:,}.")
     answers.begin(llm.way)
-    run = FileRun(llm, answers, settings, args, num_samples, batch_size, prefill, on_rows, on_bad)
+    run_args = run_args or RunArgs()
+    run = FileRun(llm, answers, args, num_samples, run_args.batch_size or ROWS, run_args.prefill, on_rows, on_bad)
     if len(answers.before) and prompts.is_repeatable:
         run.compare(prompts)
     tokens = run.longest(prompts.repeatable()) if run.needs_longest else None
-    options = {"prefill": prefill, "prefill_chunk": prefill_chunk, "logprobs": logprobs}
+    options = {name: getattr(run_args, name) for name in ("prefill", "prefill_chunk", "logprobs")}
     divided = llm.way is not None and llm.way.divided
     steps = (run.divided if divided else run.streamed)(run.rows(prompts, tokens), tokens, options)
     with tqdm(initial=len(answers), unit="prompt", disable=None) as bar:
@@ -82,7 +82,6 @@ class FileRun:
 
     llm: LLM
     answers: Answers
-    settings: Settings
     args: KVCacheArgs | None
     num_samples: int
     batch_size: int
@@ -113,7 +112,7 @@ class FileRun:
         for line in prompts:
             if line.error is None:
                 for sample in range(min(self.num_samples, MOST_SAMPLES)):
-                    self.answers.matches((line.number, sample), line.fields["prompt"])
+                    self.answers.matches((line.number, sample), line.prompt)
         self.answers.matched = 0
 
     def longest(self, prompts: Iterable[Line]) -> int:
@@ -135,8 +134,8 @@ class FileRun:
             for sample in range(self.num_samples):
                 key = line.number, sample
                 self.answers.expect(key)
-                if not self.answers.matches(key, line.fields["prompt"]):
-                    row = row if sample == 0 else self.settings.row(self.llm, line.fields, 0, sample)
+                if not self.answers.matches(key, line.prompt):
+                    row = row if sample == 0 else self.llm.row(line.request.sample(sample))
                     self._running[row] = line, sample
                     yield row
 
@@ -144,9 +143,8 @@ class FileRun:
         """The first sample's row; None, and the line is given its error, if any of its samples cannot be run."""
         if line.error is None:
             try:
-                row = self.settings.row(self.llm, line.fields, 0)
+                row = self.llm.row(line.request)
                 check(row.request, limits)
-                SamplingArgs(seed=(row.request.sampling.seed or 0) + self.num_samples - 1)  # that of the last sample
                 return row
             except (ValueError, TypeError, OverflowError, RecursionError) as error:
                 line.error = str(error)
@@ -201,9 +199,11 @@ class FileRun:
 def _record(row: Row, line: Line, sample: int, many: bool) -> dict[str, Any]:
     """One answer; seconds count from when the prompt's turn came."""
     record: dict[str, Any] = {"line": line.number, **({"sample": sample} if many else {})}
-    record |= {name: line.fields[name] for name in ("id", "prompt") if name in line.fields}
+    record |= {"id": line.request.id} if line.request.id is not None else {}
+    record |= {"prompt": line.prompt}
     record |= {"text": row.text, "prompt_tokens": len(row.request.prompt), "new_tokens": len(row.tokens)}
     record |= {"finish_reason": row.reason}
     record["first_token_seconds"] = round(row.first - row.began, 6)
     record["seconds"] = round(row.ended - row.began, 6)
-    return record | ({"tokens": row.tokens, "logprobs": row.logprobs} if row.logprobs else {})
+    record |= {"tokens": row.tokens, "logprobs": row.logprobs} if row.logprobs else {}
+    return record | (batch_answer(line.batch, record, f"{line.number}-{sample}") if line.batch is not None else {})

@@ -6,32 +6,18 @@ import json
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from litgpt_kv.config import SamplingArgs
-from litgpt_kv.generate.stopping import Row
-from litgpt_kv.llm.llm import LLM
+from litgpt_kv.llm.openai_batch import BatchLine, is_batch_line, read_batch_line
+from litgpt_kv.llm.safe_load import one_line
+from litgpt_kv.llm.text_request import TextRequest
 
 JSON = (".jsonl", ".json", ".ndjson")
-NUMBER = (int, float)
 LONGEST_LINE = 64 * 2**20  # bytes
-FIELDS: Mapping[str, tuple[type, ...]] = {
-    "prompt": (str,),
-    "id": (str, int),
-    "sys_prompt": (str,),
-    "max_new_tokens": (int,),
-    "min_new_tokens": (int,),
-    "temperature": NUMBER,
-    "top_k": (int, type(None)),
-    "top_p": NUMBER,
-    "repetition_penalty": NUMBER,
-    "seed": (int,),
-    "stop": (str, list),
-}
 
 
 @dataclass
@@ -40,13 +26,22 @@ class Line:
 
     Attributes:
         number: of its line, from 1.
-        fields: "prompt", and the settings that differ from those of the command.
+        request: what is asked, with the command's settings where the line says nothing; None if it cannot be used.
+        batch: what of a line in OpenAI's batch format goes into its answer; None for other lines.
         error: why it cannot be used, None if it can.
     """
 
     number: int
-    fields: dict[str, Any]
+    request: TextRequest | None = None
+    batch: BatchLine | None = None
     error: str | None = None
+
+    @property
+    def prompt(self) -> str:
+        """The prompt as answers hold it: its text, or a conversation as JSON."""
+        if self.request.messages is not None:
+            return json.dumps(self.request.messages, ensure_ascii=False)
+        return self.request.prompt or ""
 
 
 class PromptFile:
@@ -56,6 +51,7 @@ class PromptFile:
 
     Args:
         path: the file; it may be a pipe.
+        defaults: the command's settings, for what a line does not say.
 
     Attributes:
         is_repeatable: whether it can be read more than once.
@@ -64,8 +60,8 @@ class PromptFile:
         ValueError: If the file cannot be read or has no line.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, path: str, defaults: TextRequest | None = None) -> None:
+        self.path, self.defaults = path, defaults or TextRequest()
         self._head: list[tuple[int, bytes]] = []
         try:
             mode = stat.S_IFIFO if path == "-" else Path(path).stat().st_mode
@@ -88,7 +84,7 @@ class PromptFile:
             self._file.seek(0)
             lines = _numbered(self._file)
         for number, raw in lines:
-            yield _line(number, raw, self.as_json)
+            yield _line(number, raw, self.as_json, self.defaults)
 
     def repeatable(self) -> PromptFile:
         """Make sure that it can be read more than once: a pipe is copied to a temporary file."""
@@ -121,57 +117,19 @@ def _numbered(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
                 yield number, raw
 
 
-def _line(number: int, raw: bytes, as_json: bool) -> Line:
+def _line(number: int, raw: bytes, as_json: bool, defaults: TextRequest) -> Line:
     if len(raw) > LONGEST_LINE:
-        return Line(number, {}, f"it is longer than {LONGEST_LINE:,} bytes")
+        return Line(number, error=f"it is longer than {LONGEST_LINE:,} bytes")
     try:
         text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-        fields = json.loads(text) if as_json else {"prompt": text}
-        if not as_json and "\0" in text:
-            return Line(number, {}, "it is no text: it has NUL characters, as UTF-16 does")
-        if isinstance(fields, dict):  # null is as good as nothing, but for top_k, where it means all
-            fields = {name: value for name, value in fields.items() if value is not None or name == "top_k"}
-        if fault := _fault(fields):
-            return Line(number, {}, fault)
-        if any("\ud800" <= c <= "\udfff" for c in json.dumps(fields, ensure_ascii=False)):
-            return Line(number, {}, "it has half of a surrogate pair, which is no text")
+        record = json.loads(text) if as_json else {"prompt": text}
     except (ValueError, RecursionError) as error:
-        return Line(number, {}, f"it is no {'JSON' if as_json else 'UTF-8 text'}: {error}")
-    return Line(number, fields)
-
-
-def _fault(fields: Any) -> str | None:
-    if not isinstance(fields, dict):
-        return f"it is no object with a prompt but {fields!r:.60}"
-    if unknown := [name for name in fields if name not in FIELDS]:
-        return f"unknown {', '.join(map(repr, unknown))}; a line may have {', '.join(FIELDS)}"
-    if not fields.get("prompt"):
-        return "it has no prompt"
-    for name, value in fields.items():
-        if not isinstance(value, FIELDS[name]) or isinstance(value, bool):
-            return f"{name} cannot be {value!r:.60}"
-    return None
-
-
-@dataclass
-class Settings:
-    """What a command says for all prompts; a line may say otherwise."""
-
-    sys_prompt: str | None = None
-    max_new_tokens: int = 50
-    min_new_tokens: int = 0
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-    stop: str | Sequence[str] = ()
-    ignore_eos: bool = False
-
-    def row(self, llm: LLM, fields: Mapping[str, Any], index: int, sample: int = 0) -> Row:
-        """A prompt as `LLM.run` takes it; its seed is that of the settings plus the number of the sample."""
-        own = replace(self, **{name: value for name, value in fields.items() if name not in ("prompt", "id")})
-        seed = None if own.seed is None else own.seed + sample
-        sampling = SamplingArgs(own.temperature, own.top_k, own.top_p, seed, own.repetition_penalty)
-        ends = own.max_new_tokens, own.min_new_tokens
-        return llm.row(fields["prompt"], index, own.sys_prompt, *ends, sampling, own.stop, own.ignore_eos)
+        return Line(number, error=f"it is no {'JSON' if as_json else 'UTF-8 text'}: {error}")
+    if not as_json and "\0" in text:
+        return Line(number, error="it is no text: it has NUL characters, as UTF-16 does")
+    try:
+        if is_batch_line(record):
+            return Line(number, *read_batch_line(record, defaults))
+        return Line(number, defaults.read(record))
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        return Line(number, error=one_line(error))

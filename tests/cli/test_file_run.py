@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from litgpt_kv import LLM, KVCacheArgs
+from litgpt_kv import LLM, KVCacheArgs, SamplingArgs
+from litgpt_kv.arguments import RunArgs, StoppingArgs
 from litgpt_kv.cli import prompt_files
 from litgpt_kv.cli.answers import Answers
 from litgpt_kv.cli.file_run import answer_file
-from litgpt_kv.cli.prompt_files import PromptFile, Settings
+from litgpt_kv.cli.prompt_files import PromptFile
 from litgpt_kv.generate.stopping import Row
+from litgpt_kv.llm.text_request import TextRequest
 from tests.cli.test_answers import COMMAND, texts
 from tests.cli.test_prompt_files import records_of, run, write
 
@@ -44,11 +46,11 @@ def peak(llm: LLM, folder: Path, count: int) -> int:
     """Bytes at the peak of a run over so many lines, of which every third cannot be used."""
     kinds = ('{"prompt": "def f(x):", "seed": 1}', '{"prompt": ""}', '{"prompt": "import os", "max_new_tokens": 2}')
     questions = write(folder / f"{count}.jsonl", [kinds[n % 3] for n in range(count)])
-    settings = Settings(max_new_tokens=4, seed=0)
+    asked = TextRequest(stopping=StoppingArgs(max_new_tokens=4), sampling=SamplingArgs(seed=0))
     tracemalloc.start()
     try:
         with Answers(str(folder / f"{count}.out")) as answers:
-            counts = answer_file(llm, PromptFile(str(questions)), answers, settings, KVCacheArgs("dense"))
+            counts = answer_file(llm, PromptFile(str(questions), asked), answers, KVCacheArgs("dense"))
             answers.close()
             assert (counts.lines, counts.bad, len(answers)) == (count, count // 3, count - count // 3)
         return tracemalloc.get_traced_memory()[1]
@@ -80,7 +82,6 @@ def test_ten_thousand_bad_lines_print_twenty_and_a_count(tmp_path: Path, capsys:
 
 
 NASTY = [
-    {"prompt": "a", "seed": 2**63 - 1},  # its second sample has none
     {"prompt": "a", "seed": -1},
     {"prompt": "a", "seed": 10**400},
     {"prompt": "a", "temperature": 10**400},
@@ -124,7 +125,7 @@ def test_a_cache_grows_when_a_longer_prompt_comes(llm: LLM, tmp_path: Path) -> N
     try:
         with Answers(str(out)) as answers:
             questions = PromptFile(str(write(tmp_path / "q.jsonl", lines)))
-            answer_file(llm, questions, answers, Settings(), KVCacheArgs("dense"), batch_size=2)
+            answer_file(llm, questions, answers, KVCacheArgs("dense"), RunArgs(batch_size=2))
             answers.close()
     finally:
         del llm.build_cache
@@ -162,7 +163,7 @@ def test_a_line_that_is_too_long_is_not_held_in_memory(
         lines = list(PromptFile(str(tmp_path / "q.txt")))
         long = [line.number for line in lines if line.error == "it is longer than 1,000 bytes"]
         assert long == ([lines[-1].number] if end == b"\n" else [2, 4])
-        assert [line.fields["prompt"][:5] for line in (lines[0], lines[-2])] == ["def a", "def b"]
+        assert [line.request.prompt[:5] for line in (lines[0], lines[-2])] == ["def a", "def b"]
     for path, says in (("/dev/zero", "no file but a device"), (tmp_path, "no file but a folder")):
         assert run("--prompts", path) == 2
         assert f"The prompts {str(path)!r} cannot be read: it is {says}." in capsys.readouterr().err

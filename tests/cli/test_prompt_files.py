@@ -88,7 +88,7 @@ def test_bad_lines_are_named_and_the_exit_code_says_so(tmp_path: Path, capsys: p
         "no JSON",
         "no prompt",
         "'temprature'",
-        "seed cannot be True",
+        "seed must be a whole number, got True",
         "no object",
         "top_p",
         "limit of 1024",
@@ -108,7 +108,7 @@ def test_text_files_and_standard_input(tmp_path: Path, capsys: pytest.CaptureFix
     assert [(r["line"], r["prompt"]) for r in records] == [(1, "def f(x):"), (3, "{1: 2}")]
     for data, prompts in ((b"a\nb\n", ["a", "b"]), (b'{"prompt": "a"}\n{"prompt": "{"}', ["a", "{"])):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
-        assert [line.fields["prompt"] for line in PromptFile("-")] == prompts
+        assert [line.prompt for line in PromptFile("-")] == prompts
     with pytest.raises(ValueError, match="no prompts in standard input"):
         PromptFile("-")
     with pytest.raises(ValueError, match="cannot be read: No such file"):
