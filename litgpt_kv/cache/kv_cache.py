@@ -36,6 +36,7 @@ class KVCache(nn.Module):
 
     Attributes:
         args: What the user asked for. max_tokens: How many tokens a row may see. context: The model's.
+        dtype: Of the model, for which the cache was built.
         limit: The most tokens a row may see, None without an end; why: The reason.
         evicting: In static mode, whether the next step may find a row full; False saves it the search for victims.
     """
@@ -53,7 +54,7 @@ class KVCache(nn.Module):
     ) -> None:
         super().__init__()
         self.args, self.max_tokens, self.context = args, max_tokens, context
-        self.fingerprint, self.evicting = "", True
+        self.dtype, self.fingerprint, self.evicting = dtype, "", True
         self.rope: RopeTables | None = None  # the model's, for `inspect` of strategies that read keys
         self.theta: list[tuple[Tensor, Tensor, Tensor]] = []  # of each rope base, for angles beyond the tables
         devices = devices or [torch.device("cpu")] * config.n_layer

@@ -29,7 +29,7 @@ def evict_pools(oracle: Any, layer: int, now: int, new: int) -> None:
 
 
 def insecure(oracle: Any, layer: int, head: int, now: int, new: int) -> list[tuple[float, int, int]]:
-    """(score, position, head) of tokens that may leave: not protected, not among the best of the head up to the floor."""
+    """(score, position, head) of tokens that may leave: neither protected nor among the best of a head."""
     policy, scores = oracle.policies[layer], oracle.scores[layer][head]
     worth = {p: policy.worth(p, now, scores.get(p, 0.0), oracle.horizon(layer)) for p in oracle.kept[layer][head]}
     best_first = sorted(worth, key=lambda p: (-worth[p], p))
