@@ -172,13 +172,13 @@ def first(x: torch.Tensor, value: Any) -> torch.Tensor:
 
 
 CRAFTED_BUFFERS: list[tuple[str, Callable[[torch.Tensor], torch.Tensor | None]]] = [
-    ("pos", lambda x: first(x, -1)),
-    ("pos", lambda x: first(x, HUGE)),
-    ("pos", lambda x: first(x, 5)),
-    ("pos", lambda x: x.float()),
-    ("pos", lambda x: x[:1]),
-    ("pos", lambda x: None),
-    ("live", lambda x: x.to(torch.uint8)),
+    ("clock.pos", lambda x: first(x, -1)),
+    ("clock.pos", lambda x: first(x, HUGE)),
+    ("clock.pos", lambda x: first(x, 5)),
+    ("clock.pos", lambda x: x.float()),
+    ("clock.pos", lambda x: x[:1]),
+    ("clock.pos", lambda x: None),
+    ("clock.live", lambda x: x.to(torch.uint8)),
     ("slots.0.pos", lambda x: first(x, -2)),
     ("slots.0.pos", lambda x: first(x, -1)),
     ("slots.0.pos", lambda x: first(x, 19)),
@@ -186,9 +186,9 @@ CRAFTED_BUFFERS: list[tuple[str, Callable[[torch.Tensor], torch.Tensor | None]]]
     ("slots.0.pos", lambda x: x[..., :1].expand_as(x).contiguous()),
     ("slots.0.pos", lambda x: x.to(torch.int32)),
     ("slots.0.pos", lambda x: x.unsqueeze(0)),
-    ("slots.0.rank", lambda x: first(x, float("nan"))),
-    ("slots.0.rank", lambda x: x.float()),
-    ("slots.0.rank", lambda x: None),
+    ("slots.0.statistic_mass", lambda x: first(x, float("nan"))),
+    ("slots.0.statistic_mass", lambda x: x.float()),
+    ("slots.0.statistic_mass", lambda x: None),
     ("layers.0.keys.data", lambda x: first(x, float("nan"))),
     ("layers.0.keys.data", lambda x: x.to(torch.int8)),
     ("layers.1.values.data", lambda x: x[:, :, :4].contiguous()),
@@ -210,7 +210,7 @@ def test_tokens_in_slots_that_must_be_empty_are_refused(model: GPT, tmp_path: Pa
     with torch.inference_mode():
         model(torch.tensor([[1, 2, 3]]), cache, torch.tensor([3]))
     path = tmp_path / "a.safetensors"
-    for name in ("slots.0.pos", "slots.0.rank"):
+    for name in ("slots.0.pos", "slots.0.statistic_mass"):
         cache.save(path)
         assert outcome(path, model, cache) == "right"
         buffer = load_file(path)[name]
