@@ -8,7 +8,7 @@ N tokens read so far · t tokens of a piece · H query heads · G key/value head
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -131,6 +131,7 @@ class PieceView:
     masks: CausalMasks
     step: PrefillMetadata | None  # at the last piece
     last: Tensor | None = None
+    observer: Callable[[Tensor], None] | None = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, latent: LatentProjection | None = None) -> Tensor:
         layer, spec, prompt = self.layer, self.layer.spec, self.prompt
@@ -158,10 +159,12 @@ class PieceView:
         """q (1, H, t, D) attends to k, v (1, G, N, .) of all tokens up to its own; (1, H, t, Dv)."""
         spec, T, N = self.layer.spec, q.size(2), k.size(2)
         if self.start == 0:
-            return SequenceView(spec, self.angles, self.masks, self.last).causal(q, k, v).transpose(1, 2)
+            return SequenceView(spec, self.angles, self.masks, self.last, self.observer).causal(q, k, v).transpose(1, 2)
         pos = torch.arange(self.start, self.start + T, device=q.device)
         if self.last is not None:
             q, pos = q[:, :, -1:], pos[-1:]
+        if self.observer is not None:
+            self.observer(q)
         mask = visible(pos.unsqueeze(0), torch.arange(N, device=q.device).unsqueeze(0), spec.window)  # (1, t, N)
         return slot_attention(q, k, v, mask.unsqueeze(1), scale=spec.scale, softcap=spec.softcap)[0]
 

@@ -9,7 +9,7 @@ Dv width of a value · C embedding size · E rotated elements.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -49,6 +49,8 @@ class LayerView(Protocol):
 
     last: Tensor | None
     """(B,) the only tokens whose output is wanted, or None for all."""
+    observer: Callable[[Tensor], None] | None
+    """Called with the rotated queries (B, H, T, D) of the wanted outputs; litgpt's adapters attend with them, too."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, latent: LatentProjection | None = None) -> Tensor:
         """Attention of new tokens.
@@ -76,6 +78,7 @@ class SequenceView:
     angles: Angles
     masks: CausalMasks
     last: Tensor | None = None
+    observer: Callable[[Tensor], None] | None = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, latent: LatentProjection | None = None) -> Tensor:
         q, k = (rotate(x, self.angles, self.spec.rope_size) for x in (q, k))
@@ -87,10 +90,14 @@ class SequenceView:
         """Causal attention of rotated q, k and v."""
         spec = self.spec
         math = {"scale": spec.scale, "softcap": spec.softcap, "window": spec.window}
+        if self.last is not None:
+            q = queries_at(q, self.last)
+        if self.observer is not None:
+            self.observer(q)
         if self.last is None:
             y = causal_attention(q, k, v, **math, masks=self.masks)
         else:
-            y = last_token_attention(queries_at(q, self.last), k, v, self.last, **math)
+            y = last_token_attention(q, k, v, self.last, **math)
         return y.transpose(1, 2)  # (B, T, H, Dv)
 
 
@@ -107,8 +114,12 @@ class PrefillView:
         return self.sequence.last
 
     @property
-    def angles(self) -> Angles:
-        return self.sequence.angles
+    def observer(self) -> Callable[[Tensor], None] | None:
+        return self.sequence.observer
+
+    @observer.setter
+    def observer(self, value: Callable[[Tensor], None] | None) -> None:
+        self.sequence.observer = value
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, latent: LatentProjection | None = None) -> Tensor:
         layer, spec, length = self.layer, self.layer.spec, self.step.length
@@ -176,6 +187,7 @@ class DecodeView:
     ranks: Tensor | None = None
     new_key_angles: Angles | None = None
     last: Tensor | None = None
+    observer: Callable[[Tensor], None] | None = None
     key_angles: Angles | None = None
     sink_queries: tuple[Tensor, Tensor] | None = None
     value_padding: bool = False
@@ -200,6 +212,8 @@ class DecodeView:
         layer, step = self.layer, self.step
         spec, size = layer.spec, layer.spec.rope_size
         turned_q = rotate(q, self.angles, size)
+        if self.observer is not None:
+            self.observer(turned_q)
         turned_k = k if layer.stores_unrotated else rotate(k, self.angles, size)
         if self.sinks is not None:
             part = q if latent is None else q[..., :size]

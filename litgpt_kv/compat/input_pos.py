@@ -9,6 +9,7 @@ B rows · T new tokens · N cached positions · G key/value heads · D head size
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,11 +23,43 @@ from litgpt_kv.cache import KVCache
 from litgpt_kv.cache.pieces import PromptReader
 from litgpt_kv.cache.spec import LayerSpec
 from litgpt_kv.cache.views import LatentProjection, Pass, SequenceView
-from litgpt_kv.model import gpt
+from litgpt_kv.model import attention, block, gpt, latent
+
+
+class BuildsKVCache:
+    """What litgpt's code asks of an attention module besides `kv_cache`."""
+
+    def build_kv_cache(
+        self,
+        batch_size: int,
+        max_seq_length: int,
+        rope_cache_length: int | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> base.KVCache:
+        """This layer's part of `GPT.set_kv_cache`."""
+        return dense_cache(self, batch_size, max_seq_length, device, dtype)
+
+
+class CausalSelfAttention(BuildsKVCache, attention.CausalSelfAttention):
+    """Ours, with litgpt's `build_kv_cache`."""
+
+
+class MultiheadLatentAttention(BuildsKVCache, latent.MultiheadLatentAttention):
+    """Ours, with litgpt's `build_kv_cache`: `k` has the rotary parts, `v` the latents."""
+
+
+class Block(block.Block):
+    """Ours, of these modules."""
+
+    attention = CausalSelfAttention
+    latent_attention = MultiheadLatentAttention
 
 
 class GPT(gpt.GPT):
     """`litgpt_kv.model.GPT` that litgpt's own code can call as well: `set_kv_cache` and `model(idx, input_pos)`."""
+
+    block = Block
 
     def forward(
         self,
@@ -76,8 +109,8 @@ class GPT(gpt.GPT):
             rope_cache_length: Not needed. device, dtype: Of the buffers; None: each layer's own.
         """
         size = self.max_seq_length if max_seq_length is None else max_seq_length
-        for block in self.transformer.h:
-            block.attn.kv_cache = dense_cache(block.attn, batch_size, size, device, dtype)
+        for layer in self.transformer.h:
+            layer.attn.kv_cache = layer.attn.build_kv_cache(batch_size, size, device=device, dtype=dtype)
         device = self.transformer.h[0].attn.kv_cache.k.device
         # what litgpt asks of it is a shape and a device: one byte and no mask
         self.mask_cache = torch.ones((), dtype=torch.bool, device=device).expand(1, 1, size, size)
@@ -121,21 +154,24 @@ class AttachedView:
     extent: int
     masks: CausalMasks
     last: Tensor | None = None
+    observer: Callable[[Tensor], None] | None = None
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, latent: LatentProjection | None = None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, projection: LatentProjection | None = None) -> Tensor:
         spec = self.spec
         turned_q, turned_k = (rotate(x, self.angles, spec.rope_size) for x in (q, k))
         self._write("k", turned_k.detach())
         self._write("v", v.detach())
         if self.mask is None:
-            return SequenceView(spec, self.angles, self.masks).attend(q, k, v, latent)
+            return SequenceView(spec, self.angles, self.masks, observer=self.observer).attend(q, k, v, projection)
+        if self.observer is not None:
+            self.observer(turned_q)
         keys, values = (buffer[: k.size(0), :, : self.extent] for buffer in (self.store.k, self.store.v))
-        if latent is not None:
-            turned_q = latent.absorb(turned_q)
-            values = nn.functional.pad(values, (0, 1), value=1.0) if latent.bias else values
+        if projection is not None:
+            turned_q = projection.absorb(turned_q)
+            values = nn.functional.pad(values, (0, 1), value=1.0) if projection.bias else values
         y, _ = slot_attention(turned_q, keys, values, self.mask, scale=spec.scale, softcap=spec.softcap)
-        if latent is not None:
-            y = latent.output(y[..., : spec.value_size])
+        if projection is not None:
+            y = projection.output(y[..., : spec.value_size])
         return y.transpose(1, 2)  # (B, T, H, Dv)
 
     def _write(self, name: str, x: Tensor) -> None:
@@ -162,7 +198,7 @@ def attached_pass(model: GPT, idx: Tensor, input_pos: Tensor, end: int | None) -
         raise ValueError(f"input_pos.shape[-1] = {input_pos.size(-1)} != {T} = idx.shape[1], must be the same")
     if input_pos.dim() == 2 and input_pos.size(0) != B:
         raise ValueError(f"input_pos has {input_pos.size(0)} rows, the tokens have {B}.")
-    modules = [block.attn for block in model.transformer.h]
+    modules = [layer.attn for layer in model.transformer.h]
     stores = [attn.kv_cache for attn in modules]
     if any(store is None for store in stores):
         raise TypeError("You need to call `gpt.set_kv_cache()`")

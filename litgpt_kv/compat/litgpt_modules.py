@@ -14,14 +14,17 @@ import torch
 from torch import Tensor
 
 import litgpt.model as base
-from litgpt_kv.attention.rope import rotate
 from litgpt_kv.cache.views import LatentProjection, LayerView
 from litgpt_kv.compat import input_pos
-from litgpt_kv.compat.input_pos import dense_cache
+from litgpt_kv.compat.input_pos import BuildsKVCache
 from litgpt_kv.model import attention, block, latent
 
+# before `install` puts ours in their place
+LitgptBlock, LitgptAttention = base.Block, base.CausalSelfAttention
+LitgptLatentAttention = base.MultiheadLatentAttention
 
-class CausalSelfAttention(attention.CausalSelfAttention):
+
+class CausalSelfAttention(BuildsKVCache, attention.CausalSelfAttention):
     """Ours for a view, litgpt's for its own arguments; a subclass may override `scaled_dot_product_attention`."""
 
     _attended: Tensor | None = None
@@ -29,7 +32,7 @@ class CausalSelfAttention(attention.CausalSelfAttention):
     def forward(self, x: Tensor, view: LayerView | Tensor, *litgpt: Any) -> Tensor:
         """x (B, T, C) to (B, T, C): with a view, or with litgpt's cos, sin, mask, input_pos, input_pos_maxp1."""
         if litgpt:
-            return base.CausalSelfAttention.forward(self, x, view, *litgpt)
+            return LitgptAttention.forward(self, x, view, *litgpt)
         if type(self).scaled_dot_product_attention is CausalSelfAttention.scaled_dot_product_attention:
             return super().forward(x, view)
         return super().forward(x, AdaptedView(self, view))
@@ -53,17 +56,6 @@ class CausalSelfAttention(attention.CausalSelfAttention):
             mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
         return super().scaled_dot_product_attention(q, k, v, mask)
 
-    def build_kv_cache(
-        self,
-        batch_size: int,
-        max_seq_length: int,
-        rope_cache_length: int | None = None,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> base.KVCache:
-        """This layer's part of `GPT.set_kv_cache`."""
-        return dense_cache(self, batch_size, max_seq_length, device, dtype)
-
 
 class AdaptedView:
     """A layer's view whose attention passes through a subclass' `scaled_dot_product_attention`."""
@@ -72,33 +64,20 @@ class AdaptedView:
         self.attn, self.view, self.last = attn, view, view.last
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, projection: LatentProjection | None = None) -> Tensor:
+        queries: list[Tensor] = []
+        self.view.observer = queries.append
         y = self.view.attend(q, k, v, projection)
-        angles = self.view.angles
-        turned = rotate(q, angles, self.attn.spec.rope_size)
-        if self.last is not None:
-            turned = turned.gather(2, self.last.view(-1, 1, 1, 1).expand(-1, q.size(1), 1, turned.size(-1)))
-        return self.attn.adapt(turned, y)
+        return self.attn.adapt(queries[0], y)
 
 
-class MultiheadLatentAttention(latent.MultiheadLatentAttention):
+class MultiheadLatentAttention(BuildsKVCache, latent.MultiheadLatentAttention):
     """Ours for a view, litgpt's for its own arguments."""
 
     def forward(self, x: Tensor, view: LayerView | Tensor, *litgpt: Any, **named: Any) -> Tensor:
         """x (B, T, C) to (B, T, C): with a view, or with litgpt's cos, sin, mask, input_pos, input_pos_maxp1."""
         if litgpt or named:
-            return base.MultiheadLatentAttention.forward(self, x, view, *litgpt, **named)
+            return LitgptLatentAttention.forward(self, x, view, *litgpt, **named)
         return super().forward(x, view)
-
-    def build_kv_cache(
-        self,
-        batch_size: int,
-        max_seq_length: int,
-        rope_cache_length: int | None = None,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> base.KVCache:
-        """This layer's part of `GPT.set_kv_cache`. `k` has the rotary parts, `v` the latents."""
-        return dense_cache(self, batch_size, max_seq_length, device, dtype)
 
 
 class Block(block.Block):
@@ -109,7 +88,7 @@ class Block(block.Block):
 
     def forward(self, x: Tensor, view: LayerView | Tensor, *litgpt: Any) -> Tensor:
         """x (B, T, C) to (B, T, C): with a view, or with litgpt's cos, sin, mask, input_pos, input_pos_maxp1."""
-        return base.Block.forward(self, x, view, *litgpt) if litgpt else super().forward(x, view)
+        return LitgptBlock.forward(self, x, view, *litgpt) if litgpt else super().forward(x, view)
 
 
 class GPT(input_pos.GPT):

@@ -143,7 +143,8 @@ class GPT(base.GPT):
     def rope(self) -> RopeTables:
         """The rope tables of each base, made once for the buffers that litgpt keeps."""
         if self._rope is None or self._rope[0] is not self.sin:
-            self._rope = self.sin, self.make_rope(self.cos, self.sin)
+            with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode cannot be trained with
+                self._rope = self.sin, self.make_rope(self.cos, self.sin)
         return self._rope[1]
 
     def make_rope(self, cos: Tensor, sin: Tensor) -> RopeTables:

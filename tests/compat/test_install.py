@@ -91,7 +91,7 @@ def test_a_training_step_is_litgpts(kind: str, name: str) -> None:
     with install():
         model = tuned(kind, name)
         assert isinstance(model, GPT)
-        assert isinstance(model.transformer.h[0].attn, litgpt_kv.model.gpt.CausalSelfAttention)
+        assert isinstance(model.transformer.h[0].attn, litgpt_kv.model.attention.CausalSelfAttention)
         ours = step(model)
     assert any(grad.abs().max() > 0 for grad in grads.values())
     assert grads.keys() == ours[1].keys()
