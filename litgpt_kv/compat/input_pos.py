@@ -81,7 +81,8 @@ class GPT(gpt.GPT):
         if isinstance(cache, Tensor):
             if input_pos is not None:
                 raise ValueError("Pass a cache, which counts by itself, or input_pos, not both.")
-            input_pos, cache, length, input_pos_maxp1 = cache, None, None, length
+            input_pos_maxp1 = length if input_pos_maxp1 is None else input_pos_maxp1
+            input_pos, cache, length = cache, None, None
         if input_pos is None:
             return super().forward(idx, cache, length, lm_head_chunk_size)
         if cache is not None:
