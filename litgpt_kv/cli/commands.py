@@ -141,12 +141,18 @@ def generate(
         how |= {"batch_size": batch_size or 8, "num_samples": num_samples, "logprobs": logprobs}
         _answer(llm, lines, answers, settings, args, **how)
         return
+    failed: list[Row] = []
     for sample in range(num_samples):
         rows = [settings.row(llm, {"prompt": text}, b, sample) for b, text in enumerate(texts)]
         steps = llm.run(rows, args, **how)
         _announce(llm, rows, prefill, prefill_chunk)
         show(llm, rows, steps)
         report(llm.stats, llm.cache, way=llm.way)
+        failed += [row for row in rows if row.error is not None]
+    for row in failed:
+        _say(f"Prompt {row.index + 1} failed: {row.error}")
+    if failed:
+        raise SystemExit(1)
 
 
 def show(llm: LLM, rows: list[Row], steps: Iterator[list[Row]]) -> None:
@@ -177,7 +183,7 @@ def _answer(llm: LLM, lines: list[Line], answers: Answers, *others: Any, **how: 
         raise
     answers.close()
     for line in bad:
-        _say(f"Line {line.number} was left out: {line.error}")
+        _say(f"Line {line.number} {'failed' if line.failed else 'was left out'}: {line.error}")
     if llm.stats.new_tokens:
         report(llm.stats, llm.cache, brief=True, way=llm.way)
     where = "" if answers.path is None else f" in {answers.path}"
@@ -185,7 +191,9 @@ def _answer(llm: LLM, lines: list[Line], answers: Answers, *others: Any, **how: 
     if orphans := len(answers.done.keys() - set(answers.expected)) if answers.path is not None else 0:
         resumed += f", {orphans:,} to no line of this file"
     count = len(answers.done) if answers.path is not None else answers.given
-    _say(f"{count:,} answers{where}{resumed}; {len(bad):,} of {len(lines):,} lines could not be used.")
+    failed = sum(line.failed for line in bad)
+    what = f"{len(bad) - failed:,} of {len(lines):,} lines could not be used"
+    _say(f"{count:,} answers{where}{resumed}; {what}{f', {failed:,} failed' if failed else ''}.")
     if bad:
         raise SystemExit(1)
 

@@ -53,12 +53,14 @@ class Line:
     Attributes:
         number: Of its line, from 1.
         fields: "prompt", and the settings that differ from those of the command.
-        error: Why it cannot be used, None if it can.
+        error: Why it cannot be used, or why its answer failed; None if all is well.
+        failed: Whether it was answered, and the answer failed.
     """
 
     number: int
     fields: dict[str, Any]
     error: str | None = None
+    failed: bool = False
 
 
 def read_prompts(path: str) -> list[Line]:
@@ -160,6 +162,8 @@ class Answers:
             try:
                 record = json.loads(line)
                 self.done[key(record)] = {"prompt": record["prompt"], **record}
+                if record.get("finish_reason") == "error":  # is tried again
+                    del self.done[key(record)]
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{path} cannot be continued: line {number} is no answer of a run before.") from error
         if not (torn.startswith(BEGIN) or BEGIN.startswith(torn)):
@@ -309,7 +313,7 @@ def answer_file(
     Calls `begun` with all that will be answered when the cache is there.
 
     Returns:
-        The lines that could not be used, with their error.
+        The lines that could not be used or whose answer failed, with their error.
     """
     answers.share(llm.way)
     usable = _checked(llm, lines, settings, Limits.of(llm.model, args, prefill))
@@ -326,7 +330,10 @@ def answer_file(
     begun(rows)
     with tqdm(total=len(rows) + len(answers.done), initial=len(answers.done), unit="prompt", disable=None) as bar:
         for row in (row for drew in steps for row in drew if row.reason is not None):
-            answers.add(_record(row, *places[row.index], many=num_samples > 1), row.elsewhere)
+            line, sample = places[row.index]
+            answers.add(_record(row, line, sample, many=num_samples > 1), row.elsewhere)
+            if row.error is not None:
+                line.error, line.failed = row.error, True
             bar.update()
     return [line for line in lines if line.error is not None]
 
@@ -350,7 +357,7 @@ def _record(row: Row, line: Line, sample: int, many: bool) -> dict[str, Any]:
     record: dict[str, Any] = {"line": line.number, **({"sample": sample} if many else {})}
     record |= {name: line.fields[name] for name in ("id", "prompt") if name in line.fields}
     record |= {"text": row.text, "prompt_tokens": len(row.request.prompt), "new_tokens": len(row.tokens)}
-    record |= {"finish_reason": row.reason}
+    record |= {"finish_reason": row.reason} | ({} if row.error is None else {"error": row.error})
     record["first_token_seconds"] = round(row.first - row.began, 6)
     record["seconds"] = round(row.ended - row.began, 6)
     return record | ({"tokens": row.tokens, "logprobs": row.logprobs} if row.logprobs else {})

@@ -102,7 +102,8 @@ def stream(
         still reading its prompt or ended, several where what might have begun a stop sequence did not.
 
     Raises:
-        ValueError: If a prompt is empty, a prompt and its new tokens do not fit, or an argument is out of range.
+        ValueError: If a prompt is empty, a prompt and its new tokens do not fit, or an argument is out of range; after
+            the last step if a row ended because its logits were not finite.
     """
     if not (cache is None or isinstance(cache, KVCache)):
         raise ValueError(f"stream needs a KVCache or None, got {cache!r}; generate builds one from KVCacheArgs.")
@@ -120,6 +121,14 @@ def _tokens(steps: Iterator[list[Row]], rows: list[Row], stats: Stats) -> Iterat
     for drew in steps:
         stats.reasons, stats.logprobs = [row.reason for row in rows], [row.logprobs for row in rows]
         yield [row.new if row in drew else [] for row in rows]
+    raise_failed(rows)
+
+
+def raise_failed(rows: Iterable[Row]) -> None:
+    """Raises ValueError if a row ended in an error, naming it."""
+    for row in rows:
+        if row.error is not None:
+            raise ValueError(f"Prompt {row.index}: {row.error}")
 
 
 def runner(

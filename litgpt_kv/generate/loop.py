@@ -97,9 +97,10 @@ class Loop:
     def _draw(self, ready: list[int]) -> None:
         drawing = self._mask(ready)
         drawn = self.sample(self._logits, drawing)
-        self._token = drawn if drawing is None else torch.where(drawing, drawn, self._token)
+        drawn = drawn if drawing is None else torch.where(drawing, drawn, self._token)
+        self._token = drawn.clamp(min=0)
         odds = logprobs_of(self._logits, self._token) if self.logprobs else None
-        chosen, odds = _to_host(self._token, odds)  # the one copy to the host
+        chosen, odds = _to_host(drawn, odds)  # the one copy to the host
         now, stats = time.perf_counter(), self.stats
         if stats.new_tokens == 0:
             stats.prefill_tokens = stats.prompt_tokens
@@ -107,11 +108,15 @@ class Loop:
             stats.prefill_seconds += now - self._clock
         else:
             stats.decode_seconds += now - self._clock
-        stats.new_tokens += len(ready)
-        stats.decode_tokens += sum(self.rows[b].first > 0 for b in ready)
+        drew = [b for b in ready if chosen[b] >= 0]
+        stats.new_tokens += len(drew)
+        stats.decode_tokens += sum(self.rows[b].first > 0 for b in drew)
         for b in ready:
             row = self.rows[b]
-            row.push(chosen[b], odds[b])
+            if chosen[b] < 0:
+                row.fail(no_token(row, self.sample.size[1]))
+            else:
+                row.push(chosen[b], odds[b])
             row.first, row.ended = row.first or now, now
         self._prefilling = False
 
@@ -159,6 +164,18 @@ class Loop:
         for b in live:
             self.rows[b].read += 1
         self._fresh, self._prefilling = set(live), self.stats.new_tokens == 0
+
+
+def no_token(row: Row, vocabulary: int) -> str:
+    """Why no token could be drawn for a row."""
+    request, made = row.request, row.made
+    stops = {stop[0] for stop in request.stop if len(stop) == 1 and 0 <= stop[0] < vocabulary}
+    if made < request.min_new_tokens and len(stops) == vocabulary:
+        return f"min_new_tokens {request.min_new_tokens} bans all {vocabulary} tokens: each of them is a stop sequence."
+    return (
+        f"The model's logits are not finite after {made} new tokens: a weight is damaged, or numbers overflow in 16 bit "
+        "(try precision 32-true)."
+    )
 
 
 def _as_list(row: Row) -> list[int]:

@@ -85,10 +85,20 @@ class Sampler:
             self.seeds = put([self._own[b] if a.seed is None else a.seed for b, a in enumerate(rows)])
 
     def __call__(self, logits: Tensor, drawing: Tensor | None = None) -> Tensor:
-        """Tokens (B,) int64 from logits (B, V); `drawing` (B,) bool marks the rows whose token will be used."""
+        """Draw one token a row, on the device.
+
+        Args:
+            logits: (B, V). -inf bans a token.
+            drawing: (B,) bool, the rows whose token will be used; None: all.
+
+        Returns:
+            (B,) int64; -1 for a row without a distribution: one of its logits is NaN or +inf, or all are -inf.
+        """
         logits = self._adjusted(logits)
         token = logits.argmax(dim=-1)
+        greatest = logits.gather(-1, token.unsqueeze(-1)).squeeze(-1).float()  # NaN where there is one
         if not self.all_greedy:
+            greatest = greatest / self.temperature  # may overflow as the division below does
             drawn = self._draw(self.probabilities(logits))
             token = drawn if self.greedy is None else torch.where(self.greedy, token, drawn)
         if self.seen is not None:
@@ -96,13 +106,14 @@ class Sampler:
             used = torch.ones_like(where, dtype=torch.bool) if drawing is None else drawing.unsqueeze(-1)
             self.seen.scatter_(-1, where, used | self.seen.gather(-1, where))
         self.made += 1 if drawing is None else drawing
-        return token
+        return torch.where(greatest.isfinite(), token, -1)
 
     def _draw(self, probs: Tensor) -> Tensor:
-        if self.seeds is None:
-            return torch.multinomial(probs, 1).squeeze(-1)
-        # the most probable of probs / exponential noise is a draw from probs
-        return (probs / exponential(self.seeds, self.made, probs.size(-1))).argmax(dim=-1)
+        # The greatest of probs / exponential noise is a draw from probs. torch.multinomial does the same for one token,
+        # but waits for the device to check the probabilities, and one bad row fails all of them.
+        seeds = self.seeds
+        noise = torch.empty_like(probs).exponential_() if seeds is None else exponential(seeds, self.made, probs.size(-1))
+        return (probs / noise).argmax(dim=-1)
 
     def _adjusted(self, logits: Tensor) -> Tensor:
         """Logits after repetition penalty, and without the tokens that would end a row too early."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from litgpt_kv.config import SamplingArgs
 from litgpt_kv.generate.text import TextStream
 
-ANSWER = ("tokens", "text", "reason", "began", "first", "ended", "_logprobs")
+ANSWER = ("tokens", "text", "reason", "error", "began", "first", "ended", "_logprobs")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ class Row:
             it began; the text itself is held back until it is certain.
         text: All text released so far, and `piece` that of the last push.
         last: The last token pushed, shown or not; it is the one that no cache has read yet.
-        reason: Why the row ended, "stop" or "length"; None while it runs.
+        reason: Why the row ended: "stop", "length", or "error" if no token could be drawn; None while it runs.
+        error: With "error", what was wrong.
         elsewhere: Whether another process answered it.
         began, first, ended: Seconds (`time.perf_counter`) when it was admitted, had its first token, and ended.
     """
@@ -79,6 +80,7 @@ class Row:
     piece: str = ""
     last: int = -1
     reason: str | None = None
+    error: str | None = None
     began: float = 0.0
     first: float = 0.0
     ended: float = 0.0
@@ -111,6 +113,11 @@ class Row:
         return self.read >= len(self.request.prompt)
 
     @property
+    def made(self) -> int:
+        """New tokens so far, those that are held back too."""
+        return len(self.tokens) + len(self._held)
+
+    @property
     def logprobs(self) -> list[float]:
         """Of each token in `tokens` its log-probability, if it was asked for."""
         return self._logprobs[: len(self.tokens)]
@@ -137,6 +144,14 @@ class Row:
             self._read_text(self.stream)
         return self.new
 
+    def fail(self, error: str) -> None:
+        """Ends the row: no token can be drawn. What was made before stays."""
+        self.reason, self.error = "error", error
+        self.new, self._held = self._held, []
+        self.tokens = self.tokens + self.new
+        if self.stream is not None:
+            self._read_text(self.stream)
+
     def _read_text(self, stream: TextStream) -> None:
         before = len(self.tokens) - len(self.new)
         free = max(0, self.request.min_new_tokens - before)
@@ -145,7 +160,7 @@ class Row:
             self.piece += stream.push(self.new[free:], last=self.reason is not None)
         self.text += self.piece
         if stream.stopped:  # of the tokens stay those whose text lies wholly before the stop
-            self.reason = "stop"
+            self.reason, self.error = "stop", None
             context = stream.ids[: len(stream.ids) - len(self.tokens)][-8:]
             room = len(stream.decode(context)) + len(self.text)
             while self.tokens and len(stream.decode([*context, *self.tokens])) > room:

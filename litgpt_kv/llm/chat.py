@@ -119,6 +119,8 @@ class Chat:
             yield row.piece
             if self._row is not row:
                 raise ValueError("This reply was dropped: another turn began before it ended.")
+        if row.error is not None:
+            raise ValueError(f"{row.error} Start anew (/reset in the chat command).")
 
     @property
     def full(self) -> bool:

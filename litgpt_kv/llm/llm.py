@@ -17,7 +17,7 @@ from litgpt.tokenizer import Tokenizer
 from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.config import KVCacheArgs, SamplingArgs
 from litgpt_kv.generate import Request, Stats, serve
-from litgpt_kv.generate.base import check
+from litgpt_kv.generate.base import check, raise_failed
 from litgpt_kv.generate.runners import Limits
 from litgpt_kv.generate.stopping import Row
 from litgpt_kv.generate.text import TextStream, stop_texts
@@ -217,7 +217,8 @@ class LLM:
             The new text, without the prompt; a list for a list of prompts.
 
         Raises:
-            ValueError: If a prompt is empty, does not fit the model's context, or an argument is out of range.
+            ValueError: If a prompt is empty, does not fit the model's context, or an argument is out of range; at the
+                end if the model's logits were not finite for one of them.
         """
         if not isinstance(prompt, (str, list, tuple)):
             raise ValueError(f"prompt must be a text or a list of texts, got {prompt!r}.")
@@ -230,10 +231,11 @@ class LLM:
         rows = [self.row(text, b, sys_prompt, *ends, sampling[b], stop, ignore_eos) for b, text in enumerate(texts)]
         steps = self.run(rows, args, batch_size, prefill, prefill_chunk, logprobs)
         if stream:
-            pieces = ([row.piece if row in drew else "" for row in rows] for drew in steps)
+            pieces = _pieces(steps, rows)
             return (one for (one,) in pieces) if isinstance(prompt, str) else pieces
         for _ in steps:
             pass
+        raise_failed(rows)
         out = [torch.tensor(row.tokens, dtype=torch.int64) if return_as_token_ids else row.text for row in rows]
         return out[0] if isinstance(prompt, str) else out
 
@@ -371,6 +373,12 @@ class LLM:
             single = isinstance(kwargs.get("prompt"), str)
             out = "".join(pieces) if single else ["".join(row) for row in zip(*pieces)]
         return out, table
+
+
+def _pieces(steps: Iterator[list[Row]], rows: Sequence[Row]) -> Iterator[list[str]]:
+    for drew in steps:
+        yield [row.piece if row in drew else "" for row in rows]
+    raise_failed(rows)
 
 
 def _note(stats: Stats, rows: Sequence[Row]) -> None:
