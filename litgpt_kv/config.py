@@ -13,6 +13,15 @@ from litgpt.model import yarn_get_mscale
 T = TypeVar("T")
 
 
+def shown(value: Any) -> str:
+    """A value for an error message, at most 60 characters of it."""
+    try:
+        text = repr(value)
+    except Exception:  # an integer of more digits than Python prints, or an object that fails to show itself
+        text = f"a value of type {type(value).__name__}"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 @dataclass(frozen=True)
 class KVCacheArgs:
     """Which tokens a cache keeps, how many, how they are stored, and which positions the rotary embedding sees.
@@ -50,6 +59,11 @@ class KVCacheArgs:
         if budget is not None and args is None:
             raise ValueError(f"Without a cache there is no budget, got {budget}.")
         return args if budget is None else replace(args, budget=budget)
+
+    def resolved(self, max_tokens: int) -> KVCacheArgs:
+        """The same with every percentage as the count of tokens that it is of `max_tokens`."""
+        counts = [percent(b, max_tokens) if isinstance(b, str) else b for b in _each(self.budget)]
+        return replace(self, budget=counts if isinstance(self.budget, (list, tuple)) else counts[0])
 
     def __post_init__(self) -> None:
         if self.positions not in (None, "absolute", "cache"):

@@ -20,8 +20,8 @@ from litgpt_kv.cli.prompt_files import Answers, Line, Settings, answer_file, rea
 from litgpt_kv.cli.terminal import talk
 from litgpt_kv.config import SamplingArgs
 from litgpt_kv.generate import Request, Stats
+from litgpt_kv.generate.request import Row
 from litgpt_kv.generate.runners import PREFILLS
-from litgpt_kv.generate.stopping import Row
 from litgpt_kv.llm import checkpoint
 from litgpt_kv.llm.llm import LLM
 from litgpt_kv.parallel import Way, quiet

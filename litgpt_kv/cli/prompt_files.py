@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from litgpt_kv.config import KVCacheArgs, SamplingArgs
 from litgpt_kv.generate.base import check
+from litgpt_kv.generate.request import Row
 from litgpt_kv.generate.runners import Limits
-from litgpt_kv.generate.stopping import Row
 from litgpt_kv.llm.llm import LLM
 from litgpt_kv.parallel import Way
 

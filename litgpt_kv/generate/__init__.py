@@ -3,6 +3,6 @@
 from litgpt_kv.generate.base import decode, generate, prefill, stream
 from litgpt_kv.generate.batching import serve
 from litgpt_kv.generate.loop import Stats
-from litgpt_kv.generate.stopping import Request
+from litgpt_kv.generate.request import Request
 
 __all__ = ["Request", "Stats", "decode", "generate", "prefill", "serve", "stream"]

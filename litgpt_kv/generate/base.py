@@ -13,6 +13,7 @@ from torch import Tensor
 from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.config import KVCacheArgs, SamplingArgs, per_row
 from litgpt_kv.generate.loop import Loop, Stats
+from litgpt_kv.generate.request import Request, Row
 from litgpt_kv.generate.runners import (
     PREFILLS,
     Cached,
@@ -26,7 +27,6 @@ from litgpt_kv.generate.runners import (
     vocabulary,
 )
 from litgpt_kv.generate.sampling import Sampler
-from litgpt_kv.generate.stopping import Request, Row
 from litgpt_kv.model.gpt import GPT
 
 

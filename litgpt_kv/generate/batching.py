@@ -8,8 +8,8 @@ from itertools import islice
 from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.generate.base import check, run_rows, runner
 from litgpt_kv.generate.loop import Stats
+from litgpt_kv.generate.request import Request, Row
 from litgpt_kv.generate.runners import Limits, Model
-from litgpt_kv.generate.stopping import Request, Row
 
 
 def serve(

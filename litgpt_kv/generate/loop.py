@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from litgpt_kv.generate.request import Row
 from litgpt_kv.generate.runners import Cached, Prompts, Recompute
 from litgpt_kv.generate.sampling import Sampler, logprobs_of
-from litgpt_kv.generate.stopping import Row
 
 
 @dataclass
@@ -173,8 +173,8 @@ def no_token(row: Row, vocabulary: int) -> str:
     if made < request.min_new_tokens and len(stops) == vocabulary:
         return f"min_new_tokens {request.min_new_tokens} bans all {vocabulary} tokens: each of them is a stop sequence."
     return (
-        f"The model's logits are not finite after {made} new tokens: a weight is damaged, or numbers overflow in 16 bit "
-        "(try precision 32-true)."
+        f"The model's logits are not finite after {made} new tokens: a weight is damaged, or numbers overflow "
+        "(in 16 bit, try precision 32-true)."
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from litgpt_kv.config import SamplingArgs
-from litgpt_kv.generate.stopping import Request
+from litgpt_kv.generate.request import Request
 
 COLD = 1e-5  # a temperature below it takes the most probable token: dividing by it would overflow
 
@@ -111,8 +111,10 @@ class Sampler:
     def _draw(self, probs: Tensor) -> Tensor:
         # The greatest of probs / exponential noise is a draw from probs. torch.multinomial does the same for one token,
         # but waits for the device to check the probabilities, and one bad row fails all of them.
-        seeds = self.seeds
-        noise = torch.empty_like(probs).exponential_() if seeds is None else exponential(seeds, self.made, probs.size(-1))
+        if self.seeds is None:
+            noise = torch.empty_like(probs).exponential_()
+        else:
+            noise = exponential(self.seeds, self.made, probs.size(-1))
         return (probs / noise).argmax(dim=-1)
 
     def _adjusted(self, logits: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from litgpt.prompts import PromptStyle
 from litgpt_kv.config import KVCacheArgs, SamplingArgs
 from litgpt_kv.generate import Request, Stats
 from litgpt_kv.generate.base import run_rows, runner
-from litgpt_kv.generate.stopping import Row
+from litgpt_kv.generate.request import Row
 from litgpt_kv.generate.text import TextStream, stop_texts
 
 if TYPE_CHECKING:

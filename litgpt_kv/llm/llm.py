@@ -18,8 +18,8 @@ from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.config import KVCacheArgs, SamplingArgs
 from litgpt_kv.generate import Request, Stats, serve
 from litgpt_kv.generate.base import check, raise_failed
+from litgpt_kv.generate.request import Row
 from litgpt_kv.generate.runners import Limits
-from litgpt_kv.generate.stopping import Row
 from litgpt_kv.generate.text import TextStream, stop_texts
 from litgpt_kv.llm import checkpoint
 from litgpt_kv.llm.chat import Chat
@@ -331,6 +331,7 @@ class LLM:
     def build_cache(self, args: KVCacheArgs, batch_size: int, tokens: int) -> KVCache:
         """A cache in the dtype of this model's keys and values; `tokens` are what a row will see."""
         if self.decoder is not self.model and tokens <= self.model.max_seq_length:
+            args = args.resolved(tokens)  # a share of what a row will see, not of the rounded number
             tokens = min(-(-tokens // 128) * 128, self.model.max_seq_length)  # few sizes: each is compiled once
         mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # what autocast makes of keys and values
         return KVCache.build(self.model, args, batch_size, tokens, mixed.get(self.fabric._precision.precision))

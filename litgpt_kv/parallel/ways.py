@@ -17,7 +17,7 @@ from torch import Tensor
 
 from litgpt.config import Config
 from litgpt_kv.generate import Stats
-from litgpt_kv.generate.stopping import Row
+from litgpt_kv.generate.request import Row
 from litgpt_kv.model.gpt import GPT
 from litgpt_kv.parallel.heads import divide
 from litgpt_kv.parallel.launch import launch

@@ -24,7 +24,7 @@ from litgpt_kv import GPT, LLM, KVCache, KVCacheArgs, SamplingArgs
 from litgpt_kv.attention.rope import theta_of
 from litgpt_kv.attention.yarn import yarn_theta
 from litgpt_kv.generate import generate
-from litgpt_kv.generate.stopping import Request, Row
+from litgpt_kv.generate.request import Request, Row
 from tests.oracle.reference import lift, logits_of, tokens_of
 from tests.oracle.shrink import LLAMA, SYNTHETIC, WINDOW, YARN, shrink, twins
 

@@ -58,7 +58,7 @@ def test_the_sampler_says_which_rows_have_no_distribution(name: str) -> None:
     for _ in range(5):
         tokens = sampler(logits).tolist()
         assert [t < 0 for t in tokens] == [False, True, True, True, False, True, True, False]
-        assert tokens[4] == 2 and max(tokens) <= 4 and set(t for t in tokens if t < 0) == {-1}
+        assert tokens[4] == 2 and max(tokens) <= 4 and {t for t in tokens if t < 0} == {-1}
     for bad in (3, 1):
         assert sampler(logits, torch.arange(8) != bad).tolist()[bad] == -1, "rows that draw nothing may be bad, too"
 
@@ -74,7 +74,7 @@ def test_a_temperature_under_which_logits_overflow() -> None:
 def test_a_bad_row_ends_and_the_others_are_as_alone(damaged: GPT, name: str, prefill: str) -> None:
     seeds = {"drawn": {"seed": 3}, "penalty": {"seed": 4}}.get(name, {})
     sampling = SamplingArgs(**{**vars(SETTINGS[name]), **seeds})
-    prompts = [clean(1, 5), [3, BAD, 4], clean(2, 9), clean(3, 20) + [BAD], clean(4, 2), clean(5, 7)]
+    prompts = [clean(1, 5), [3, BAD, 4], clean(2, 9), [*clean(3, 20), BAD], clean(4, 2), clean(5, 7)]
     requests = [Request(p, 6, sampling=sampling, stop=[[BAD]], min_new_tokens=0) for p in prompts]
     cache = KVCache.build(damaged, KVCacheArgs("h2o", 8), 2, 40)
     found = {row.index: row for drew in serve(damaged, requests, cache, prefill=prefill) for row in drew if row.reason}
@@ -159,7 +159,7 @@ def test_text_raises_and_names_the_prompt(monkeypatch: pytest.MonkeyPatch) -> No
             pieces.append(step)
     assert ["".join(row) for row in zip(*pieces)] == [expected[0], "", expected[2]]
     chat = llm.chat(max_new_tokens=4, temperature=0.0)
-    with pytest.raises(ValueError, match="not finite after 0 new tokens.*Start anew"):
+    with pytest.raises(ValueError, match=r"not finite after 0 new tokens.*Start anew"):
         chat.ask(texts[1])
     chat.reset()
     assert chat.ask(texts[0])

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from litgpt_kv import SamplingArgs
+from litgpt_kv.generate.request import Request
 from litgpt_kv.generate.sampling import Sampler, exponential, logprobs_of
-from litgpt_kv.generate.stopping import Request
 
 
 def sampler_of(args: SamplingArgs, count: int, vocabulary: int, **request) -> Sampler:

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from litgpt.config import Config
 from litgpt_kv import GPT, KVCache, KVCacheArgs, SamplingArgs, Seen, Strategy, register, registry
 from litgpt_kv.generate import generate
-from litgpt_kv.generate.stopping import Request, Row
+from litgpt_kv.generate.request import Request, Row
 from litgpt_kv.parallel import tensor
 from litgpt_kv.parallel.launch import launch
 from litgpt_kv.parallel.team import Team
