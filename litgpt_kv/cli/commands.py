@@ -7,7 +7,6 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -19,11 +18,11 @@ from litgpt_kv.cli.parser import cache_args, describe
 from litgpt_kv.cli.prompt_files import Answers, Line, Settings, answer_file, read_prompts
 from litgpt_kv.cli.terminal import talk
 from litgpt_kv.config import SamplingArgs
-from litgpt_kv.generate import Request, Stats
-from litgpt_kv.generate.request import Row
-from litgpt_kv.generate.runners import PREFILLS
+from litgpt_kv.generate import Request, Sequence, Stats
+from litgpt_kv.generate.limits import check_prefill
 from litgpt_kv.llm import checkpoint
 from litgpt_kv.llm.llm import LLM
+from litgpt_kv.llm.run import Run
 from litgpt_kv.parallel import Way, quiet
 
 SMALL_MODEL = 20_000_000  # weights
@@ -113,8 +112,7 @@ def generate(
     settings = Settings(sys_prompt, *ends, temperature, top_k, top_p, repetition_penalty, seed, stop or (), ignore_eos)
     SamplingArgs(temperature, top_k, top_p, seed, repetition_penalty)  # raises before anything is loaded
     Request((), *ends)
-    if prefill not in PREFILLS:
-        raise ValueError(f"prefill must be one of {', '.join(PREFILLS)}, got {prefill!r}.")
+    check_prefill(prefill)
     for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
@@ -141,40 +139,40 @@ def generate(
         how |= {"batch_size": batch_size or 8, "num_samples": num_samples, "logprobs": logprobs}
         _answer(llm, lines, answers, settings, args, **how)
         return
-    failed: list[Row] = []
+    failed: list[Sequence] = []
     for sample in range(num_samples):
-        rows = [settings.row(llm, {"prompt": text}, b, sample) for b, text in enumerate(texts)]
-        steps = llm.run(rows, args, **how)
-        _announce(llm, rows, prefill, prefill_chunk)
-        show(llm, rows, steps)
-        report(llm.stats, llm.cache, way=llm.way)
-        failed += [row for row in rows if row.error is not None]
-    for row in failed:
-        _say(f"Prompt {row.index + 1} failed: {row.error}")
+        requests = [settings.request(llm, {"prompt": text}, b, sample) for b, text in enumerate(texts)]
+        run = llm.run(requests, args, **how)
+        _announce(requests, run.cache, prefill=prefill, prefill_chunk=prefill_chunk)
+        sequences = show(llm, run)
+        report(run.stats, run.cache, way=llm.way)
+        failed += [sequence for sequence in sequences if sequence.error is not None]
+    for sequence in failed:
+        _say(f"Prompt {sequence.index + 1} failed: {sequence.error}")
     if failed:
         raise SystemExit(1)
 
 
-def show(llm: LLM, rows: list[Row], steps: Iterator[list[Row]]) -> None:
-    """Prompts and their continuations: one as it is made, several when all are."""
-    texts = [llm.decode(row.request.prompt.tolist()) for row in rows]
-    if len(rows) == 1:
-        begin = texts[0]
-        for _ in steps:
-            print(begin + rows[0].piece, end="", flush=True)
-            begin = ""
-        print()
-        return
-    for _ in steps:
-        pass
-    for text, row in zip(texts, rows):
-        print(text + row.text)
+def show(llm: LLM, run: Run) -> list[Sequence]:
+    """Prints prompts and their continuations, one as it is made, several when all are; returns the answers."""
+    texts = [llm.decode(request.prompt.tolist()) for request in run.requests]
+    if len(texts) > 1:
+        sequences = run.sequences()
+        for text, sequence in zip(texts, sequences):
+            print(text + sequence.text)
+        return sequences
+    begin, last = texts[0], []
+    for last in run:
+        print(begin + last[0].piece, end="", flush=True)
+        begin = ""
+    print()
+    return last
 
 
 def _answer(llm: LLM, lines: list[Line], answers: Answers, *others: Any, **how: Any) -> None:
     before = len(answers.done)
     try:
-        begun = functools.partial(_announce, llm, prefill=how["prefill"], prefill_chunk=how["prefill_chunk"])
+        begun = functools.partial(_announce, prefill=how["prefill"], prefill_chunk=how["prefill_chunk"])
         bad = answer_file(llm, lines, answers, *others, **how, begun=begun)
     except KeyboardInterrupt:
         if answers.path is not None:
@@ -198,12 +196,11 @@ def _answer(llm: LLM, lines: list[Line], answers: Answers, *others: Any, **how: 
         raise SystemExit(1)
 
 
-def _announce(llm: LLM, rows: list[Row], prefill: str, prefill_chunk: int | None) -> None:
+def _announce(requests: list[Request], cache: KVCache | None, prefill: str, prefill_chunk: int | None) -> None:
     """Says when much of a prompt will be read slowly, and what would be faster."""
-    cache = llm.cache
-    if not rows or cache is None or prefill != "min-length" or prefill_chunk is not None or cache.exact_blocks:
+    if cache is None or prefill != "min-length" or prefill_chunk is not None or cache.exact_blocks:
         return
-    lengths = [len(row.request.prompt) for row in rows]
+    lengths = [len(request.prompt) for request in requests]
     longest, first = max(lengths), min(cache.first_chunk, max(lengths))
     if longest - first >= MANY_STEPS:
         budget = min(slots.size for slots in cache.slots)

@@ -20,10 +20,11 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.config import KVCacheArgs, SamplingArgs
-from litgpt_kv.generate.base import check
-from litgpt_kv.generate.request import Row
-from litgpt_kv.generate.runners import Limits
+from litgpt_kv.generate import Request
+from litgpt_kv.generate import Sequence as Answer
+from litgpt_kv.generate.limits import Limits
 from litgpt_kv.llm.llm import LLM
 from litgpt_kv.parallel import Way
 
@@ -285,13 +286,13 @@ class Settings:
     stop: str | Sequence[str] = ()
     ignore_eos: bool = False
 
-    def row(self, llm: LLM, fields: Mapping[str, Any], index: int, sample: int = 0) -> Row:
+    def request(self, llm: LLM, fields: Mapping[str, Any], index: int, sample: int = 0) -> Request:
         """A prompt as `LLM.run` takes it; its seed is that of the settings plus the number of the sample."""
         own = replace(self, **{name: value for name, value in fields.items() if name not in ("prompt", "id")})
-        seed = None if own.seed is None else own.seed + sample
+        seed = None if own.seed is None else (own.seed + sample) % 2**63
         sampling = SamplingArgs(own.temperature, own.top_k, own.top_p, seed, own.repetition_penalty)
         ends = own.max_new_tokens, own.min_new_tokens
-        return llm.row(fields["prompt"], index, own.sys_prompt, *ends, sampling, own.stop, own.ignore_eos)
+        return llm.request(fields["prompt"], index, own.sys_prompt, *ends, sampling, own.stop, own.ignore_eos)
 
 
 def answer_file(
@@ -306,58 +307,60 @@ def answer_file(
     prefill: str = "min-length",
     prefill_chunk: int | None = None,
     logprobs: bool = False,
-    begun: Callable[[list[Row]], None] = lambda rows: None,
+    begun: Callable[[list[Request], KVCache | None], None] = lambda requests, cache: None,
 ) -> list[Line]:
     """Answers the prompts of a file, `batch_size` at a time, and shows a progress bar on a terminal.
 
-    Calls `begun` with all that will be answered when the cache is there.
+    Calls `begun` with all that will be answered and the cache, before the first step.
 
     Returns:
         The lines that could not be used or whose answer failed, with their error.
     """
     answers.share(llm.way)
     usable = _checked(llm, lines, settings, Limits.of(llm.model, args, prefill))
-    tokens = max((row.sees for _, row in usable), default=1)  # of all, done or not: budgets may be a share of it
+    # of all prompts, answered or not: a budget may be a share of it
+    tokens = max((request.sees for _, request in usable), default=1)
     usable = _checked(llm, [line for line, _ in usable], settings, Limits.of(llm.model, args, prefill, tokens))
-    rows, places = [], []
+    requests, places = [], []
     for line, _ in usable:
         for sample in range(num_samples):
             answers.expected.append((line.number, sample))
             if not answers.matches(line.number, sample, line.fields["prompt"]):
-                rows.append(settings.row(llm, line.fields, len(rows), sample))
+                requests.append(settings.request(llm, line.fields, len(requests), sample))
                 places.append((line, sample))
-    steps = llm.run(rows, args, batch_size, prefill, prefill_chunk, logprobs, tokens) if rows else ()
-    begun(rows)
-    with tqdm(total=len(rows) + len(answers.done), initial=len(answers.done), unit="prompt", disable=None) as bar:
-        for row in (row for drew in steps for row in drew if row.reason is not None):
-            line, sample = places[row.index]
-            answers.add(_record(row, line, sample, many=num_samples > 1), row.elsewhere)
-            if row.error is not None:
-                line.error, line.failed = row.error, True
+    run = llm.run(requests, args, batch_size, prefill, prefill_chunk, logprobs, tokens) if requests else ()
+    if requests:
+        begun(requests, run.cache)
+    with tqdm(total=len(requests) + len(answers.done), initial=len(answers.done), unit="prompt", disable=None) as bar:
+        for answer in (sequence for step in run for sequence in step if sequence.reason is not None):
+            line, sample = places[answer.index]
+            answers.add(_record(answer, line, sample, many=num_samples > 1), answer.elsewhere)
+            if answer.error is not None:
+                line.error, line.failed = answer.error, True
             bar.update()
     return [line for line in lines if line.error is not None]
 
 
-def _checked(llm: LLM, lines: Sequence[Line], settings: Settings, limits: Limits) -> list[tuple[Line, Row]]:
-    """The lines that can be used, with their rows; the others are given their error."""
+def _checked(llm: LLM, lines: Sequence[Line], settings: Settings, limits: Limits) -> list[tuple[Line, Request]]:
+    """The lines that can be used, with their requests; the others are given their error."""
     out = []
     for line in lines:
         if line.error is None:
             try:
-                row = settings.row(llm, line.fields, 0)
-                check(row.request, limits)
-                out.append((line, row))
+                request = settings.request(llm, line.fields, 0)
+                limits.check(request)
+                out.append((line, request))
             except (ValueError, TypeError) as error:
                 line.error = str(error)
     return out
 
 
-def _record(row: Row, line: Line, sample: int, many: bool) -> dict[str, Any]:
+def _record(answer: Answer, line: Line, sample: int, many: bool) -> dict[str, Any]:
     """One answer; seconds count from when the prompt's turn came."""
     record: dict[str, Any] = {"line": line.number, **({"sample": sample} if many else {})}
     record |= {name: line.fields[name] for name in ("id", "prompt") if name in line.fields}
-    record |= {"text": row.text, "prompt_tokens": len(row.request.prompt), "new_tokens": len(row.tokens)}
-    record |= {"finish_reason": row.reason} | ({} if row.error is None else {"error": row.error})
-    record["first_token_seconds"] = round(row.first - row.began, 6)
-    record["seconds"] = round(row.ended - row.began, 6)
-    return record | ({"tokens": row.tokens, "logprobs": row.logprobs} if row.logprobs else {})
+    record |= {"text": answer.text, "prompt_tokens": len(answer.prompt), "new_tokens": len(answer.tokens)}
+    record |= {"finish_reason": answer.reason} | ({} if answer.error is None else {"error": answer.error})
+    record["first_token_seconds"] = round(answer.first - answer.began, 6)
+    record["seconds"] = round(answer.ended - answer.began, 6)
+    return record | ({"tokens": answer.tokens, "logprobs": answer.logprobs} if answer.logprobs else {})

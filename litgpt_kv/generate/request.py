@@ -1,4 +1,4 @@
-"""What is asked for a prompt (`Request`), the row that answers it: when it ends, and what of it is certain."""
+"""What is asked for a prompt (`Request`), its answer so far (`Sequence`), what one step added to it (`Output`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from litgpt_kv.config import SamplingArgs, shown
 from litgpt_kv.generate.stopping import StopMatcher
-from litgpt_kv.generate.text import TextStream
+from litgpt_kv.generate.text import TextStream, stop_texts
 
 ANSWER = ("tokens", "text", "reason", "error", "began", "first", "ended", "_logprobs")
 MOST = 2**31 - 1  # new tokens
@@ -25,8 +25,10 @@ class Request:
         max_new_tokens: The most new tokens.
         min_new_tokens: A stop sequence or stop text only counts after so many new tokens.
         sampling: How tokens are chosen; one value each.
-        stop: Token sequences that end the row; they are not part of the output.
+        stop: Token sequences that end the answer; they are not part of it.
+        stop_texts: Texts that end the answer, where it is made into text; they are not part of it.
         past: Tokens that the cache has before the prompt, for the repetition penalty.
+        id: Its number, which must not be in use; None: the next one of the engine.
     """
 
     prompt: Tensor | abc.Sequence[int]
@@ -35,6 +37,8 @@ class Request:
     sampling: SamplingArgs = field(default_factory=SamplingArgs)
     stop: abc.Sequence[abc.Sequence[int]] = ()
     past: abc.Sequence[int] = ()
+    stop_texts: abc.Sequence[str] = ()
+    id: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "min_new_tokens"):
@@ -55,6 +59,16 @@ class Request:
             raise ValueError(
                 f"stop must be a list of stop sequences of at least one token, [[2], [5, 7]], got {shown(self.stop)}."
             )
+        stop_texts(self.stop_texts)
+        if self.id is not None and (isinstance(self.id, bool) or not isinstance(self.id, int)):
+            raise TypeError(f"id must be a whole number, got {shown(self.id)}.")
+
+    @property
+    def sees(self) -> int:
+        """The most tokens that a cache has to take for it; the last new one is never read."""
+        if not hasattr(self.prompt, "__len__"):
+            raise ValueError(f"A prompt must be a list of token ids, got {shown(self.prompt)}.")
+        return len(self.prompt) + self.max_new_tokens - 1
 
 
 def _is_tokens(stop: Any) -> bool:
@@ -64,18 +78,20 @@ def _is_tokens(stop: Any) -> bool:
 
 
 @dataclass(eq=False)
-class Row:
+class Sequence:
     """One request's answer so far. Holds back tokens that may turn out to begin a stop sequence, which is never shown.
 
     Attributes:
-        request: What it answers, number `index` of its run.
+        request: What it answers, number `index` of its engine.
         stream: Makes its text and finds stop texts in it; None where only tokens are wanted.
-        read: How many tokens of the prompt were read.
+        row: Of the cache; -1 while it waits for one.
+        continues: Whether it goes on with what its row holds, `past` tokens.
+        prompt: The prompt's token ids; `read` of them were read.
         tokens: All tokens released so far, and `new` those of the last push. A stop text takes back the tokens in which
             it began; the text itself is held back until it is certain.
         text: All text released so far, and `piece` that of the last push.
         last: The last token pushed, shown or not; it is the one that no cache has read yet.
-        reason: Why it ended: "stop", "length", or "error" if no token could be drawn; None while it runs.
+        reason: Why it ended: "stop", "length", "abort", or "error" if no token could be drawn; None while it runs.
         error: With "error", what was wrong.
         elsewhere: Whether another process answered it.
         began, first, ended: Seconds (`time.perf_counter`) when it was admitted, had its first token, and ended.
@@ -84,6 +100,10 @@ class Row:
     request: Request
     index: int = 0
     stream: TextStream | None = None
+    row: int = -1
+    continues: bool = False
+    past: int = 0
+    prompt: list[int] = field(default_factory=list)
     read: int = 0
     tokens: list[int] = field(default_factory=list)
     new: list[int] = field(default_factory=list)
@@ -100,11 +120,13 @@ class Row:
     _pieces: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        prompt = self.request.prompt
+        self.prompt = prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)
         self._stops = StopMatcher(self.request.stop)
 
     @property
     def answer(self) -> dict[str, Any]:
-        """What it came to, for another process' row of the same request."""
+        """What it came to, for another process' sequence of the same request."""
         return {name: getattr(self, name) for name in ANSWER}
 
     @answer.setter
@@ -124,14 +146,9 @@ class Row:
         self._pieces[:] = [text]
 
     @property
-    def sees(self) -> int:
-        """The most tokens that a cache has to take for it; the last new one is never read."""
-        return len(self.request.prompt) + self.request.max_new_tokens - 1
-
-    @property
     def ready(self) -> bool:
         """Whether its whole prompt was read."""
-        return self.read >= len(self.request.prompt)
+        return self.read >= len(self.prompt)
 
     @property
     def made(self) -> int:
@@ -186,3 +203,21 @@ class Row:
             self.reason, self.error = "stop", None
             del self.tokens[stream.tokens_within(len(self.text)) :]
             self.new = self.tokens[before:]
+
+
+@dataclass(slots=True)
+class Output:
+    """What one step added to an answer.
+
+    Attributes:
+        id: Of the request.
+        tokens, text: What is now certain and was not before; `text` needs an engine that decodes.
+        finish_reason: "stop", "length" or "error" if this was its last step, else None.
+        sequence: All of the answer so far.
+    """
+
+    id: int
+    tokens: list[int]
+    text: str
+    finish_reason: str | None
+    sequence: Sequence

@@ -38,8 +38,8 @@ class Sampler:
         self.seen: Tensor | None = None  # (B, V) bool, the tokens in a row's text, for repetition penalties
         self.banned: Tensor | None = None  # (B, V) bool, tokens that would end a row before it may end
 
-    def place(self, requests: Mapping[int, Request]) -> None:
-        """Gives rows to new requests."""
+    def assign(self, requests: Mapping[int, Request]) -> None:
+        """Give rows the settings of new requests, by row."""
         for b, request in requests.items():
             self.args[b], self.least[b] = request.sampling, request.min_new_tokens
             if request.sampling.seed is None:
@@ -55,7 +55,7 @@ class Sampler:
                 )
                 self.seen = self._marks(self.seen, b, text)
         self.made[list(requests)] = 0
-        self._settle()
+        self._resolve()
 
     def _marks(self, marks: Tensor | None, row: int, tokens: Tensor) -> Tensor:
         marks = torch.zeros(self.size, dtype=torch.bool, device=self.device) if marks is None else marks
@@ -63,7 +63,7 @@ class Sampler:
         marks[row, tokens] = True
         return marks
 
-    def _settle(self) -> None:
+    def _resolve(self) -> None:
         """Brings the rows' settings to the device; None stands for what no row asks for."""
         rows, put = self.args, lambda values: torch.tensor(values, device=self.device)
         greedy = [a.temperature < COLD or a.top_p == 0 for a in rows]

@@ -16,13 +16,11 @@ from litgpt.prompts import PromptStyle
 from litgpt.tokenizer import Tokenizer
 from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.config import KVCacheArgs, SamplingArgs
-from litgpt_kv.generate import Request, Stats, serve
-from litgpt_kv.generate.base import check, raise_failed
-from litgpt_kv.generate.request import Row
-from litgpt_kv.generate.runners import Limits
-from litgpt_kv.generate.text import TextStream, stop_texts
+from litgpt_kv.generate import Request, Stats, raise_failed
+from litgpt_kv.generate.text import stop_texts
 from litgpt_kv.llm import checkpoint
 from litgpt_kv.llm.chat import Chat
+from litgpt_kv.llm.run import Pieces, Run
 from litgpt_kv.model.gpt import GPT
 from litgpt_kv.parallel import Place, Way, way_of
 
@@ -33,8 +31,7 @@ class LLM:
     Attributes:
         model: The `GPT`, in inference mode. tokenizer, prompt_style, config, checkpoint_dir: as in litgpt's `LLM`.
         fabric: The device and precision.
-        stats: What the last run did, in tokens and seconds.
-        cache: The last run's cache, None without one.
+        last_run: The last run that ended, None before the first.
         decoder: Runs the one-token steps: the model, or what `compile` made of it.
         way: How several devices share the work; None on one.
     """
@@ -50,9 +47,19 @@ class LLM:
     ) -> None:
         self.model, self.tokenizer, self.prompt_style = model, tokenizer, prompt_style
         self.config, self.checkpoint_dir, self.fabric = config, checkpoint_dir, fabric
-        self.stats, self.cache = Stats(), None
+        self.last_run: Run | None = None
         self.decoder = model
         self.way: Way | None = None
+
+    @property
+    def stats(self) -> Stats:
+        """What the last run that ended did, in tokens and seconds."""
+        return Stats() if self.last_run is None else self.last_run.stats
+
+    @property
+    def cache(self) -> KVCache | None:
+        """The cache of the last run that ended; None without one."""
+        return None if self.last_run is None else self.last_run.cache
 
     @classmethod
     def load(
@@ -138,7 +145,7 @@ class LLM:
         if self.checkpoint_dir is None:
             raise ValueError("A model with random weights cannot be distributed: each process would draw its own.")
         place = Place(accelerator, devices, num_nodes, checkpoint.precision_for(precision, accelerator))
-        self.model = self.decoder = self.cache = None  # what one device has makes room
+        self.model = self.decoder = self.last_run = None  # what one device has makes room
         self.way = way(self.config, checkpoint.read_weights(self.checkpoint_dir), place)
         self.fabric, self.model = self.way.fabric, self.way.model
         self.decoder = self.model
@@ -200,7 +207,8 @@ class LLM:
             max_new_tokens: The most new tokens of each prompt.
             temperature, top_k, top_p, repetition_penalty, seed: See `SamplingArgs`; one value, or one a prompt.
             return_as_token_ids: Return 1-D int64 tensors instead of text.
-            stream: Return an iterator over pieces of text as they are made; of lists of pieces for a list of prompts.
+            stream: Return an iterator over pieces of text as they are made, with `stats` of its own; over lists of
+                pieces for a list of prompts.
             kv_cache: A strategy's name, or all of `KVCacheArgs`; None or "none" computes the whole text again at
                 every step.
             budget: Tokens kept, instead of that of `kv_cache`.
@@ -227,106 +235,41 @@ class LLM:
         args = KVCacheArgs.of(kv_cache, budget)
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         sampling = SamplingArgs(temperature, top_k, top_p, seed, repetition_penalty).rows(len(texts))
-        ends = max_new_tokens, min_new_tokens
-        rows = [self.row(text, b, sys_prompt, *ends, sampling[b], stop, ignore_eos) for b, text in enumerate(texts)]
-        steps = self.run(rows, args, batch_size, prefill, prefill_chunk, logprobs)
+        requests = [
+            self.request(text, b, sys_prompt, max_new_tokens, min_new_tokens, sampling[b], stop, ignore_eos)
+            for b, text in enumerate(texts)
+        ]
+        run = self.run(requests, args, batch_size, prefill, prefill_chunk, logprobs)
         if stream:
-            pieces = _pieces(steps, rows)
-            return (one for (one,) in pieces) if isinstance(prompt, str) else pieces
-        for _ in steps:
-            pass
-        raise_failed(rows)
-        out = [torch.tensor(row.tokens, dtype=torch.int64) if return_as_token_ids else row.text for row in rows]
+            return Pieces(run, single=isinstance(prompt, str))
+        sequences = run.sequences()
+        raise_failed(sequences)
+        out = [torch.tensor(s.tokens, dtype=torch.int64) if return_as_token_ids else s.text for s in sequences]
         return out[0] if isinstance(prompt, str) else out
 
-    def row(
+    def request(
         self,
         prompt: str,
-        index: int = 0,
+        id: int | None = None,
         sys_prompt: str | None = None,
         max_new_tokens: int = 50,
         min_new_tokens: int = 0,
         sampling: SamplingArgs | None = None,
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
-    ) -> Row:
+    ) -> Request:
         """A prompt and its settings, as `run` takes them; the arguments are those of `generate`."""
-        ids = self.encode(prompt, sys_prompt)
-        request = Request(
-            ids, max_new_tokens, min_new_tokens, sampling or SamplingArgs(), () if ignore_eos else self.ends()
-        )
-        return Row(request, index, TextStream(self.decode, ids.tolist(), stop_texts(stop)))
+        ids, ends = self.encode(prompt, sys_prompt), () if ignore_eos else self.ends()
+        sampling = SamplingArgs() if sampling is None else sampling
+        return Request(ids, max_new_tokens, min_new_tokens, sampling, ends, stop_texts=stop_texts(stop), id=id)
 
     def ends(self) -> list[list[int]]:
         """The token sequences with which the model ends its text, by its prompt style."""
         return [list(stop) for stop in self.prompt_style.stop_tokens(self.tokenizer) if None not in stop]
 
-    def run(
-        self,
-        rows: Sequence[Row],
-        args: KVCacheArgs | None,
-        batch_size: int | None = None,
-        prefill: str = "min-length",
-        prefill_chunk: int | None = None,
-        logprobs: bool = False,
-        tokens: int | None = None,
-    ) -> Iterator[list[Row]]:
-        """Builds a cache of the right size and answers rows, as many at a time as `batch_size` says.
-
-        `tokens` are what the longest row will see, prompt and new ones, if that is not to be taken from these rows.
-        With "data_parallel" a process answers some of the rows, and at the end has the others from the other processes.
-
-        Yields:
-            For each draw the rows that took part in it, see `litgpt_kv.generate.serve`. `stats` and `cache` are this
-            run's.
-        """
-        if self.model is None:
-            raise ValueError("No weights are loaded: call distribute() first, or load without distribute=None.")
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-        self.stats, self.cache = Stats(), None
-        tokens = tokens or max((row.sees for row in rows), default=1)
-        mine = rows
-        if self.way is not None:
-            if self.way.divided:  # what one process would refuse, all refuse
-                limits = Limits.of(self.model, args, prefill, tokens)
-                for row in rows:
-                    check(row.request, limits, f"Prompt {row.index}")
-            mine = self.way.mine(rows)
-        size = max(1, min(len(mine), batch_size or len(mine)))
-        if args is not None:
-            self.cache = self.build_cache(args, size, tokens)
-        steps = (
-            serve(
-                self.model,
-                mine,
-                self.cache,
-                rows=size,
-                prefill=prefill,
-                prefill_chunk=prefill_chunk,
-                decoder=self.decoder,
-                stats=self.stats,
-                logprobs=logprobs,
-            )
-            if mine or not rows
-            else iter(())
-        )  # a process may have nothing to do
-        return self._noted(steps, rows, mine)
-
-    def _noted(self, steps: Iterator[list[Row]], rows: Sequence[Row], mine: Sequence[Row]) -> Iterator[list[Row]]:
-        stats = self.stats
-        stats.reasons, stats.logprobs = [None] * len(rows), [[] for _ in rows]
-        try:
-            for drew in steps:
-                _note(stats, drew)
-                yield drew
-        except BaseException as error:
-            if self.way is not None and self.way.divided:
-                self.way.meet(f"{type(error).__name__}: {error}")
-            raise
-        if self.way is not None and (others := self.way.share(rows, mine, stats)):
-            _note(stats, others)
-            yield others
+    def run(self, requests: Sequence[Request], args: KVCacheArgs | None, *options: Any, **named: Any) -> Run:
+        """Answers requests; see `Run` for the options, and for what it gives."""
+        return Run(self, requests, args, *options, **named)
 
     def build_cache(self, args: KVCacheArgs, batch_size: int, tokens: int) -> KVCache:
         """A cache in the dtype of this model's keys and values; `tokens` are what a row will see."""
@@ -374,15 +317,3 @@ class LLM:
             single = isinstance(kwargs.get("prompt"), str)
             out = "".join(pieces) if single else ["".join(row) for row in zip(*pieces)]
         return out, table
-
-
-def _pieces(steps: Iterator[list[Row]], rows: Sequence[Row]) -> Iterator[list[str]]:
-    for drew in steps:
-        yield [row.piece if row in drew else "" for row in rows]
-    raise_failed(rows)
-
-
-def _note(stats: Stats, rows: Sequence[Row]) -> None:
-    for row in rows:
-        if row.reason is not None:
-            stats.reasons[row.index], stats.logprobs[row.index] = row.reason, row.logprobs

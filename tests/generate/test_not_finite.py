@@ -54,7 +54,7 @@ def test_the_sampler_says_which_rows_have_no_distribution(name: str) -> None:
         ]
     )
     sampler = Sampler(8, 5, torch.device("cpu"))
-    sampler.place({b: Request([0], sampling=SETTINGS[name]) for b in range(8)})
+    sampler.assign({b: Request([0], sampling=SETTINGS[name]) for b in range(8)})
     for _ in range(5):
         tokens = sampler(logits).tolist()
         assert [t < 0 for t in tokens] == [False, True, True, True, False, True, True, False]
@@ -65,7 +65,7 @@ def test_the_sampler_says_which_rows_have_no_distribution(name: str) -> None:
 
 def test_a_temperature_under_which_logits_overflow() -> None:
     sampler = Sampler(2, 3, torch.device("cpu"))
-    sampler.place({b: Request([0], sampling=SamplingArgs(temperature=1e-4)) for b in range(2)})
+    sampler.assign({b: Request([0], sampling=SamplingArgs(temperature=1e-4)) for b in range(2)})
     assert [t < 0 for t in sampler(torch.tensor([[1e36, 0.0, 1.0], [1e3, 0.0, 1.0]])).tolist()] == [True, False]
 
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from litgpt_kv import SamplingArgs
-from litgpt_kv.generate.request import Request, Row
+from litgpt_kv.generate.request import Request, Sequence
 from litgpt_kv.generate.stopping import StopMatcher
 from litgpt_kv.generate.text import TextStream
 
 
 def row_of(stop, most, least=0, stream=None):
-    return Row(Request([0], most, least, stop=stop), stream=stream)
+    return Sequence(Request([0], most, least, stop=stop), stream=stream)
 
 
 def pushed(row, tokens):

@@ -47,7 +47,7 @@ try:  # what one process would refuse, all do
 except ValueError as error:
     say("refused", rank, "over the limit of 1024" in str(error))
 try:  # one process fails on its own; the other one hears of it
-    for n, drew in enumerate(llm.run([llm.row(t, b, max_new_tokens=9) for b, t in enumerate(texts)], None)):
+    for n, drew in enumerate(llm.run([llm.request(t, b, max_new_tokens=9) for b, t in enumerate(texts)], None)):
         if rank and n == 3:
             raise OSError("no space")
 except (OSError, RuntimeError) as error:
