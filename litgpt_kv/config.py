@@ -11,6 +11,7 @@ from litgpt.config import Config
 from litgpt.model import yarn_get_mscale
 
 T = TypeVar("T")
+HOTTEST = 1e30  # temperature: well within float32
 
 
 def shown(value: Any) -> str:
@@ -20,6 +21,26 @@ def shown(value: Any) -> str:
     except Exception:  # an integer of more digits than Python prints, or an object that fails to show itself
         text = f"a value of type {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def check_type(name: str, value: Any, kinds: type | tuple[type, ...], what: str) -> None:
+    """Raises TypeError in our words if a value is not what it should be."""
+    if not isinstance(value, kinds):
+        raise TypeError(f"{name} must be {what}, got {shown(value)}.")
+
+
+def check_whole(name: str, value: Any, least: int | None = 1) -> None:
+    """Raises ValueError if a value is no whole number, or below the least one."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} must be a whole number, got {shown(value)}.")
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, got {shown(value)}.")
+
+
+def check_callable(name: str, value: Any) -> None:
+    """Raises TypeError if a value, if there is one, cannot be called."""
+    if value is not None and not callable(value):
+        raise TypeError(f"{name} must be a function or None, got {shown(value)}.")
 
 
 @dataclass(frozen=True)
@@ -55,9 +76,9 @@ class KVCacheArgs:
         args = cls(strategy=kv_cache) if isinstance(kv_cache, str) and kv_cache != "none" else kv_cache
         args = None if args == "none" else args
         if not (args is None or isinstance(args, KVCacheArgs)):
-            raise ValueError(f"kv_cache must be a strategy's name, KVCacheArgs or None, got {kv_cache!r}.")
+            raise ValueError(f"kv_cache must be a strategy's name, KVCacheArgs or None, got {shown(kv_cache)}.")
         if budget is not None and args is None:
-            raise ValueError(f"Without a cache there is no budget, got {budget}.")
+            raise ValueError(f"Without a cache there is no budget, got {shown(budget)}.")
         return args if budget is None else replace(args, budget=budget)
 
     def resolved(self, max_tokens: int) -> KVCacheArgs:
@@ -67,7 +88,11 @@ class KVCacheArgs:
 
     def __post_init__(self) -> None:
         if self.positions not in (None, "absolute", "cache"):
-            raise ValueError(f"positions must be 'absolute' or 'cache', got {self.positions!r}.")
+            raise ValueError(f"positions must be 'absolute' or 'cache', got {shown(self.positions)}.")
+        check_type("options", self.options, dict, "a dictionary of the strategy's options")
+        for name in ("strategy", "storage"):
+            for one in _each(getattr(self, name)):
+                check_type(name, one, str, "a registered name, or a list with one a layer")
         for name in ("budget", "sinks", "recent"):
             value = getattr(self, name)
             for one in _each(value):
@@ -80,9 +105,9 @@ def _check_count(name: str, value: Any) -> None:
     if name == "budget" and isinstance(value, str):
         percent(value, 100)
     elif isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name} is a count of tokens, got {value!r}.")
+        raise ValueError(f"{name} is a count of tokens, got {shown(value)}.")
     elif value < (1 if name == "budget" else 0):
-        raise ValueError(f"{name} must be at least {1 if name == 'budget' else 0}, got {value}.")
+        raise ValueError(f"{name} must be at least {1 if name == 'budget' else 0}, got {shown(value)}.")
 
 
 def percent(text: str, of: int) -> int:
@@ -92,7 +117,7 @@ def percent(text: str, of: int) -> int:
     except ValueError:
         share = math.nan
     if not 0 < share <= 100:
-        raise ValueError(f"A budget is a count of tokens or a percentage over 0% and up to 100%, got {text!r}.")
+        raise ValueError(f"A budget is a count of tokens or a percentage over 0% and up to 100%, got {shown(text)}.")
     return max(1, round(of * share / 100))
 
 
@@ -146,22 +171,22 @@ class SamplingArgs:
             kind = int if name in ("top_k", "seed") else (int, float)
             for value in _each(getattr(self, name)):
                 if isinstance(value, bool) or not (isinstance(value, kind) or (value is None and kind is int)):
-                    raise ValueError(f"{name} must be a {'whole ' if kind is int else ''}number, got {value!r}.")
+                    raise ValueError(f"{name} must be a {'whole ' if kind is int else ''}number, got {shown(value)}.")
         for value in _each(self.temperature):
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"temperature must be 0 or greater, got {value}.")
+            if not 0 <= value <= HOTTEST:
+                raise ValueError(f"temperature must be 0 or greater, and at most {HOTTEST:.0e}, got {shown(value)}.")
         for value in _each(self.top_k):
             if value is not None and value < 1:
-                raise ValueError(f"top_k must be at least 1, got {value}.")
+                raise ValueError(f"top_k must be at least 1, got {shown(value)}.")
         for value in _each(self.top_p):
             if not 0.0 <= value <= 1.0:
-                raise ValueError(f"top_p must be between 0 and 1, got {value}.")
+                raise ValueError(f"top_p must be between 0 and 1, got {shown(value)}.")
         for value in _each(self.seed):
             if value is not None and not 0 <= value < 2**63:
-                raise ValueError(f"seed must be 0 to 2**63 - 1, got {value}.")
+                raise ValueError(f"seed must be 0 to 2**63 - 1, got {shown(value)}.")
         for value in _each(self.repetition_penalty):
             if not 0.01 <= value <= 100:
-                raise ValueError(f"repetition_penalty must be between 0.01 and 100, got {value}.")
+                raise ValueError(f"repetition_penalty must be between 0.01 and 100, got {shown(value)}.")
 
     def rows(self, count: int) -> list[SamplingArgs]:
         """The same for each of `count` rows, with one value each."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from litgpt_kv.cache.kv_cache import KVCache
-from litgpt_kv.config import KVCacheArgs, SamplingArgs, per_row, shown
+from litgpt_kv.config import KVCacheArgs, SamplingArgs, check_type, per_row, shown
 from litgpt_kv.generate.engine import Engine, Stats
 from litgpt_kv.generate.limits import PREFILLS, check_prefill, check_prompt, vocabulary_of
 from litgpt_kv.generate.request import Output, Request, Sequence
@@ -56,6 +56,7 @@ def prefill(model: Model, prompts: Prompts, cache: KVCache, method: str = "min-l
         The logits (B, V) after the last token read of each row, and how many tokens of each row were read.
     """
     check_prefill(method)
+    check_type("cache", cache, KVCache, "a KVCache")
     _check_list(prompts)
     device = cache.pos.device
     rows = [check_prompt(p, vocabulary_of(model), f"Prompt {b}").to(device) for b, p in enumerate(prompts)]
@@ -70,6 +71,11 @@ def prefill(model: Model, prompts: Prompts, cache: KVCache, method: str = "min-l
 @torch.inference_mode()
 def decode(model: Model, token: Tensor, cache: KVCache) -> Tensor:
     """One more token for every row: token (B,) int64 gives logits (B, V). Positions are the cache's own."""
+    check_type("token", token, Tensor, "a tensor with one token id a row")
+    check_type("cache", cache, KVCache, "a KVCache")
+    if token.shape != (cache.batch_size,) or token.dtype != torch.int64:
+        shape = f"{tuple(token.shape)} {token.dtype}"
+        raise ValueError(f"token must have shape ({cache.batch_size},) and dtype torch.int64, got {shape}.")
     return model(token.unsqueeze(1), cache).squeeze(1)
 
 
@@ -127,7 +133,9 @@ def stream(
     if cache is not None and cache.batch_size != count:
         raise ValueError(f"The cache has {cache.batch_size} rows, there are {count} prompts.")
     limits = per_row("max_new_tokens", max_new_tokens, count), per_row("min_new_tokens", min_new_tokens, count)
-    settings = (sampling or SamplingArgs()).rows(count)
+    sampling = SamplingArgs() if sampling is None else sampling
+    check_type("sampling", sampling, SamplingArgs, "SamplingArgs")
+    settings = sampling.rows(count)
     requests = [Request(p, *new, args, stop) for p, new, args in zip(prompts, zip(*limits), settings)]
     stats = _begun(stats)
     options = dict(prefill=prefill, prefill_chunk=prefill_chunk, decoder=decoder, logprobs=logprobs)
@@ -230,6 +238,7 @@ def serve(
     engine = Engine(model, cache, rows=rows, pieces=None, decode_text=decode_text, stats=_begun(stats), **options)
     if cache is not None and any(cache.seen):
         raise ValueError(f"serve needs an empty cache; tokens seen are {cache.seen}: call reset() first.")
+    check_type("requests", None if isinstance(requests, Tensor) else requests, Iterable, "an iterable of Requests")
     waiting = iter(requests)
     _fill(engine, waiting)
     if not engine.unfinished:
@@ -252,7 +261,8 @@ def _fill(engine: Engine, waiting: Iterator[Request]) -> None:
 
 def _check_list(prompts: Prompts) -> int:
     """The number of prompts, at least one."""
-    if not isinstance(prompts, (abc.Sequence, Tensor)) or isinstance(prompts, str):
+    single = isinstance(prompts, str) or (isinstance(prompts, Tensor) and prompts.dim() == 0)
+    if single or not isinstance(prompts, (abc.Sequence, Tensor)):
         raise TypeError(f"prompts must be a list of lists of token ids, got {shown(prompts)}.")
     if not len(prompts):
         raise ValueError("There are no prompts.")
@@ -263,5 +273,6 @@ def _begun(stats: Stats | None) -> Stats:
     """Stats that begin at zero, also where they were used before."""
     if stats is None:
         return Stats()
+    check_type("stats", stats, Stats, "Stats")
     vars(stats).update(vars(Stats()))
     return stats

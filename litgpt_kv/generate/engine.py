@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from litgpt_kv.cache.kv_cache import KVCache
-from litgpt_kv.config import shown
+from litgpt_kv.config import check_callable, check_type, shown
+from litgpt_kv.generate.limits import vocabulary_of
 from litgpt_kv.generate.request import Output, Request, Sequence
 from litgpt_kv.generate.runner import CacheRunner, Model, RecomputeRunner, Runner
 from litgpt_kv.generate.sampling import Sampler, logprobs_of
@@ -92,10 +93,15 @@ class Engine:
         if not (cache is None or isinstance(cache, KVCache)):
             raise ValueError(f"cache must be a KVCache or None, got {shown(cache)}.")
         size = rows if cache is None else cache.batch_size
-        if not isinstance(size, int) or size < 1 or rows not in (None, size):
+        if not isinstance(size, int) or size < 1 or not (rows is None or (isinstance(rows, int) and rows == size)):
             raise ValueError(f"rows must be at least 1, and the cache's batch size if there is one, got {shown(rows)}.")
         if pieces is not None and not (isinstance(pieces, int) and pieces >= 1):
             raise ValueError(f"pieces must be at least 1, or None for all, got {shown(pieces)}.")
+        vocabulary_of(model)  # raises for what is no model
+        check_type("logprobs", logprobs, bool, "True or False")
+        check_callable("decoder", decoder)
+        check_callable("decode_text", decode_text)
+        check_type("stats", stats, (Stats, type(None)), "Stats or None")
         self.runner: Runner
         if cache is None:
             self.runner = RecomputeRunner(model, size)
@@ -161,6 +167,7 @@ class Engine:
 
     def abort(self, id: int) -> bool:
         """Ends a request; its row is free at the next step. Returns whether it had not ended before."""
+        check_type("id", id, int, "the id of a request")
         sequence = self._sequences.get(id)
         if sequence is None:
             return False

@@ -20,6 +20,9 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def vocabulary_of(model: abc.Callable[..., Tensor]) -> int:
+    """How many tokens a model knows."""
+    if not (callable(model) and hasattr(model, "lm_head")):
+        raise TypeError(f"model must be a litgpt_kv.GPT, plain, compiled or wrapped, got {shown(model)}.")
     return model.lm_head.out_features
 
 

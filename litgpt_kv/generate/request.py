@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from litgpt_kv.config import SamplingArgs, shown
+from litgpt_kv.config import SamplingArgs, check_type, check_whole, shown
 from litgpt_kv.generate.stopping import StopMatcher
 from litgpt_kv.generate.text import TextStream, stop_texts
 
@@ -41,18 +41,14 @@ class Request:
     id: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "min_new_tokens"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise ValueError(f"{name} must be a whole number, got {shown(value)}.")
+        check_whole("max_new_tokens", self.max_new_tokens)
+        check_whole("min_new_tokens", self.min_new_tokens, None)
         most = self.max_new_tokens
-        if not 1 <= most <= MOST:
-            what = "at least 1" if most < 1 else f"at most {MOST}"
-            raise ValueError(f"max_new_tokens must be {what}, got {shown(most)}.")
+        if most > MOST:
+            raise ValueError(f"max_new_tokens must be at most {MOST}, got {shown(most)}.")
         if not 0 <= self.min_new_tokens <= most:
             raise ValueError(f"min_new_tokens must be 0 to {most} (max_new_tokens), got {shown(self.min_new_tokens)}.")
-        if not isinstance(self.sampling, SamplingArgs):
-            raise TypeError(f"sampling must be SamplingArgs, got {shown(self.sampling)}.")
+        check_type("sampling", self.sampling, SamplingArgs, "SamplingArgs")
         if many := [name for name, value in vars(self.sampling).items() if isinstance(value, (list, tuple))]:
             raise ValueError(f"A request has one value of each sampling setting, got a list for {many[0]}.")
         if not isinstance(self.stop, abc.Sequence) or not all(map(_is_tokens, self.stop)):
@@ -60,14 +56,19 @@ class Request:
                 f"stop must be a list of stop sequences of at least one token, [[2], [5, 7]], got {shown(self.stop)}."
             )
         stop_texts(self.stop_texts)
-        if self.id is not None and (isinstance(self.id, bool) or not isinstance(self.id, int)):
-            raise TypeError(f"id must be a whole number, got {shown(self.id)}.")
+        for name in ("prompt", "past"):
+            tokens = getattr(self, name)
+            check_type(name, tokens, (abc.Sequence, Tensor), "a list of token ids")
+            if isinstance(tokens, Tensor) and tokens.dim() == 0:
+                raise ValueError(f"{name} must be a list of token ids, got {shown(tokens)}.")
+        if self.id is not None:
+            check_whole("id", self.id, 0)
+            if self.id >= 2**63:
+                raise ValueError(f"id must be below 2**63, got {shown(self.id)}.")
 
     @property
     def sees(self) -> int:
         """The most tokens that a cache has to take for it; the last new one is never read."""
-        if not hasattr(self.prompt, "__len__"):
-            raise ValueError(f"A prompt must be a list of token ids, got {shown(self.prompt)}.")
         return len(self.prompt) + self.max_new_tokens - 1
 
 

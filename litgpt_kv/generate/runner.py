@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from litgpt_kv.cache.kv_cache import KVCache
+from litgpt_kv.config import shown
 from litgpt_kv.generate.limits import Limits, check_prefill
 from litgpt_kv.generate.request import Sequence
 from litgpt_kv.model.gpt import GPT
@@ -65,7 +66,8 @@ class CacheRunner:
     def __init__(self, model: GPT, decoder: Model | None, cache: KVCache, prefill: str, chunk: int | None) -> None:
         check_prefill(prefill)
         if chunk is not None and not (isinstance(chunk, int) and 1 <= chunk <= cache.longest_block):
-            raise ValueError(f"prefill_chunk must be 1 to {cache.longest_block} (budget less sinks), got {chunk}.")
+            most = cache.longest_block
+            raise ValueError(f"prefill_chunk must be 1 to {most} (budget less sinks), got {shown(chunk)}.")
         self.model, self.decoder, self.cache = model, model if decoder is None else decoder, cache
         self.full = prefill == "full"
         self.chunk = chunk or (min(BLOCK, cache.longest_block) if cache.exact_blocks else 1)

@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from litgpt_kv.config import shown
 from litgpt_kv.generate.stopping import StopMatcher
 
 CONTEXT = 8  # tokens decoded before a new one: some tokenizers join words by what precedes them
@@ -97,5 +98,5 @@ def stop_texts(stop: str | Sequence[str]) -> list[str]:
     """Stop texts as a list; an empty one would end every text at once."""
     texts = [stop] if isinstance(stop, str) else stop
     if not isinstance(texts, Sequence) or not all(isinstance(text, str) and text for text in texts):
-        raise ValueError(f"stop must be a text of at least one character, or several, got {stop!r:.60}.")
+        raise ValueError(f"stop must be a text of at least one character, or several, got {shown(stop)}.")
     return list(texts)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from litgpt.prompts import PromptStyle
-from litgpt_kv.config import KVCacheArgs, SamplingArgs
+from litgpt_kv.config import KVCacheArgs, SamplingArgs, check_whole
 from litgpt_kv.generate import Engine, Request, Sequence, Stats
 from litgpt_kv.generate.limits import Limits, check_prefill
 from litgpt_kv.generate.text import stop_texts
@@ -66,6 +66,7 @@ class Chat:
             raise ValueError("Without a cache nothing is kept between turns: choose a strategy.")
         room = min(ROOM, llm.model.max_seq_length) if max_tokens is None else max_tokens
         check_prefill(prefill)
+        check_whole("max_tokens", room)
         self.cache = llm.build_cache(args, 1, room)
         self.limit = Limits.of(llm.model, args, prefill, room).limit  # a cache for compiled steps may be larger
         self.stats, self.turns = Stats(), 0

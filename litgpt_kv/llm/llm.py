@@ -15,7 +15,7 @@ from litgpt.config import Config
 from litgpt.prompts import PromptStyle
 from litgpt.tokenizer import Tokenizer
 from litgpt_kv.cache.kv_cache import KVCache
-from litgpt_kv.config import KVCacheArgs, SamplingArgs
+from litgpt_kv.config import KVCacheArgs, SamplingArgs, check_whole, shown
 from litgpt_kv.generate import Request, Stats, raise_failed
 from litgpt_kv.generate.text import stop_texts
 from litgpt_kv.llm import checkpoint
@@ -162,7 +162,7 @@ class LLM:
     def encode(self, prompt: str, sys_prompt: str | None = None) -> Tensor:
         """A prompt in the model's prompt style as token ids, 1-D int64."""
         if not isinstance(prompt, str):
-            raise ValueError(f"A prompt is a text, got {prompt!r}.")
+            raise ValueError(f"A prompt is a text, got {shown(prompt)}.")
         if not prompt:
             raise ValueError("The prompt is empty.")
         if any("\ud800" <= c <= "\udfff" for c in prompt):
@@ -229,7 +229,7 @@ class LLM:
                 end if the model's logits were not finite for one of them.
         """
         if not isinstance(prompt, (str, list, tuple)):
-            raise ValueError(f"prompt must be a text or a list of texts, got {prompt!r}.")
+            raise ValueError(f"prompt must be a text or a list of texts, got {shown(prompt)}.")
         if stream and return_as_token_ids:
             raise ValueError("stream=True gives text; for tokens as they are made see litgpt_kv.generate.stream.")
         args = KVCacheArgs.of(kv_cache, budget)
@@ -292,8 +292,7 @@ class LLM:
             "Decode speed in tokens/sec", "Cache memory allocated in GB", and on a GPU "Total GPU memory allocated in
             GB". litgpt runs `generate` twice an iteration and counts the tokens of the text anew; this does neither.
         """
-        if num_iterations < 1:
-            raise ValueError(f"num_iterations must be at least 1, got {num_iterations}.")
+        check_whole("num_iterations", num_iterations)
         table: dict[str, list[float]] = {}
         out = None
         for _ in range(num_iterations):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from litgpt_kv.cache.kv_cache import KVCache
-from litgpt_kv.config import KVCacheArgs
+from litgpt_kv.config import KVCacheArgs, check_type, check_whole
 from litgpt_kv.generate import Request, Sequence, Stats, raise_failed, serve
 from litgpt_kv.generate.limits import Limits
 from litgpt_kv.llm.text_model import TextModel
@@ -46,8 +46,11 @@ class Run:
     ) -> None:
         if llm.model is None:
             raise ValueError("No weights are loaded: call distribute() first, or load without distribute=None.")
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        if batch_size is not None:
+            check_whole("batch_size", batch_size)
+        check_type("requests", requests, abc.Sequence, "a list of Requests")
+        for request in requests:
+            check_type("requests", request, Request, "a list of Requests")
         requests = [r if r.id is not None else replace(r, id=number) for number, r in enumerate(requests)]
         self.llm, self.requests, self.stats = llm, requests, Stats()
         tokens = tokens or max((request.sees for request in requests), default=1)
