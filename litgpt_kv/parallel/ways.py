@@ -7,7 +7,8 @@ and a line in `WAYS`.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections import abc
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
@@ -16,8 +17,7 @@ import torch
 from torch import Tensor
 
 from litgpt.config import Config
-from litgpt_kv.generate import Stats
-from litgpt_kv.generate.stopping import Row
+from litgpt_kv.generate import Request, Sequence, Stats
 from litgpt_kv.model.gpt import GPT
 from litgpt_kv.parallel.heads import divide
 from litgpt_kv.parallel.launch import launch
@@ -62,11 +62,11 @@ class Way(Protocol):
 
     def __init__(self, config: Config, weights: Weights, place: Place) -> None: ...
 
-    def mine(self, rows: Sequence[Row]) -> list[Row]:
-        """Those of the rows that this process answers."""
+    def mine(self, requests: abc.Sequence[Request]) -> list[Request]:
+        """Those of the requests that this process answers; all have an id."""
 
-    def share(self, rows: Sequence[Row], mine: Sequence[Row], stats: Stats) -> list[Row]:
-        """When its own rows have ended: fills the others', and returns them; `stats` then count all."""
+    def share(self, requests: abc.Sequence[Request], answered: abc.Sequence[Sequence], stats: Stats) -> list[Sequence]:
+        """When its own requests were answered: the answers of the other processes; `stats` then count all."""
 
     def meet(self, failure: str | None = None) -> None:
         """Waits for the other processes, or tells them that this one failed."""
@@ -88,10 +88,10 @@ class TensorParallel:
         with run.fabric.init_tensor():
             self.model = shard(config, run.team, weights, device=run.fabric.device)
 
-    def mine(self, rows: Sequence[Row]) -> list[Row]:
-        return seeded(self.team, rows)
+    def mine(self, requests: abc.Sequence[Request]) -> list[Request]:
+        return seeded(self.team, requests)
 
-    def share(self, rows: Sequence[Row], mine: Sequence[Row], stats: Stats) -> list[Row]:
+    def share(self, requests: abc.Sequence[Request], answered: abc.Sequence[Sequence], stats: Stats) -> list[Sequence]:
         return []
 
     def meet(self, failure: str | None = None) -> None:
@@ -113,10 +113,10 @@ class Sequential:
         with self.fabric.init_tensor():
             self.model = spread(config, devices, weights)
 
-    def mine(self, rows: Sequence[Row]) -> list[Row]:
-        return list(rows)
+    def mine(self, requests: abc.Sequence[Request]) -> list[Request]:
+        return list(requests)
 
-    def share(self, rows: Sequence[Row], mine: Sequence[Row], stats: Stats) -> list[Row]:
+    def share(self, requests: abc.Sequence[Request], answered: abc.Sequence[Sequence], stats: Stats) -> list[Sequence]:
         return []
 
     def meet(self, failure: str | None = None) -> None:
@@ -137,21 +137,22 @@ class DataParallel:
         with run.fabric.init_tensor():
             self.model = shard(config, Team(), weights, device=run.fabric.device)
 
-    def mine(self, rows: Sequence[Row]) -> list[Row]:
-        rows = seeded(self.team, rows)
-        return [rows[b] for b in assign([row.sees for row in rows], self.team.size)[self.team.rank]]
+    def mine(self, requests: abc.Sequence[Request]) -> list[Request]:
+        requests = seeded(self.team, requests)
+        return [requests[b] for b in assign([r.sees for r in requests], self.team.size)[self.team.rank]]
 
-    def share(self, rows: Sequence[Row], mine: Sequence[Row], stats: Stats) -> list[Row]:
+    def share(self, requests: abc.Sequence[Request], answered: abc.Sequence[Sequence], stats: Stats) -> list[Sequence]:
         self.meet()  # however long the others take: a collective would give up
-        parts = self.team.collect(([(row.index, row.answer) for row in mine], vars(stats)))
+        parts = self.team.collect(([(s.index, s.answer) for s in answered], vars(stats)))
         _total(stats, [theirs for _, theirs in parts])
-        by_index = {row.index: row for row in rows}
+        by_id = {request.id: request for request in requests}
         others = []
         for rank, (answers, _) in enumerate(parts):
-            for index, answer in answers if rank != self.team.rank else ():
-                by_index[index].answer = answer
-                others.append(by_index[index])
-        return sorted(others, key=lambda row: row.index)
+            for number, answer in answers if rank != self.team.rank else ():
+                sequence = Sequence(by_id[number], number)
+                sequence.answer = answer
+                others.append(sequence)
+        return sorted(others, key=lambda sequence: sequence.index)
 
     def meet(self, failure: str | None = None) -> None:
         self._run.watch.meet(failure)
@@ -181,16 +182,16 @@ def way_of(name: str | None) -> type[Way]:
     return WAYS[name]
 
 
-def seeded(team: Team, rows: Sequence[Row]) -> list[Row]:
-    """With a seed all processes draw alike; rows without one get a seed that process 0 draws."""
-    free = [row for row in rows if row.request.sampling.seed is None]
-    drawn = team.same([random.SystemRandom().randrange(2**63) for _ in free]) if free else []
-    for row, seed in zip(free, drawn):
-        row.request = replace(row.request, sampling=replace(row.request.sampling, seed=seed))
-    return list(rows)
+def seeded(team: Team, requests: abc.Sequence[Request]) -> list[Request]:
+    """With a seed all processes draw alike; requests without one get a seed that process 0 draws."""
+    free = [request for request in requests if request.sampling.seed is None]
+    drawn = iter(team.same([random.SystemRandom().randrange(2**63) for _ in free]) if free else [])
+    return [
+        replace(r, sampling=replace(r.sampling, seed=next(drawn))) if r.sampling.seed is None else r for r in requests
+    ]
 
 
-def assign(lengths: Sequence[int], processes: int) -> list[list[int]]:
+def assign(lengths: abc.Sequence[int], processes: int) -> list[list[int]]:
     """Which rows each process takes: the longest first, each to the one that has least to read so far."""
     out: list[list[int]] = [[] for _ in range(processes)]
     load = [(0, r) for r in range(processes)]

@@ -34,6 +34,8 @@ def answers_in(path: Path) -> list[dict]:
 SCRIPT = """
 import os, time
 from litgpt_kv import LLM
+from litgpt_kv.arguments import StoppingArgs
+from litgpt_kv.llm.text_request import TextRequest
 
 def say(*words):  # in one piece: two processes write here
     os.write(1, (" ".join(map(str, words)) + "\\n").encode())
@@ -47,7 +49,8 @@ try:  # what one process would refuse, all do
 except ValueError as error:
     say("refused", rank, "over the limit of 1024" in str(error))
 try:  # one process fails on its own; the other one hears of it
-    for n, drew in enumerate(llm.run([llm.row(t, b, max_new_tokens=9) for b, t in enumerate(texts)], None)):
+    asked = [TextRequest(text, stopping=StoppingArgs(max_new_tokens=9)) for text in texts]
+    for n, drew in enumerate(llm.run([llm.request(each, b) for b, each in enumerate(asked)], None)):
         if rank and n == 3:
             raise OSError("no space")
 except (OSError, RuntimeError) as error:
