@@ -19,7 +19,7 @@ from litgpt_kv import registry
 from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.config import KVCacheArgs
 from litgpt_kv.model.gpt import GPT
-from litgpt_kv.parallel import Place, quiet
+from litgpt_kv.parallel import Place
 from litgpt_kv.parallel.heads import divide
 from litgpt_kv.parallel.launch import launch
 from litgpt_kv.parallel.team import Clock, Team
@@ -96,7 +96,7 @@ def compare(
         divide(config, place.devices * place.num_nodes)
     run = launch(place.accelerator, place.devices, place.num_nodes, place.precision)
     team, device = run.team, run.fabric.device
-    quiet(team.rank)
+    hidden = True if team.rank else None  # None: a bar on terminals only
     with run.fabric.init_tensor():
         if weights is None:
             torch.manual_seed(0)
@@ -108,7 +108,7 @@ def compare(
     share = threads or torch.get_num_threads()  # of the machine's cores
     report = {"model": config.name, "device": str(device), "processes": team.size, "rows": []}
     names = strategies or registry.names("strategy")
-    with tqdm(total=len(contexts) * len(names) * repeats, file=sys.stderr, disable=None, leave=False) as bar:
+    with tqdm(total=len(contexts) * len(names) * repeats, file=sys.stderr, disable=hidden, leave=False) as bar:
         for context in contexts:
             rows = []
             for name in names:
@@ -130,7 +130,8 @@ def compare(
                 rows.append(_largest(team.collect(together.row(context))))
             report["rows"] += rows
             bar.clear()
-            _print(rows, repeats)
+            if team.rank == 0:
+                _print(rows, repeats)
     return report if team.rank == 0 else None
 
 

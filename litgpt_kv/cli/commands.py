@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -15,6 +14,7 @@ import torch
 
 from litgpt_kv import registry
 from litgpt_kv.cache.kv_cache import KVCache
+from litgpt_kv.cli.output import Output
 from litgpt_kv.cli.parser import cache_args, describe
 from litgpt_kv.cli.prompt_files import Answers, Line, Settings, answer_file, read_prompts
 from litgpt_kv.cli.terminal import talk
@@ -24,7 +24,7 @@ from litgpt_kv.generate.runners import PREFILLS
 from litgpt_kv.generate.stopping import Row
 from litgpt_kv.llm import checkpoint
 from litgpt_kv.llm.llm import LLM
-from litgpt_kv.parallel import Way, quiet
+from litgpt_kv.parallel import Way
 
 SMALL_MODEL = 20_000_000  # weights
 QUESTION = "What food do llamas eat?"
@@ -146,46 +146,46 @@ def generate(
         steps = llm.run(rows, args, **how)
         _announce(llm, rows, prefill, prefill_chunk)
         show(llm, rows, steps)
-        report(llm.stats, llm.cache, way=llm.way)
+        report(Output.of(llm), llm.stats, llm.cache, way=llm.way)
 
 
 def show(llm: LLM, rows: list[Row], steps: Iterator[list[Row]]) -> None:
     """Prompts and their continuations: one as it is made, several when all are."""
-    texts = [llm.decode(row.request.prompt.tolist()) for row in rows]
+    output, texts = Output.of(llm), [llm.decode(row.request.prompt.tolist()) for row in rows]
     if len(rows) == 1:
         begin = texts[0]
         for _ in steps:
-            print(begin + rows[0].piece, end="", flush=True)
+            output.text(begin + rows[0].piece, end="")
             begin = ""
-        print()
+        output.text("")
         return
     for _ in steps:
         pass
     for text, row in zip(texts, rows):
-        print(text + row.text)
+        output.text(text + row.text)
 
 
 def _answer(llm: LLM, lines: list[Line], answers: Answers, *others: Any, **how: Any) -> None:
-    before = len(answers.done)
+    before, output = len(answers.done), Output.of(llm)
     try:
         begun = functools.partial(_announce, llm, prefill=how["prefill"], prefill_chunk=how["prefill_chunk"])
         bad = answer_file(llm, lines, answers, *others, **how, begun=begun)
     except KeyboardInterrupt:
         if answers.path is not None:
             where = f"{answers.path} and its parts" if answers.way is not None and answers.way.divided else answers.path
-            _say(f"Interrupted: {len(answers.done):,} answers are in {where}; --resume goes on.")
+            output.note(f"Interrupted: {len(answers.done):,} answers are in {where}; --resume goes on.")
         raise
     answers.close()
     for line in bad:
-        _say(f"Line {line.number} was left out: {line.error}")
+        output.note(f"Line {line.number} was left out: {line.error}")
     if llm.stats.new_tokens:
-        report(llm.stats, llm.cache, brief=True, way=llm.way)
+        report(output, llm.stats, llm.cache, brief=True, way=llm.way)
     where = "" if answers.path is None else f" in {answers.path}"
     resumed = f", {before:,} of them from before" if before else ""
     if orphans := len(answers.done.keys() - set(answers.expected)) if answers.path is not None else 0:
         resumed += f", {orphans:,} to no line of this file"
     count = len(answers.done) if answers.path is not None else answers.given
-    _say(f"{count:,} answers{where}{resumed}; {len(bad):,} of {len(lines):,} lines could not be used.")
+    output.note(f"{count:,} answers{where}{resumed}; {len(bad):,} of {len(lines):,} lines could not be used.")
     if bad:
         raise SystemExit(1)
 
@@ -200,7 +200,7 @@ def _announce(llm: LLM, rows: list[Row], prefill: str, prefill_chunk: int | None
     if longest - first >= MANY_STEPS:
         budget = min(slots.size for slots in cache.slots)
         what = f"{longest:,} tokens, {longest / budget:.3g} times the budget"
-        _say(
+        Output.of(llm).note(
             f"The longest prompt has {what}: {longest - first:,} will be read one at a time; "
             "--prefill full reads all in one pass."
         )
@@ -226,8 +226,7 @@ def load(
     if many:
         devices, num_nodes, strategy = place
         llm.distribute(accelerator, devices, num_nodes, precision, strategy)
-        quiet(llm.fabric.global_rank)
-    _say(f"Loaded {checkpoint_dir} on {llm.fabric.device} in {time.perf_counter() - began:.2f} s.")
+    Output.of(llm).note(f"Loaded {checkpoint_dir} on {llm.fabric.device} in {time.perf_counter() - began:.2f} s.")
     if threads is None and llm.fabric.device.type == "cpu":
         threads = 1 if sum(p.numel() for p in llm.model.parameters()) < SMALL_MODEL else None
     if threads is not None:
@@ -304,13 +303,13 @@ def strategies() -> None:
         print(describe(name))
 
 
-def report(stats: Stats, cache: KVCache | None, brief: bool = False, way: Way | None = None) -> None:
+def report(output: Output, stats: Stats, cache: KVCache | None, brief: bool = False, way: Way | None = None) -> None:
     """What a run did, on standard error; `brief` without what each row keeps. The cache is that of process 0."""
     prefill = f"{stats.prefill_seconds:.2f} s ({_rate(stats.prefill_tokens, stats.prefill_seconds)})"
     if (later := stats.prompt_tokens - stats.prefill_tokens) > 0:
         prefill += f" and {later:,} beside decoding"
     decode = f"{stats.decode_seconds:.2f} s ({_rate(stats.decode_tokens, stats.decode_seconds)})"
-    _say(f"Read {stats.prompt_tokens:,} prompt tokens in {prefill}, made {stats.new_tokens:,} in {decode}.")
+    output.note(f"Read {stats.prompt_tokens:,} prompt tokens in {prefill}, made {stats.new_tokens:,} in {decode}.")
     if cache is not None:
         size, tokens = cache.allocated(), cache.tokens()
         kept = ", ".join(f"{k:,} of {s:,}" for k, s in zip(tokens["kept"], tokens["seen"]))
@@ -320,12 +319,8 @@ def report(stats: Stats, cache: KVCache | None, brief: bool = False, way: Way | 
         budget = " to ".join(f"{b:,}" for b in dict.fromkeys([budgets[0], budgets[-1]]))
         what = f"Cache {', '.join(dict.fromkeys(names))}: budget {budget} tokens, {size['total']:,} bytes ({parts})"
         what += f" on process 0 of {way.team.size}" if way is not None and way.team.size > 1 else ""
-        _say(what + "." if brief else f"{what}; kept {kept} tokens seen.")
+        output.note(what + "." if brief else f"{what}; kept {kept} tokens seen.")
 
 
 def _rate(tokens: int, seconds: float) -> str:
     return f"{tokens / seconds:,.0f} tokens/s" if seconds > 0 and tokens else "not measured"
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

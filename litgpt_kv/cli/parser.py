@@ -22,6 +22,7 @@ from jsonargparse import CLI, ArgumentParser, DefaultHelpFormatter, set_loader, 
 
 from litgpt_kv import __version__, registry
 from litgpt_kv.config import KVCacheArgs
+from litgpt_kv.parallel import end_worker
 
 PROG = "litgpt_kv"
 _FIELDS = [f.name for f in dataclasses.fields(KVCacheArgs) if f.name != "options"]
@@ -190,10 +191,13 @@ def run(commands: dict[str, Callable[..., Any]], description: str, args: list[st
         raise SystemExit(0)
     args = normalise(args, flags) or ["--help"]
     set_loader("litgpt_kv", load_yaml, exceptions=(yaml.YAMLError,))
+    options = dict(prog=PROG, description=description, parser_class=Parser, parser_mode="litgpt_kv")
     try:
-        return CLI(
-            commands, args=args, prog=PROG, description=description, parser_class=Parser, parser_mode="litgpt_kv"
-        )
+        try:
+            return CLI(commands, args=args, **options)
+        except BaseException as error:
+            end_worker(error)  # in a run of several processes the launcher prints the error, once
+            raise
     except BrokenPipeError:  # the reader went away, as `| head` does
         sys.stderr.close()
         raise SystemExit(0) from None

@@ -208,7 +208,9 @@ class Answers:
             self._file.flush()
             return
         while self.expected and self.expected[0] in self.done:
-            print(_json(self.done.pop(self.expected.popleft())), flush=True)
+            answer = self.done.pop(self.expected.popleft())
+            if self.way is None or self.way.team.rank == 0:
+                print(_json(answer), flush=True)
             self.given += 1
 
     @property
@@ -324,7 +326,8 @@ def answer_file(
                 places.append((line, sample))
     steps = llm.run(rows, args, batch_size, prefill, prefill_chunk, logprobs, tokens) if rows else ()
     begun(rows)
-    with tqdm(total=len(rows) + len(answers.done), initial=len(answers.done), unit="prompt", disable=None) as bar:
+    total, hidden = len(rows) + len(answers.done), None if llm.fabric.is_global_zero else True  # None: on terminals
+    with tqdm(total=total, initial=len(answers.done), unit="prompt", disable=hidden) as bar:
         for row in (row for drew in steps for row in drew if row.reason is not None):
             answers.add(_record(row, *places[row.index], many=num_samples > 1), row.elsewhere)
             bar.update()

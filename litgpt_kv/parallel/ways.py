@@ -154,7 +154,7 @@ class DataParallel:
         return sorted(others, key=lambda row: row.index)
 
     def meet(self, failure: str | None = None) -> None:
-        self._run.watch.meet(failure)
+        self._run.meet(failure)
 
 
 def _total(stats: Stats, parts: list[dict[str, Any]]) -> None:
