@@ -43,7 +43,7 @@ def test_command(command, monkeypatch, capsys, tmp_path):
         assert f"make {target}" in MAKE
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
         return
-    if words[:2] == ["python", "tests/low_precision.py"]:
+    if words[:2] == ["python", "tests/model/low_precision.py"]:
         monkeypatch.setattr(sys, "argv", [*words[1:], "--steps", "3", "--families", "demo"])
         with pytest.raises(SystemExit, match="False"):  # nothing was too far off
             low_precision.main()

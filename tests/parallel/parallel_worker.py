@@ -1,4 +1,4 @@
-"""What each process of a launch runs for tests/parallel/test_parallel.py: small models, whole on process 0 and in parts on all.
+"""What each process of a launch runs for test_parallel.py: small models, whole on process 0 and in parts on all.
 
 Started once for each number of processes, by Fabric as users' scripts are; process 0 writes what it found as JSON.
 """
