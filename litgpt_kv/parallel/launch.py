@@ -22,6 +22,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -133,9 +134,10 @@ def launch(accelerator: str, devices: int | str, num_nodes: int, precision: str 
         raise SystemExit(supervise(local, on_one_machine=num_nodes == 1))
     store = None
     if FOLDER in os.environ:
-        if not is_worker():
-            os._exit(1)  # the launcher was killed before this process came here
         folder, rank = Path(os.environ[FOLDER]), int(os.environ["LOCAL_RANK"])
+        if not is_worker():  # the launcher was killed before this process came here
+            shutil.rmtree(folder, ignore_errors=True)
+            os._exit(1)
         FileHeartbeat(_beat_file(folder, rank), int(os.environ[LAUNCHER])).start()
         if num_nodes == 1:  # otherwise Fabric does the same with torch's TCP store
             backend = "nccl" if fabric.device.type == "cuda" else "gloo"
@@ -260,6 +262,8 @@ def end_worker(error: BaseException) -> None:
             _record("", told=True)
         return
     if not is_worker():
+        if LAUNCHER in os.environ and dist.is_initialized():  # the launcher was killed, and so the other workers end
+            _leave(1)
         return
     if isinstance(error, KeyboardInterrupt):
         _record("", told=True)

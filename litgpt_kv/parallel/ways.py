@@ -6,6 +6,7 @@ and a line in `WAYS`.
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +27,8 @@ from litgpt_kv.parallel.team import Team
 from litgpt_kv.parallel.tensor import shard
 
 Weights = Mapping[str, Tensor]
+MOST_DEVICES = 16  # of one machine, unless it has more processor cores: on a CPU each is a process of its own
+MOST_NODES = 4096
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,13 @@ class Place:
         good = self.devices == "auto" or (isinstance(self.devices, int) and self.devices >= 1)
         if not good or isinstance(self.devices, bool):
             raise ValueError(f"devices must be a count or 'auto', got {self.devices!r}.")
-        if self.num_nodes < 1:
-            raise ValueError(f"num_nodes must be at least 1, got {self.num_nodes}.")
+        most = max(MOST_DEVICES, os.cpu_count() or 1)
+        if self.devices != "auto" and self.devices > most:
+            raise ValueError(f"devices can be at most {most} on this machine, got {self.devices!r:.20}: give fewer.")
+        if not isinstance(self.num_nodes, int) or self.num_nodes < 1:
+            raise ValueError(f"num_nodes must be at least 1, got {self.num_nodes!r:.20}.")
+        if self.num_nodes > MOST_NODES:
+            raise ValueError(f"num_nodes must be at most {MOST_NODES}, got {self.num_nodes!r:.20}.")
         if "mixed" in self.precision:
             raise ValueError(f"precision {self.precision!r} is for one device; use 'bf16-true' or '16-true'.")
 

@@ -5,17 +5,10 @@ The models of `parallel_worker.py` run in one launch of 2 and one of 4 processes
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
-import os
 import re
-import signal
 import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,38 +24,10 @@ from litgpt_kv.parallel.tensor import cut
 from litgpt_kv.parallel.ways import WAYS, Place, assign, way_of
 from tests.oracle.shrink import LLAMA, shrink
 from tests.parallel.parallel_worker import GRID, LATENT, SPREAD, _config, cases
+from tests.parallel.processes import GENERATE, finished, linux, started
 
 pytestmark = pytest.mark.xdist_group("parallel")  # one at a time: each is several processes
 HERE = Path(__file__).parent
-linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-
-
-def environment() -> dict[str, str]:
-    """What a launch needs, and nothing of a launch around it."""
-    own = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_PORT")}
-    path = os.pathsep.join([str(HERE.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**own, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-
-
-@contextlib.contextmanager
-def started(*command: str, **variables: str) -> Iterator[subprocess.Popen]:
-    """A launch in a session of its own, which is gone afterwards whatever happened."""
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen(
-        [sys.executable, *command], env=environment() | variables, start_new_session=True, **pipes
-    )
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-
-
-def finished(*command: str, **variables: str) -> tuple[int, str, str]:
-    with started(*command, **variables) as process:
-        out, err = process.communicate(timeout=240)
-        return process.returncode, out, err
 
 
 @pytest.fixture(scope="module")
@@ -186,8 +151,6 @@ def test_rows_are_balanced_by_length() -> None:
 
 # -- the command line and the API --------------------------------------------------------------------------------------
 
-GENERATE = ["-m", "litgpt_kv", "generate", "demo", "--accelerator", "cpu"]
-
 
 @pytest.fixture(scope="module")
 def alone() -> list[str]:
@@ -233,32 +196,6 @@ def test_two_machines(alone: list[str]) -> None:
         assert second.communicate(timeout=60)[0] == "" and second.returncode == 0
 
 
-SCRIPT = """
-import time
-from litgpt_kv import LLM
-llm = LLM.load("demo", accelerator="cpu", distribute=None)
-llm.distribute(accelerator="cpu", devices=2, generate_strategy="tensor_parallel")
-text = llm.generate("def fib(", max_new_tokens=8, temperature=0.0)
-if llm.fabric.is_global_zero:
-    print(repr(text), flush=True)
-if not llm.fabric.is_global_zero:
-    raise RuntimeError("only here")
-time.sleep(60)
-"""
-
-
-def test_a_script_distributes_a_model_and_fails_as_a_whole(tmp_path: Path) -> None:
-    """One that ends well, without a word about its processes, is parallel_worker.py."""
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    expected = LLM.load("demo", accelerator="cpu").generate("def fib(", max_new_tokens=8, temperature=0.0)
-    began = time.monotonic()
-    code, out, err = finished(str(script))
-    assert (code, out) == (1, repr(expected) + "\n"), err
-    assert "RuntimeError: only here" in err, err
-    assert time.monotonic() - began < 55
-
-
 def test_the_benchmark_shows_computing_and_talking_apart(tmp_path: Path) -> None:
     shape = ["--shape.n_layer", "2", "--shape.n_embd", "96", "--contexts", "[48]", "--steps", "3", "--repeats", "2"]
     out = tmp_path / "out.json"
@@ -299,38 +236,3 @@ def test_bad_requests_are_refused_before_anything_starts(tmp_path: Path) -> None
     other = LLM.load("pythia-14m", init="random", tokenizer_dir=DEMO, accelerator="cpu")
     with pytest.raises(ValueError, match="random weights cannot be distributed"):
         other.distribute("cpu", 2, generate_strategy="tensor_parallel")
-
-
-def test_an_error_of_the_users_is_one_line_and_code_2() -> None:
-    options = ["--devices", "2", "--generate-strategy", "tensor_parallel", "--max-new-tokens", "5000"]
-    code, out, err = finished(*GENERATE, *options)
-    assert (code, out) == (2, "")
-    assert err.count("litgpt_kv: error: ") == 1 and "over the limit of 1024" in err and "Traceback" not in err
-
-
-ENDLESS = ["--kv-cache", "sink", "--kv-cache.budget", "32", "--max-new-tokens", "1000000", "--ignore-eos"]
-
-
-@linux
-@pytest.mark.parametrize("victim", ["first", "second", "interrupt"])
-def test_a_killed_process_takes_the_others_along(victim: str) -> None:
-    options = ["--devices", "2", "--generate-strategy", "tensor_parallel"]
-    with started(*GENERATE, *ENDLESS, *options) as process:
-        for line in process.stderr:
-            if line.startswith("Loaded"):
-                break
-        time.sleep(1.0)  # in the middle of decoding
-        (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        if victim == "interrupt":  # as a terminal sends it, to all
-            os.killpg(process.pid, signal.SIGINT)
-        else:
-            os.kill(process.pid if victim == "first" else int(child), signal.SIGKILL)
-        began = time.monotonic()
-        code, err = process.wait(timeout=30), process.stderr.read()
-        if victim == "second":
-            assert code == 1 and "litgpt_kv: error: process 1 of 2 ended with code -9." in err
-        if victim == "interrupt":
-            assert (code, err) == (130, "\n")  # after the terminal's ^C
-        while Path(f"/proc/{child}/exe").exists() and time.monotonic() - began < 30:
-            time.sleep(0.1)
-        assert time.monotonic() - began < 30

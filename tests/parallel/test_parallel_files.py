@@ -13,7 +13,7 @@ import pytest
 from litgpt_kv import LLM
 from litgpt_kv.__main__ import main
 from litgpt_kv.cli.prompt_files import Answers
-from tests.parallel.test_parallel import GENERATE, finished, linux, started
+from tests.parallel.processes import GENERATE, children, finished, linux, started
 
 pytestmark = pytest.mark.xdist_group("parallel")
 TWO = ["--devices", "2", "--generate-strategy", "data_parallel", "--batch-size", "3"]
@@ -106,8 +106,7 @@ def test_a_file_over_two_processes_is_that_of_one_and_survives_a_killed_one(tmp_
             assert process.poll() is None and time.monotonic() < until
             time.sleep(0.01)
         began = time.monotonic()
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        os.kill(int(children[0]), signal.SIGKILL)
+        os.kill(children(process.pid)[1], signal.SIGKILL)
         _, err = process.communicate(timeout=60)
         assert process.returncode == 1 and "process 1 of 2" in err and time.monotonic() - began < 30
     kept = [r for p in tmp_path.glob("two.jsonl.part*") for r in map(json.loads, p.read_text().splitlines()[:-1])]
