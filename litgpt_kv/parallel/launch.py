@@ -262,8 +262,10 @@ def end_worker(error: BaseException) -> None:
             _record("", told=True)
         return
     if not is_worker():
-        if LAUNCHER in os.environ and dist.is_initialized():  # the launcher was killed, and so the other workers end
-            _leave(1)
+        if dist.is_initialized():
+            if LAUNCHER in os.environ:  # the launcher was killed, and so the other workers end
+                _leave(1)
+            _record(str(error) or type(error).__name__)  # for torchrun's own report
         return
     if isinstance(error, KeyboardInterrupt):
         _record("", told=True)

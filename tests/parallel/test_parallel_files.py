@@ -71,7 +71,7 @@ def test_processes_fail_alike_and_go_on_alike(tmp_path: Path) -> None:
     assert code == 0 and lines == [
         "closed 0",
         "closed 1",
-        "failed 0 process 1 of 2 failed: GeneratorExit: ",
+        "failed 0 process 1 of 2 failed: GeneratorExit:",
         "failed 1 no space",
         "refused 0 True",
         "refused 1 True",
