@@ -23,8 +23,8 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /
 def environment() -> dict[str, str]:
     """What a launch needs, and nothing of a launch around it."""
     own = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_PORT")}
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**own, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**own, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)}
 
 
 @contextlib.contextmanager
