@@ -24,7 +24,7 @@ from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.config import KVCacheArgs
 from litgpt_kv.llm import checkpoint
 from litgpt_kv.model.gpt import GPT
-from litgpt_kv.parallel import Place
+from litgpt_kv.parallel import DeviceRequest
 
 MB = 1_000_000
 STATUS = Path("/proc/self/status")  # where Linux tells a process its resident memory
@@ -125,8 +125,8 @@ def benchmark(
             config, weights = checkpoint.load_config(folder), checkpoint.read_weights(folder)
             contexts = contexts or [config.block_size // 2]
         _check_contexts(contexts, steps, config)
-        place = Place(accelerator, devices, num_nodes, checkpoint.precision_for(precision, accelerator))
-        report = compare(config, weights, place, contexts, strategies, budget, batch_size, steps, repeats, threads)
+        request = DeviceRequest(accelerator, devices, num_nodes, checkpoint.precision_for(precision, accelerator))
+        report = compare(config, weights, request, contexts, strategies, budget, batch_size, steps, repeats, threads)
         if out is not None and report is not None:
             Path(out).write_text(json.dumps(report, indent=2) + "\n")
         return

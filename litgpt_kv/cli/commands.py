@@ -24,7 +24,7 @@ from litgpt_kv.generate.runners import PREFILLS
 from litgpt_kv.generate.stopping import Row
 from litgpt_kv.llm import checkpoint
 from litgpt_kv.llm.llm import LLM
-from litgpt_kv.parallel import Way
+from litgpt_kv.parallel import ParallelStrategy
 
 SMALL_MODEL = 20_000_000  # weights
 QUESTION = "What food do llamas eat?"
@@ -146,7 +146,7 @@ def generate(
         steps = llm.run(rows, args, **how)
         _announce(llm, rows, prefill, prefill_chunk)
         show(llm, rows, steps)
-        report(Output.of(llm), llm.stats, llm.cache, way=llm.way)
+        report(Output.of(llm), llm.stats, llm.cache, parallel=llm.parallel)
 
 
 def show(llm: LLM, rows: list[Row], steps: Iterator[list[Row]]) -> None:
@@ -172,14 +172,15 @@ def _answer(llm: LLM, lines: list[Line], answers: Answers, *others: Any, **how: 
         bad = answer_file(llm, lines, answers, *others, **how, begun=begun)
     except KeyboardInterrupt:
         if answers.path is not None:
-            where = f"{answers.path} and its parts" if answers.way is not None and answers.way.divided else answers.path
+            divided = answers.parallel is not None and answers.parallel.divides_rows
+            where = f"{answers.path} and its parts" if divided else answers.path
             output.note(f"Interrupted: {len(answers.done):,} answers are in {where}; --resume goes on.")
         raise
     answers.close()
     for line in bad:
         output.note(f"Line {line.number} was left out: {line.error}")
     if llm.stats.new_tokens:
-        report(output, llm.stats, llm.cache, brief=True, way=llm.way)
+        report(output, llm.stats, llm.cache, brief=True, parallel=llm.parallel)
     where = "" if answers.path is None else f" in {answers.path}"
     resumed = f", {before:,} of them from before" if before else ""
     if orphans := len(answers.done.keys() - set(answers.expected)) if answers.path is not None else 0:
@@ -303,7 +304,9 @@ def strategies() -> None:
         print(describe(name))
 
 
-def report(output: Output, stats: Stats, cache: KVCache | None, brief: bool = False, way: Way | None = None) -> None:
+def report(
+    output: Output, stats: Stats, cache: KVCache | None, brief: bool = False, parallel: ParallelStrategy | None = None
+) -> None:
     """What a run did, on standard error; `brief` without what each row keeps. The cache is that of process 0."""
     prefill = f"{stats.prefill_seconds:.2f} s ({_rate(stats.prefill_tokens, stats.prefill_seconds)})"
     if (later := stats.prompt_tokens - stats.prefill_tokens) > 0:
@@ -318,7 +321,8 @@ def report(output: Output, stats: Stats, cache: KVCache | None, brief: bool = Fa
         parts = ", ".join(f"{what} {n:,}" for what, n in size.items() if n and what != "total")
         budget = " to ".join(f"{b:,}" for b in dict.fromkeys([budgets[0], budgets[-1]]))
         what = f"Cache {', '.join(dict.fromkeys(names))}: budget {budget} tokens, {size['total']:,} bytes ({parts})"
-        what += f" on process 0 of {way.team.size}" if way is not None and way.team.size > 1 else ""
+        if parallel is not None and parallel.collectives.size > 1:
+            what += f" on process 0 of {parallel.collectives.size}"
         output.note(what + "." if brief else f"{what}; kept {kept} tokens seen.")
 
 

@@ -25,7 +25,7 @@ from litgpt_kv.generate.base import check
 from litgpt_kv.generate.runners import Limits
 from litgpt_kv.generate.stopping import Row
 from litgpt_kv.llm.llm import LLM
-from litgpt_kv.parallel import Way
+from litgpt_kv.parallel import ParallelStrategy
 
 BEGIN = b'{"line": '  # of every answer
 Place = tuple[int, int]  # a prompt's line and the number of its sample
@@ -120,7 +120,7 @@ class Answers:
 
     Attributes:
         done: The answers that are there, by place.
-        way: How processes share the work, if there are several.
+        parallel: How processes share the work, if there are several.
         expected: The places of those that standard output still waits for, in order.
         given: How many standard output got.
 
@@ -134,7 +134,7 @@ class Answers:
         self.done: dict[Place, dict[str, Any]] = {}
         self.expected: deque[Place] = deque()
         self.given = 0
-        self.way: Way | None = None
+        self.parallel: ParallelStrategy | None = None
         self._file: TextIO | None = None
         self._torn: dict[Path, int] = {}  # bytes of a last line that was not finished
         if self.path is None:
@@ -171,11 +171,11 @@ class Answers:
         found = self.path.parent.glob(f"{glob.escape(self.path.name)}.part*")
         return sorted(file for file in found if file.name.rpartition(".part")[2].isdigit())
 
-    def share(self, way: Way | None) -> None:
+    def share(self, parallel: ParallelStrategy | None) -> None:
         """Says how processes share the work; those that divide it learn what any of them finished in a run before."""
-        self.way = way
-        if way is not None and way.divided:
-            for done in way.team.collect(self.done):
+        self.parallel = parallel
+        if parallel is not None and parallel.divides_rows:
+            for done in parallel.collectives.all_gather_object(self.done):
                 self.done |= done
 
     def matches(self, number: int, sample: int, prompt: str) -> bool:
@@ -197,7 +197,7 @@ class Answers:
         """Takes a finished answer; what was made `elsewhere` another process has written already."""
         record = {**record, "run": self.run} if self.run and self.path is not None else record
         self.done[key(record)] = record
-        if self.way is not None and self.way.team.rank and not self.way.divided:
+        if self.parallel is not None and self.parallel.collectives.rank and not self.parallel.divides_rows:
             return  # process 0 has the same, and writes it
         if self.path is not None:
             if elsewhere:
@@ -209,15 +209,15 @@ class Answers:
             return
         while self.expected and self.expected[0] in self.done:
             answer = self.done.pop(self.expected.popleft())
-            if self.way is None or self.way.team.rank == 0:
+            if self.parallel is None or self.parallel.collectives.rank == 0:
                 print(_json(answer), flush=True)
             self.given += 1
 
     @property
     def _mine(self) -> Path:
         """Where this process writes: each one has a part where they divide the prompts."""
-        divided = self.way is not None and self.way.divided
-        return self.path.with_name(f"{self.path.name}.part{self.way.team.rank}") if divided else self.path
+        divided = self.parallel is not None and self.parallel.divides_rows
+        return self.path.with_name(f"{self.path.name}.part{self.parallel.collectives.rank}") if divided else self.path
 
     def _open(self, path: Path) -> TextIO:
         try:
@@ -233,12 +233,12 @@ class Answers:
             self._file.close()
         if self.path is None:
             return
-        if self.done and (self.way is None or self.way.team.rank == 0):
+        if self.done and (self.parallel is None or self.parallel.collectives.rank == 0):
             self._write()
-        if self.way is not None and self.way.divided:
-            self.way.meet()  # until the whole file is there
+        if self.parallel is not None and self.parallel.divides_rows:
+            self.parallel.synchronize()  # until the whole file is there
             self._mine.unlink(missing_ok=True)
-            if self.way.team.rank == 0:
+            if self.parallel.collectives.rank == 0:
                 for part in self.parts():  # of a run with more processes
                     part.unlink(missing_ok=True)
 
@@ -313,7 +313,7 @@ def answer_file(
     Returns:
         The lines that could not be used, with their error.
     """
-    answers.share(llm.way)
+    answers.share(llm.parallel)
     usable = _checked(llm, lines, settings, Limits.of(llm.model, args, prefill))
     tokens = max((row.sees for _, row in usable), default=1)  # of all, done or not: budgets may be a share of it
     usable = _checked(llm, [line for line, _ in usable], settings, Limits.of(llm.model, args, prefill, tokens))

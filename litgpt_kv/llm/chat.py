@@ -58,7 +58,7 @@ class Chat:
         stop: str | Sequence[str] = (),
         prefill: str = "min-length",
     ) -> None:
-        if llm.way is not None and llm.way.divided:
+        if llm.parallel is not None and llm.parallel.divides_rows:
             raise ValueError("A conversation has one row: nothing is to be divided among the processes.")
         self.llm, self.sys_prompt, self.prefill = llm, sys_prompt, prefill
         self.stop = stop_texts(stop)
@@ -105,8 +105,8 @@ class Chat:
         seed = None if self.sampling.seed is None else self.sampling.seed + self.turns
         request = Request(ids, room, sampling=replace(self.sampling, seed=seed), stop=self.llm.ends(), past=self._text)
         row, self.stats = Row(request, 0, TextStream(self.llm.decode, list(ids), self.stop)), Stats()
-        if self.llm.way is not None:
-            self.llm.way.mine([row])  # all processes draw alike
+        if self.llm.parallel is not None:
+            self.llm.parallel.own_rows([row])  # all processes draw alike
         run = runner(self.llm.model, self.cache, 1, self.prefill, None, self.llm.decoder)
         self.turns += 1
         self._text = [*self._text, *ids]

@@ -24,7 +24,7 @@ from litgpt_kv.generate.text import TextStream, stop_texts
 from litgpt_kv.llm import checkpoint
 from litgpt_kv.llm.chat import Chat
 from litgpt_kv.model.gpt import GPT
-from litgpt_kv.parallel import Place, Way, way_of
+from litgpt_kv.parallel import DeviceRequest, ParallelStrategy, find_parallel_strategy
 
 
 class LLM:
@@ -36,7 +36,7 @@ class LLM:
         stats: What the last run did, in tokens and seconds.
         cache: The last run's cache, None without one.
         decoder: Runs the one-token steps: the model, or what `compile` made of it.
-        way: How several devices share the work; None on one.
+        parallel: How several devices share the work; None on one.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class LLM:
         self.config, self.checkpoint_dir, self.fabric = config, checkpoint_dir, fabric
         self.stats, self.cache = Stats(), None
         self.decoder = model
-        self.way: Way | None = None
+        self.parallel: ParallelStrategy | None = None
 
     @classmethod
     def load(
@@ -134,19 +134,19 @@ class LLM:
         Raises:
             ValueError: If the model cannot be divided so, or an argument is unknown.
         """
-        way = way_of(generate_strategy)
+        strategy = find_parallel_strategy(generate_strategy)
         if self.checkpoint_dir is None:
             raise ValueError("A model with random weights cannot be distributed: each process would draw its own.")
-        place = Place(accelerator, devices, num_nodes, checkpoint.precision_for(precision, accelerator))
+        request = DeviceRequest(accelerator, devices, num_nodes, checkpoint.precision_for(precision, accelerator))
         self.model = self.decoder = self.cache = None  # what one device has makes room
-        self.way = way(self.config, checkpoint.read_weights(self.checkpoint_dir), place)
-        self.fabric, self.model = self.way.fabric, self.way.model
+        self.parallel = strategy(self.config, checkpoint.read_weights(self.checkpoint_dir), request)
+        self.fabric, self.model = self.parallel.fabric, self.parallel.model
         self.decoder = self.model
 
     def close(self) -> None:
         """Ends a run of several processes, waiting for all; the end of the script does the same."""
-        if self.way is not None:
-            self.way.close()
+        if self.parallel is not None:
+            self.parallel.close()
 
     def compile(self) -> None:
         """Compiles the decode step; the first steps then take a while, the others are faster."""
@@ -285,12 +285,12 @@ class LLM:
         self.stats, self.cache = Stats(), None
         tokens = tokens or max((row.sees for row in rows), default=1)
         mine = rows
-        if self.way is not None:
-            if self.way.divided:  # what one process would refuse, all refuse
+        if self.parallel is not None:
+            if self.parallel.divides_rows:  # what one process would refuse, all refuse
                 limits = Limits.of(self.model, args, prefill, tokens)
                 for row in rows:
                     check(row.request, limits, f"Prompt {row.index}")
-            mine = self.way.mine(rows)
+            mine = self.parallel.own_rows(rows)
         size = max(1, min(len(mine), batch_size or len(mine)))
         if args is not None:
             self.cache = self.build_cache(args, size, tokens)
@@ -319,10 +319,10 @@ class LLM:
                 _note(stats, drew)
                 yield drew
         except BaseException as error:
-            if self.way is not None and self.way.divided:
-                self.way.meet(f"{type(error).__name__}: {error}")
+            if self.parallel is not None and self.parallel.divides_rows:
+                self.parallel.synchronize(f"{type(error).__name__}: {error}")
             raise
-        if self.way is not None and (others := self.way.share(rows, mine, stats)):
+        if self.parallel is not None and (others := self.parallel.exchange_answers(rows, mine, stats)):
             _note(stats, others)
             yield others
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -27,8 +28,10 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
@@ -40,8 +43,9 @@ from lightning.fabric.strategies import DDPStrategy
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext, SignalException, start_processes
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+from litgpt_kv.parallel.base import DeviceRequest
+from litgpt_kv.parallel.collectives import Collectives
 from litgpt_kv.parallel.heartbeat import PATIENCE, PERIOD, FileHeartbeat, FileMonitor, StoreHeartbeat
-from litgpt_kv.parallel.team import Team
 
 TIMEOUT = timedelta(minutes=30)  # of a collective: others may be loading or compiling
 GRACE = 10  # seconds in which workers may end by themselves after Ctrl-C
@@ -49,6 +53,7 @@ FOLDER, LAUNCHER = "LITGPT_KV_RUN_FOLDER", "LITGPT_KV_LAUNCHER"  # what a launch
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where torch's launchers read why a worker ended
 LONGEST = 2000  # characters of an error that is shown
 KILL = getattr(signal, "SIGKILL", None)  # Windows has no such signal: torch then takes its own
+_runs = itertools.count()  # of this process, one after the other: each has a store of its own
 PIPE_CLOSED = 128 + 13  # a worker's exit code when the reader of its output has gone, as `| head` does
 
 
@@ -56,17 +61,17 @@ class Run:
     """This process's part in a run of several processes.
 
     Attributes:
-        fabric: Device and precision of this process. team: The processes.
+        fabric: Device and precision of this process. collectives: What the processes say to each other.
     """
 
     def __init__(self, fabric: L.Fabric, store: dist.Store, heartbeat: StoreHeartbeat | None) -> None:
-        self.fabric, self.team = fabric, Team(dist.group.WORLD)
+        self.fabric, self.collectives = fabric, Collectives(dist.group.WORLD)
         self._store, self._heartbeat = store, heartbeat
-        self._meetings = 0
+        self._synchronized = 0
         self._over = False
         atexit.register(self._at_exit)
 
-    def meet(self, failure: str | None = None) -> None:
+    def synchronize(self, failure: str | None = None) -> None:
         """Waits until every process has come here as often as this one, however long that takes.
 
         Args:
@@ -75,14 +80,15 @@ class Run:
         Raises:
             RuntimeError: If another process failed on its way here.
         """
-        self._meetings += 1
-        came, failed = f"came/{self._meetings}", f"failed/{self._meetings}"
+        self._synchronized += 1
+        came, failed = f"came/{self._synchronized}", f"failed/{self._synchronized}"
         if failure is not None:
-            self._store.set(failed, one_line(f"process {self.team.rank} of {self.team.size} failed: {failure}"))
+            who = f"process {self.collectives.rank} of {self.collectives.size}"
+            self._store.set(failed, one_line(f"{who} failed: {failure}"))
             return
         if not self._store.check([failed]):
             self._store.add(came, 1)
-            while self._store.add(came, 0) < self.team.size and not self._store.check([failed]):
+            while self._store.add(came, 0) < self.collectives.size and not self._store.check([failed]):
                 time.sleep(PERIOD / 20)
         if self._store.check([failed]):
             raise RuntimeError(one_line(self._store.get(failed).decode(errors="replace")))
@@ -93,13 +99,14 @@ class Run:
             return
         self._over = True
         with contextlib.suppress(RuntimeError):  # the process that holds the store may be gone
-            self._store.set(f"end/{self.team.rank}", "")
-            ends = [f"end/{rank}" for rank in range(self.team.size)]
-            while self.team.rank == 0 and not self._store.check(ends):
+            self._store.set(f"end/{self.collectives.rank}", "")
+            ends = [f"end/{rank}" for rank in range(self.collectives.size)]
+            while self.collectives.rank == 0 and not self._store.check(ends):
                 time.sleep(PERIOD / 20)
         if self._heartbeat is not None:
             self._heartbeat.stop()
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
     def _at_exit(self) -> None:
         """The end of a script: a good one, or an error that Python has printed already."""
@@ -111,23 +118,21 @@ class Run:
             _leave(1, wait=True)
 
 
-def launch(accelerator: str, devices: int | str, num_nodes: int, precision: str | None) -> Run:
+def launch(request: DeviceRequest) -> Run:
     """Starts the processes of a run, one a device, or joins it in a process that was started for one.
 
     Returns in the workers only; in the process that starts them it raises SystemExit when all have ended.
 
     Raises:
-        ValueError: If the accelerator or its devices are not there.
+        ValueError: If the accelerator or its devices are not there, or the run before has not been closed.
     """
     try:
         strategy = DDPStrategy(timeout=TIMEOUT)  # only for its launch: the model is never wrapped
-        fabric = L.Fabric(
-            accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy, precision=precision
-        )
+        fabric = L.Fabric(strategy=strategy, **asdict(request))
     except Exception as error:  # Lightning's error for a device that is not there differs by device
-        what = f"{devices} devices of accelerator {accelerator!r}"
+        what = f"{request.devices} devices of accelerator {request.accelerator!r}"
         raise ValueError(f"{what} cannot be used here: {' '.join(str(error).split())}") from error
-    local = strategy.num_processes
+    local, num_nodes = strategy.num_processes, request.num_nodes
     if not strategy.cluster_environment.creates_processes_externally:
         if num_nodes > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
             raise ValueError(f"{num_nodes} machines need MASTER_ADDR, MASTER_PORT and NODE_RANK, or torchrun or SLURM.")
@@ -138,10 +143,13 @@ def launch(accelerator: str, devices: int | str, num_nodes: int, precision: str 
         if not is_worker():  # the launcher was killed before this process came here
             shutil.rmtree(folder, ignore_errors=True)
             os._exit(1)
-        FileHeartbeat(_beat_file(folder, rank), int(os.environ[LAUNCHER])).start()
+        if not any(isinstance(thread, FileHeartbeat) for thread in threading.enumerate()):
+            FileHeartbeat(_beat_file(folder, rank), int(os.environ[LAUNCHER])).start()
         if num_nodes == 1:  # otherwise Fabric does the same with torch's TCP store
+            if dist.is_initialized():
+                raise ValueError("This process is part of a run already: close it first, with llm.close().")
             backend = "nccl" if fabric.device.type == "cuda" else "gloo"
-            store = dist.FileStore(str(folder / "store"), local)
+            store = dist.FileStore(str(folder / f"store{next(_runs)}"), local)
             dist.init_process_group(backend, store=store, rank=rank, world_size=local, timeout=TIMEOUT)
     fabric.launch()
     if fabric.device.type == "cpu":  # the processes share the machine's cores

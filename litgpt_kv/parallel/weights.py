@@ -1,4 +1,4 @@
-"""From a checkpoint's parameters to those of a part of the model, one at a time. Floor 5."""
+"""From a checkpoint's parameters to those of a part of the model, one at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def full_shapes(config: Config) -> dict[str, Tensor]:
         return GPT(config).state_dict()
 
 
-def fill(
+def load_weights(
     model: GPT,
     config: Config,
     shapes: Mapping[str, Tensor],
