@@ -13,7 +13,7 @@ from litgpt_kv import GPT
 from tests.oracle.reference import tiny
 
 torch.set_num_threads(1)
-LONG = ("parallel", "wheel")  # groups of tests that run one after the other: they start first
+LONG = ("parallel", "silence", "wheel")  # groups of tests that run one after the other: they start first
 
 
 def hide_transformers() -> tempfile.TemporaryDirectory:

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 GENERATE = ["-m", "litgpt_kv", "generate", "demo", "--accelerator", "cpu"]
 ENDLESS = ["--kv-cache", "sink", "--kv-cache.budget", "32", "--max-new-tokens", "1000000", "--ignore-eos"]
 TWO = ["--devices", "2", "--generate-strategy", "tensor_parallel"]
+silence = pytest.mark.xdist_group("silence")  # tests that mostly wait: beside the others that start processes
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
 

@@ -22,6 +22,7 @@ from tests.parallel.processes import (
     is_loopback,
     linux,
     listening_addresses,
+    silence,
     started,
     wait_for_children,
     wait_for_line,
@@ -30,10 +31,11 @@ from tests.parallel.processes import (
 
 pytestmark = pytest.mark.xdist_group("parallel")
 LIMIT = 30  # seconds
+VICTIMS = ["launcher", "first", "second", pytest.param("stopped", marks=silence), "interrupt", "terminate"]
 
 
 @linux
-@pytest.mark.parametrize("victim", ["launcher", "first", "second", "stopped", "interrupt", "terminate"])
+@pytest.mark.parametrize("victim", VICTIMS)
 def test_a_killed_process_takes_the_others_along(victim: str, tmp_path: Path) -> None:
     with started(*GENERATE, *ENDLESS, *TWO, TMPDIR=str(tmp_path)) as process:
         wait_for_line(process, "Loaded")
@@ -124,6 +126,7 @@ def free_port() -> str:
 
 
 @linux
+@silence
 def test_a_silent_machine_is_noticed_by_the_other() -> None:
     options = ["--devices", "1", "--num-nodes", "2", "--generate-strategy", "tensor_parallel"]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}

@@ -13,7 +13,7 @@ import pytest
 from litgpt_kv import LLM
 from litgpt_kv.__main__ import main
 from litgpt_kv.cli.prompt_files import Answers
-from tests.parallel.processes import GENERATE, children, finished, linux, started
+from tests.parallel.processes import GENERATE, children, finished, linux, silence, started
 
 pytestmark = pytest.mark.xdist_group("parallel")
 TWO = ["--devices", "2", "--generate-strategy", "data_parallel", "--batch-size", "3"]
@@ -61,6 +61,7 @@ say("closed", rank)
 """
 
 
+@silence
 def test_processes_fail_alike_and_go_on_alike(tmp_path: Path) -> None:
     texts = ["def f(x):", "class A", "import os\n"]
     expected = LLM.load("demo", accelerator="cpu").generate(texts, max_new_tokens=6, temperature=0.0)
