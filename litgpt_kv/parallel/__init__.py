@@ -1,8 +1,9 @@
 """Many devices, through Lightning Fabric: parallel strategies by litgpt's names.
 
 Read `base.py` (what a strategy is), then one of `tensor.py`, `sequential.py` and `data.py`. `launch.py` starts and ends
-the processes, `collectives.py` has all that they say to each other, `memory.py` computes what each device holds. A new
-strategy is a class with the methods of `ParallelStrategy` and a line in `PARALLEL_STRATEGIES`.
+the processes, with `launcher.py` and `heartbeat.py`; `collectives.py` has all that they say to each other; `memory.py`
+computes what each device holds. A new strategy is a class with the methods of `ParallelStrategy` and a line in
+`PARALLEL_STRATEGIES`.
 """
 
 from __future__ import annotations

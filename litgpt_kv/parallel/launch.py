@@ -10,9 +10,6 @@ Where torchrun, SLURM or another program started the processes, all of them are 
 
 On one machine processes find each other by a file in a folder that only this user can read, and gloo and NCCL are told
 to use the loopback interface: no port is open to others. Several machines use torch's rendezvous.
-
-Workers are started by `torch.distributed.elastic.multiprocessing`, not by the `elastic_launch` above it: that one adds
-restarts, which a run has no use for, and a TCP store that listens on every interface.
 """
 
 from __future__ import annotations
@@ -21,17 +18,13 @@ import atexit
 import contextlib
 import itertools
 import json
-import logging
 import os
 import shutil
-import signal
-import socket
 import sys
-import tempfile
 import threading
 import time
 import traceback
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
@@ -40,21 +33,25 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.fabric.strategies import DDPStrategy
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext, SignalException, start_processes
-from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from litgpt_kv.parallel.base import DeviceRequest
 from litgpt_kv.parallel.collectives import Collectives
-from litgpt_kv.parallel.heartbeat import PATIENCE, PERIOD, FileHeartbeat, FileMonitor, StoreHeartbeat
+from litgpt_kv.parallel.heartbeat import PATIENCE, PERIOD, FileHeartbeat, StoreHeartbeat
+from litgpt_kv.parallel.launcher import (
+    FOLDER,
+    LAUNCHER,
+    LONGEST,
+    PIPE_CLOSED,
+    USER_ERROR,
+    beat_file,
+    one_line,
+    print_error,
+    supervise,
+)
 
 TIMEOUT = timedelta(minutes=30)  # of a collective: others may be loading or compiling
-GRACE = 10  # seconds in which workers may end by themselves after Ctrl-C
-FOLDER, LAUNCHER = "LITGPT_KV_RUN_FOLDER", "LITGPT_KV_LAUNCHER"  # what a launcher tells its workers
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where torch's launchers read why a worker ended
-LONGEST = 2000  # characters of an error that is shown
-KILL = getattr(signal, "SIGKILL", None)  # Windows has no such signal: torch then takes its own
 _runs = itertools.count()  # of this process, one after the other: each has a store of its own
-PIPE_CLOSED = 128 + 13  # a worker's exit code when the reader of its output has gone, as `| head` does
 
 
 class Run:
@@ -64,12 +61,15 @@ class Run:
         fabric: Device and precision of this process. collectives: What the processes say to each other.
     """
 
-    def __init__(self, fabric: L.Fabric, store: dist.Store, heartbeat: StoreHeartbeat | None) -> None:
-        self.fabric, self.collectives = fabric, Collectives(dist.group.WORLD)
+    def __init__(
+        self, fabric: L.Fabric, collectives: Collectives, store: dist.Store, heartbeat: StoreHeartbeat | None = None
+    ) -> None:
+        self.fabric, self.collectives = fabric, collectives
         self._store, self._heartbeat = store, heartbeat
         self._synchronized = 0
         self._over = False
-        atexit.register(self._at_exit)
+        if collectives.size > 1:
+            atexit.register(self._at_exit)
 
     def synchronize(self, failure: str | None = None) -> None:
         """Waits until every process has come here as often as this one, however long that takes.
@@ -126,126 +126,58 @@ def launch(request: DeviceRequest) -> Run:
     Raises:
         ValueError: If the accelerator or its devices are not there, or the run before has not been closed.
     """
-    try:
-        strategy = DDPStrategy(timeout=TIMEOUT)  # only for its launch: the model is never wrapped
-        fabric = L.Fabric(strategy=strategy, **asdict(request))
-    except Exception as error:  # Lightning's error for a device that is not there differs by device
-        what = f"{request.devices} devices of accelerator {request.accelerator!r}"
-        raise ValueError(f"{what} cannot be used here: {' '.join(str(error).split())}") from error
-    local, num_nodes = strategy.num_processes, request.num_nodes
-    if not strategy.cluster_environment.creates_processes_externally:
+    fabric = _fabric(request)
+    local, num_nodes = fabric.strategy.num_processes, request.num_nodes
+    if not fabric.strategy.cluster_environment.creates_processes_externally:
+        if local * num_nodes == 1:  # nobody to start, and nothing to say
+            return Run(L.Fabric(**asdict(replace(request, devices=1))), Collectives(), dist.HashStore())
         if num_nodes > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
             raise ValueError(f"{num_nodes} machines need MASTER_ADDR, MASTER_PORT and NODE_RANK, or torchrun or SLURM.")
         raise SystemExit(supervise(local, on_one_machine=num_nodes == 1))
-    store = None
+    store = heartbeat = None
     if FOLDER in os.environ:
-        folder, rank = Path(os.environ[FOLDER]), int(os.environ["LOCAL_RANK"])
-        if not is_worker():  # the launcher was killed before this process came here
-            shutil.rmtree(folder, ignore_errors=True)
-            os._exit(1)
-        if not any(isinstance(thread, FileHeartbeat) for thread in threading.enumerate()):
-            FileHeartbeat(_beat_file(folder, rank), int(os.environ[LAUNCHER])).start()
-        if num_nodes == 1:  # otherwise Fabric does the same with torch's TCP store
-            if dist.is_initialized():
-                raise ValueError("This process is part of a run already: close it first, with llm.close().")
-            backend = "nccl" if fabric.device.type == "cuda" else "gloo"
-            store = dist.FileStore(str(folder / f"store{next(_runs)}"), local)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=local, timeout=TIMEOUT)
-    fabric.launch()
+        store = _join(fabric, num_nodes)
+    fabric.launch()  # joins by torch's rendezvous, if that has not been done
     if fabric.device.type == "cpu":  # the processes share the machine's cores
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
-    if store is not None:
-        return Run(fabric, dist.PrefixStore("litgpt_kv", store), None)
-    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])  # of torch's rendezvous, set by Fabric
-    client = dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=PATIENCE), wait_for_workers=False)
-    store = dist.PrefixStore("litgpt_kv", client)
-    heartbeat = StoreHeartbeat(store, dist.get_rank(), dist.get_world_size(), _lost)
-    heartbeat.start()
-    return Run(fabric, store, heartbeat)
+    if store is None:
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])  # of torch's rendezvous, set by Fabric
+        store = dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=PATIENCE), wait_for_workers=False)
+        heartbeat = StoreHeartbeat(dist.PrefixStore("litgpt_kv", store), dist.get_rank(), dist.get_world_size(), _lost)
+        heartbeat.start()
+    return Run(fabric, Collectives(dist.group.WORLD), dist.PrefixStore("litgpt_kv", store), heartbeat)
 
 
-# -- the launcher ------------------------------------------------------------------------------------------------------
+def _fabric(request: DeviceRequest) -> L.Fabric:
+    try:
+        strategy = DDPStrategy(timeout=TIMEOUT)  # only for its launch: the model is never wrapped
+        return L.Fabric(strategy=strategy, **asdict(request))
+    except Exception as error:  # Lightning's error for a device that is not there differs by device
+        what = f"{request.devices} devices of accelerator {request.accelerator!r}"
+        raise ValueError(f"{what} cannot be used here: {' '.join(str(error).split())}") from error
 
 
-def supervise(workers: int, on_one_machine: bool) -> int:
-    """Runs this command again in so many workers until all have ended, or one has failed; returns the exit code."""
-    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)  # we say it shorter
-    print(f"Starting with {workers} processes on this machine.", file=sys.stderr, flush=True)
-    with tempfile.TemporaryDirectory(prefix="litgpt_kv_") as name:
-        folder = Path(name)
-        common = {FOLDER: name, LAUNCHER: str(os.getpid()), **(_loopback() if on_one_machine else {})}
-        ranks = range(workers)
-        context = start_processes(
-            "litgpt_kv",
-            sys.executable,
-            args={rank: tuple(sys.orig_argv[1:]) for rank in ranks},
-            envs={rank: {**common, "LOCAL_RANK": str(rank)} for rank in ranks},
-            logs_specs=DefaultLogsSpecs(log_dir=name),
-        )
-        monitor = FileMonitor({rank: _beat_file(folder, rank) for rank in ranks})
-        try:
-            return _wait(context, monitor, workers)
-        except SignalException as stopped:
-            with contextlib.suppress(SignalException):  # a second Ctrl-C ends the patience
-                context.close(stopped.sigval, timeout=GRACE)
-            context.close(KILL, timeout=GRACE)
-            if stopped.sigval == signal.SIGINT:
-                print(file=sys.stderr, flush=True)  # after the terminal's ^C
-            return 128 + stopped.sigval
+def _join(fabric: L.Fabric, num_nodes: int) -> dist.Store | None:
+    """Makes this process, which a launcher of ours started, known to it; on one machine joins the others by a file.
 
-
-def _wait(context: PContext, monitor: FileMonitor, workers: int) -> int:
-    while (result := context.wait(PERIOD, period=0.1)) is None:  # at the first failure torch ends the other workers
-        if silent := monitor.silent():
-            context.close(KILL)
-            _say(silent)
-            return 1
-    if not result.failures:
-        return 0
-    failures = result.failures.values()  # those that torch ended are among them
-    failure = next((f for f in failures if f.exitcode != -signal.SIGTERM), next(iter(failures)))
-    if failure.exitcode == PIPE_CLOSED:
-        return 0
-    _explain(failure, workers)
-    return failure.exitcode if failure.exitcode > 0 else 1
-
-
-def _explain(failure: ProcessFailure, workers: int) -> None:
-    """Prints why a worker ended: its traceback if nobody has seen it, and one line."""
-    data = failure.error_file_data
-    if data.get("told"):
-        return
-    for line in str(data.get("traceback", "")).splitlines():
-        print(one_line(line, keep_indent=True), file=sys.stderr)
-    who = f"process {failure.local_rank} of {workers}"
-    if failure.error_file == "<N/A>":  # torch's word for: it left no message
-        _say(f"{who} ended with code {failure.exitcode}.")
-    else:
-        _say(failure.message if failure.exitcode == 2 else f"{who} ended: {failure.message}")
-
-
-def _say(text: str) -> None:
-    print(f"litgpt_kv: error: {one_line(text)}", file=sys.stderr, flush=True)
-
-
-def one_line(text: str, keep_indent: bool = False) -> str:
-    """What another process wrote, fit for a terminal: on one line, without control characters, of bounded length."""
-    text = "".join(c if c.isprintable() else " " for c in text[: 2 * LONGEST])
-    indent = text[: len(text) - len(text.lstrip())] if keep_indent else ""
-    text = indent + " ".join(text.split())
-    return text if len(text) <= LONGEST else text[:LONGEST] + "…"
-
-
-def _beat_file(folder: Path, rank: int) -> Path:
-    return folder / f"alive{rank}"
-
-
-def _loopback() -> dict[str, str]:
-    """Tells gloo and NCCL to listen on the loopback interface only, unless the user has chosen another one."""
-    names = [name for _, name in socket.if_nameindex()]
-    loopback = next((name for name in ("lo", "lo0") if name in names), None)
-    chosen = {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}
-    return {name: value for name, value in chosen.items() if value is not None and name not in os.environ}
+    Returns:
+        The file's store; None on several machines.
+    """
+    folder, rank, size = Path(os.environ[FOLDER]), int(os.environ["LOCAL_RANK"]), fabric.strategy.num_processes
+    if not is_worker():  # the launcher was killed before this process came here
+        shutil.rmtree(folder, ignore_errors=True)
+        os._exit(1)
+    if not any(isinstance(thread, FileHeartbeat) for thread in threading.enumerate()):
+        FileHeartbeat(beat_file(folder, rank), int(os.environ[LAUNCHER])).start()
+    if num_nodes > 1:
+        return None
+    if dist.is_initialized():
+        raise ValueError("This process is part of a run already: close it first, with llm.close().")
+    on_gpu = fabric.device.type == "cuda"
+    store = dist.FileStore(str(folder / f"store{next(_runs)}"), size)
+    options = dict(store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=fabric.device if on_gpu else None, **options)
+    return store
 
 
 # -- a worker's end ----------------------------------------------------------------------------------------------------
@@ -282,7 +214,7 @@ def end_worker(error: BaseException) -> None:
         _leave(PIPE_CLOSED)
     if isinstance(error, (ValueError, OSError)):  # the user's
         _record(str(error) or type(error).__name__)
-        _leave(2)
+        _leave(USER_ERROR)
     _record(f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error)))
     _leave(1, wait=True)
 
@@ -292,7 +224,7 @@ def _lost(reason: str) -> NoReturn:
     if is_worker():
         _record(reason)
     else:
-        _say(reason)
+        print_error(reason)
     _leave(1)
 
 

@@ -9,11 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from litgpt_kv import LLM
 from litgpt_kv.__main__ import main
 from litgpt_kv.parallel.heartbeat import FileMonitor
-from litgpt_kv.parallel.launch import LONGEST, one_line
+from litgpt_kv.parallel.launcher import LONGEST, one_line
 from tests.parallel.processes import (
     ENDLESS,
     GENERATE,
@@ -159,6 +160,16 @@ def test_absurd_numbers_of_devices_start_nothing(strategy: str, count: str, caps
             main([*GENERATE[2:], "--generate-strategy", strategy, "--devices", "2", option, count])
         err = capsys.readouterr().err
         assert end.value.code == 2 and err.count("\n") == 1 and most in err and f"got {count[:20]}" in err
+
+
+@pytest.mark.parametrize("strategy", ["tensor_parallel", "data_parallel"])
+def test_one_device_needs_no_other_process(strategy: str, capsys: pytest.CaptureFixture) -> None:
+    command = [*GENERATE[2:], "--prompt", "def ", "--max-new-tokens", "6"]
+    main(command)
+    expected = capsys.readouterr().out
+    main([*command, "--devices", "1", "--generate-strategy", strategy])
+    out, err = capsys.readouterr()
+    assert out == expected and "Starting" not in err and not dist.is_initialized()
 
 
 def test_texts_of_other_processes_are_fit_for_a_terminal() -> None:
