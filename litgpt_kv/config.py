@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
@@ -11,6 +12,16 @@ from litgpt.config import Config
 from litgpt.model import yarn_get_mscale
 
 T = TypeVar("T")
+OptionValue = bool | int | float | str | None  # of a strategy; Any would let a YAML file name code to run
+
+
+def shown(value: Any) -> str:
+    """A value for an error message, at most 60 characters of it."""
+    try:
+        text = repr(value)
+    except Exception:  # an integer of more digits than Python prints, or an object that fails to show itself
+        text = f"a value of type {type(value).__name__}"
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 @dataclass(frozen=True)
@@ -38,22 +49,35 @@ class KVCacheArgs:
     recent: int | None | Sequence[int | None] = None
     storage: str | Sequence[str] = "plain"
     positions: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, OptionValue | list[OptionValue]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, kv_cache: str | KVCacheArgs | None, budget: int | str | None = None) -> KVCacheArgs | None:
-        """From a strategy's name or themselves, with another budget if one is given; None for None and "none"."""
-        args = cls(strategy=kv_cache) if isinstance(kv_cache, str) and kv_cache != "none" else kv_cache
-        args = None if args == "none" else args
+        """From a strategy's name or themselves, with another budget if one is given; None for None and "none".
+
+        Raises:
+            TypeError: If `kv_cache` is something else.
+            ValueError: If "none", which keeps nothing, comes with options or a budget.
+        """
+        args = cls(strategy=kv_cache) if isinstance(kv_cache, str) else kv_cache
         if not (args is None or isinstance(args, KVCacheArgs)):
-            raise ValueError(f"kv_cache must be a strategy's name, KVCacheArgs or None, got {kv_cache!r}.")
+            raise TypeError(f"kv_cache must be a strategy's name, KVCacheArgs or None, got {shown(kv_cache)}.")
+        if args is not None and args.strategy == "none":
+            if args != cls(strategy="none"):
+                raise ValueError("kv_cache 'none' takes no options.")
+            args = None
         if budget is not None and args is None:
-            raise ValueError(f"Without a cache there is no budget, got {budget}.")
+            raise ValueError(f"Without a cache there is no budget, got {shown(budget)}.")
         return args if budget is None else replace(args, budget=budget)
 
     def __post_init__(self) -> None:
         if self.positions not in (None, "absolute", "cache"):
-            raise ValueError(f"positions must be 'absolute' or 'cache', got {self.positions!r}.")
+            raise ValueError(f"positions must be 'absolute' or 'cache', got {shown(self.positions)}.")
+        for name in ("strategy", "storage"):
+            if not all(isinstance(one, str) for one in _each(getattr(self, name))) or not getattr(self, name):
+                raise TypeError(f"{name} must be a name, or a list of names, got {shown(getattr(self, name))}.")
+        if not isinstance(self.options, dict) or not all(isinstance(key, str) for key in self.options):
+            raise TypeError(f"options must be values by name, got {shown(self.options)}.")
         for name in ("budget", "sinks", "recent"):
             value = getattr(self, name)
             for one in _each(value):
@@ -66,9 +90,11 @@ def _check_count(name: str, value: Any) -> None:
     if name == "budget" and isinstance(value, str):
         percent(value, 100)
     elif isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name} is a count of tokens, got {value!r}.")
+        raise ValueError(f"{name} is a count of tokens, got {shown(value)}.")
     elif value < (1 if name == "budget" else 0):
-        raise ValueError(f"{name} must be at least {1 if name == 'budget' else 0}, got {value}.")
+        raise ValueError(f"{name} must be at least {1 if name == 'budget' else 0}, got {shown(value)}.")
+    elif value >= 2**31:
+        raise ValueError(f"{name} must be less than 2**31 tokens, got {shown(value)}.")
 
 
 def percent(text: str, of: int) -> int:
@@ -78,7 +104,7 @@ def percent(text: str, of: int) -> int:
     except ValueError:
         share = math.nan
     if not 0 < share <= 100:
-        raise ValueError(f"A budget is a count of tokens or a percentage over 0% and up to 100%, got {text!r}.")
+        raise ValueError(f"A budget is a count of tokens or a percentage over 0% and up to 100%, got {shown(text)}.")
     return max(1, round(of * share / 100))
 
 
@@ -110,49 +136,62 @@ class SamplingArgs:
     """How the next token is chosen from the logits; the names and their meaning are litgpt's.
 
     Args:
-        temperature: Divides the logits; 0 takes the most probable token (greedy).
-        top_k: Sample among the so many most probable tokens; None: among all.
+        temperature: Divides the logits; higher is more random, 0 takes the most probable token (greedy). None: what the
+            checkpoint's generation_config.json says, else 0.8; without a checkpoint 1.0.
+        top_k: Sample among the so many most probable tokens; null (None) for all.
         top_p: Sample among the smallest set of tokens whose probabilities sum to more than this; 1.0: among all,
             0.0: greedy.
         seed: Makes the run repeatable, and a row independent of its partners; None: torch's global generator.
         repetition_penalty: Divides the positive logits of tokens that the prompt or the text has, and multiplies the
             negative ones, before all else (Keskar et al. 2019, arXiv 1909.05858; as in Hugging Face's generate).
+        min_p: Sample among the tokens that have at least this share of the most probable token's probability, after
+            temperature (Nguyen et al. 2024, arXiv 2407.01082; as in vLLM and Hugging Face's generate); 0.0: among all.
 
     Each may be one value for all rows, or a list with one a row.
     """
 
-    temperature: float | Sequence[float] = 1.0
+    temperature: float | None | Sequence[float | None] = 1.0
     top_k: int | None | Sequence[int | None] = None
     top_p: float | Sequence[float] = 1.0
     seed: int | None | Sequence[int | None] = None
     repetition_penalty: float | Sequence[float] = 1.0
+    min_p: float | Sequence[float] = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_p", "repetition_penalty", "top_k", "seed"):
-            kind = int if name in ("top_k", "seed") else (int, float)
+        for name, (kind, least, most, says) in SAMPLING_LIMITS.items():
             for value in _each(getattr(self, name)):
-                if isinstance(value, bool) or not (isinstance(value, kind) or (value is None and kind is int)):
-                    raise ValueError(f"{name} must be a {'whole ' if kind is int else ''}number, got {value!r}.")
-        for value in _each(self.temperature):
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"temperature must be 0 or greater, got {value}.")
-        for value in _each(self.top_k):
-            if value is not None and value < 1:
-                raise ValueError(f"top_k must be at least 1, got {value}.")
-        for value in _each(self.top_p):
-            if not 0.0 <= value <= 1.0:
-                raise ValueError(f"top_p must be between 0 and 1, got {value}.")
-        for value in _each(self.seed):
-            if value is not None and not 0 <= value < 2**63:
-                raise ValueError(f"seed must be 0 to 2**63 - 1, got {value}.")
-        for value in _each(self.repetition_penalty):
-            if not 0.01 <= value <= 100:
-                raise ValueError(f"repetition_penalty must be between 0.01 and 100, got {value}.")
+                if value is None and name in ("temperature", "top_k", "seed"):
+                    continue
+                if isinstance(value, bool) or not isinstance(value, kind):
+                    what = "whole number" if kind is int else "number"
+                    raise ValueError(f"{name} must be a {what}, got {shown(value)}.")
+                if not least <= value <= most:  # NaN is refused, too
+                    raise ValueError(f"{name} must be {says}, got {shown(value)}.")
+
+    def resolved(self, temperature: float) -> SamplingArgs:
+        """The same with a checkpoint's own temperature where none is given."""
+        values = [temperature if value is None else value for value in _each(self.temperature)]
+        return replace(self, temperature=values if isinstance(self.temperature, (list, tuple)) else values[0])
+
+    def shifted(self, number: int) -> SamplingArgs:
+        """The same with another seed: that of sample (or turn) `number`, counted from 0; after 2**63 - 1 comes 0."""
+        seeds = [None if seed is None else (seed + number) % 2**63 for seed in _each(self.seed)]
+        return replace(self, seed=seeds if isinstance(self.seed, (list, tuple)) else seeds[0])
 
     def rows(self, count: int) -> list[SamplingArgs]:
         """The same for each of `count` rows, with one value each."""
         names = [f.name for f in fields(self)]
         return [SamplingArgs(*row) for row in zip(*(per_row(name, getattr(self, name), count) for name in names))]
+
+
+SAMPLING_LIMITS: dict[str, tuple[Any, float, float, str]] = {  # type, least, most, in words
+    "temperature": ((int, float), 0, sys.float_info.max, "0 or greater"),
+    "top_k": (int, 1, 2**63 - 1, "at least 1"),
+    "top_p": ((int, float), 0, 1, "between 0 and 1"),
+    "seed": (int, 0, 2**63 - 1, "0 to 2**63 - 1"),
+    "repetition_penalty": ((int, float), 0.01, 100, "between 0.01 and 100"),
+    "min_p": ((int, float), 0, 1, "between 0 and 1"),
+}
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ class KVCache(nn.Module):
         devices: Sequence[torch.device] | None = None,
     ) -> None:
         super().__init__()
-        self.args, self.max_tokens = args, max_tokens
+        self.args, self.max_tokens, self.dtype = args, max_tokens, dtype
         devices = devices or [torch.device("cpu")] * config.n_layer
         self.register_buffer("pos", torch.zeros(batch_size, dtype=torch.int64, device=devices[0]), persistent=False)
         self.register_buffer("live", torch.ones(batch_size, dtype=torch.bool, device=devices[0]), persistent=False)

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from litgpt_kv.arguments import PREFILLS
 from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.cache.plan import limit_of, settle
 from litgpt_kv.config import KVCacheArgs
 from litgpt_kv.model.gpt import GPT
 
-PREFILLS = ("min-length", "full")
 BLOCK = 128  # tokens; the logits of a block are (B, BLOCK, V), so a longer one would cost memory and save little
 Model = Callable[..., Tensor]
 

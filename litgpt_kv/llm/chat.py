@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from litgpt.prompts import PromptStyle
+from litgpt_kv.arguments import StoppingArgs, check_count, grouped
 from litgpt_kv.config import KVCacheArgs, SamplingArgs
 from litgpt_kv.generate import Request, Stats
 from litgpt_kv.generate.base import run_rows, runner
 from litgpt_kv.generate.stopping import Row
-from litgpt_kv.generate.text import TextStream, stop_texts
+from litgpt_kv.generate.text import TextStream
+from litgpt_kv.llm.text_request import TextRequest
 
 if TYPE_CHECKING:
     from litgpt_kv.llm.llm import LLM
@@ -30,12 +31,10 @@ class Chat:
         budget: Tokens kept, instead of that of `kv_cache`.
         max_tokens: How many tokens the conversation may have: the size of a dense cache, and the budget where none is
             given. None: the model's context, at most 8,192.
-        max_new_tokens: The most tokens of a reply; fewer where no more fit.
-        temperature, top_k, top_p, repetition_penalty: See `SamplingArgs`.
-        seed: Of the first turn; each turn has the next one. None: torch's global generator.
-        stop: Texts that end a reply.
         prefill: How the first turn is read, "min-length" or "full"; later ones are read in blocks where that changes
             nothing (dense, window, sink), else one token at a time.
+        settings: The fields of `StoppingArgs` (of a reply, which is shorter where no more fits; 256 tokens by default)
+            and `SamplingArgs` by name; `seed` is that of the first turn, each turn has the next one.
 
     Attributes:
         cache: Everything the model remembers. stats: The last turn's. turns: How many there were.
@@ -49,24 +48,19 @@ class Chat:
         kv_cache: str | KVCacheArgs = "dense",
         budget: int | str | None = None,
         max_tokens: int | None = None,
-        max_new_tokens: int = 256,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float = 1.0,
-        repetition_penalty: float = 1.0,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
         prefill: str = "min-length",
+        **settings: Any,
     ) -> None:
         if llm.parallel is not None and llm.parallel.divides_rows:
             raise ValueError("A conversation has one row: nothing is to be divided among the processes.")
         self.llm, self.sys_prompt, self.prefill = llm, sys_prompt, prefill
-        self.stop = stop_texts(stop)
-        self.sampling = SamplingArgs(temperature, top_k, top_p, seed, repetition_penalty)
-        self.max_new_tokens = Request((), max_new_tokens, sampling=self.sampling).max_new_tokens
+        stopping, sampling = grouped("chat", {"max_new_tokens": 256, **settings}, StoppingArgs, SamplingArgs)
+        self.asked = TextRequest(sys_prompt=sys_prompt, stopping=stopping, sampling=sampling.resolved(llm.temperature))
         args = KVCacheArgs.of(kv_cache, budget)
         if args is None:
             raise ValueError("Without a cache nothing is kept between turns: choose a strategy.")
+        if max_tokens is not None:
+            check_count("max_tokens", max_tokens, 1, 2**31 - 1)
         room = min(ROOM, llm.model.max_seq_length) if max_tokens is None else max_tokens
         self.cache = llm.build_cache(args, 1, room)
         runner(llm.model, self.cache, 1, prefill, None, None)  # raises for an unknown prefill
@@ -91,7 +85,7 @@ class Chat:
         if self._row is not None and self._row.last >= 0:
             last = self._row.last  # drawn, but not read yet; a style that ends the reply itself need not do so twice
             ids = ids if ids[0] == last and [last] in self.llm.ends() else [last, *ids]
-        room = self.max_new_tokens
+        room = self.asked.stopping.max_new_tokens
         if self.cache.limit is not None:
             room = min(room, self.cache.limit + 1 - self.cache.seen[0] - len(ids))
             if room < 1:
@@ -102,9 +96,10 @@ class Chat:
         return self._reply(ids, room)
 
     def _reply(self, ids: list[int], room: int) -> Iterator[str]:
-        seed = None if self.sampling.seed is None else self.sampling.seed + self.turns
-        request = Request(ids, room, sampling=replace(self.sampling, seed=seed), stop=self.llm.ends(), past=self._text)
-        row, self.stats = Row(request, 0, TextStream(self.llm.decode, list(ids), self.stop)), Stats()
+        stopping, sampling = self.asked.stopping, self.asked.sampling.shifted(self.turns)
+        ends = () if stopping.ignore_eos else self.llm.ends()
+        request = Request(ids, room, min(stopping.min_new_tokens, room), sampling, ends, self._text)
+        row, self.stats = Row(request, 0, TextStream(self.llm.decode, list(ids), stopping.stops)), Stats()
         if self.llm.parallel is not None:
             self.llm.parallel.own_rows([row])  # all processes draw alike
         run = runner(self.llm.model, self.cache, 1, self.prefill, None, self.llm.decoder)
@@ -158,3 +153,26 @@ def later_turn(style: PromptStyle, text: str) -> str:
     style = copy.copy(style)
     style.system_message = None
     return style.apply(text)
+
+
+def conversation_text(style: PromptStyle, messages: Sequence[Mapping[str, str]], sys_prompt: str | None = None) -> str:
+    """A conversation in a prompt style, up to where the model's next reply begins.
+
+    Args:
+        messages: Mappings of "role" and "content": system messages first, then the user's and the assistant's in turns,
+            the user's last.
+        sys_prompt: The system prompt where no message gives one.
+
+    Raises:
+        ValueError: If the roles come in another order.
+    """
+    systems = [m["content"] for m in messages if m["role"] in ("system", "developer")]
+    turns = messages[len(systems) :]
+    if any(m["role"] != ("assistant" if n % 2 else "user") for n, m in enumerate(turns)) or not turns:
+        order = ", ".join(m["role"] for m in messages)
+        raise ValueError(f"messages must be system messages, then user and assistant in turns, got {order[:200]}.")
+    system = "\n\n".join(systems) if systems else sys_prompt
+    text = style.apply(turns[0]["content"], sys_prompt=system)
+    for reply, turn in zip(turns[1::2], turns[2::2]):
+        text += reply["content"] + later_turn(style, turn["content"])
+    return text

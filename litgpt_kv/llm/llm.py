@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,18 @@ from torch import Tensor
 from litgpt.config import Config
 from litgpt.prompts import PromptStyle
 from litgpt.tokenizer import Tokenizer
+from litgpt_kv.arguments import RunArgs, StoppingArgs, check_count, check_flag, grouped
 from litgpt_kv.cache.kv_cache import KVCache
-from litgpt_kv.config import KVCacheArgs, SamplingArgs
+from litgpt_kv.config import KVCacheArgs, SamplingArgs, shown
 from litgpt_kv.generate import Request, Stats, serve
 from litgpt_kv.generate.base import check
 from litgpt_kv.generate.runners import Limits
 from litgpt_kv.generate.stopping import Row
-from litgpt_kv.generate.text import TextStream, stop_texts
+from litgpt_kv.generate.text import TextStream
 from litgpt_kv.llm import checkpoint
-from litgpt_kv.llm.chat import Chat
+from litgpt_kv.llm.chat import Chat, conversation_text
+from litgpt_kv.llm.check_weights import check_finite, check_fit
+from litgpt_kv.llm.text_request import TextRequest, check_text
 from litgpt_kv.model.gpt import GPT
 from litgpt_kv.parallel import DeviceRequest, ParallelStrategy, find_parallel_strategy
 
@@ -65,6 +68,7 @@ class LLM:
         accelerator: str = "auto",
         quantize: str | None = None,
         distribute: str | None = "auto",
+        check_weights: bool = False,
     ) -> LLM:
         """Loads a checkpoint in litgpt's layout.
 
@@ -78,6 +82,7 @@ class LLM:
             quantize: Quantize weights as they are loaded, litgpt's way, with bitsandbytes on an NVIDIA GPU: "bnb.nf4",
                 "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq" or "bnb.int8".
             distribute: None loads no weights yet: the method `distribute` will.
+            check_weights: Refuse weights that are NaN or infinite: one more pass over them.
 
         Raises:
             ValueError: If the checkpoint is missing, incomplete or corrupt, or an argument is unknown.
@@ -92,6 +97,8 @@ class LLM:
             folder = checkpoint.find(model)
             config = checkpoint.load_config(folder)
             gpt = None if distribute is None else checkpoint.load_model(folder, config, fabric)
+            if gpt is not None and check_weights:
+                check_finite(gpt.named_parameters(), str(folder / checkpoint.WEIGHTS))
         else:
             if tokenizer_dir is None:
                 raise ValueError("init='random' needs a tokenizer_dir.")
@@ -117,6 +124,8 @@ class LLM:
         num_nodes: int = 1,
         precision: str | None = None,
         generate_strategy: str | None = None,
+        *,
+        check_weights: bool = False,
     ) -> None:
         """Loads the checkpoint onto several devices; `generate` then runs on all of them.
 
@@ -130,6 +139,7 @@ class LLM:
             num_nodes: How many machines.
             precision: See `load`; not one of the mixed ones.
             generate_strategy: "tensor_parallel", "sequential" or "data_parallel".
+            check_weights: See `load`.
 
         Raises:
             ValueError: If the model cannot be divided so, or an argument is unknown.
@@ -139,8 +149,12 @@ class LLM:
             raise ValueError("A model with random weights cannot be distributed: each process would draw its own.")
         request = DeviceRequest(accelerator, devices, num_nodes, checkpoint.precision_for(precision, accelerator))
         self.model = self.decoder = self.cache = None  # what one device has makes room
-        self.parallel = strategy(self.config, checkpoint.read_weights(self.checkpoint_dir), request)
+        path, weights = self.checkpoint_dir / checkpoint.WEIGHTS, checkpoint.load_weights(self.checkpoint_dir)
+        check_fit(path, self.config, weights)  # before any process is started
+        self.parallel = strategy(self.config, weights, request)
         self.fabric, self.model = self.parallel.fabric, self.parallel.model
+        if check_weights:
+            check_finite(self.model.named_parameters(), str(path))
         self.decoder = self.model
 
     def close(self) -> None:
@@ -154,15 +168,17 @@ class LLM:
 
     def encode(self, prompt: str, sys_prompt: str | None = None) -> Tensor:
         """A prompt in the model's prompt style as token ids, 1-D int64."""
-        if not isinstance(prompt, str):
-            raise ValueError(f"A prompt is a text, got {prompt!r}.")
+        for name, text in (("prompt", prompt), ("sys_prompt", "" if sys_prompt is None else sys_prompt)):
+            check_text(name, text)
         if not prompt:
             raise ValueError("The prompt is empty.")
-        if any("\ud800" <= c <= "\udfff" for c in prompt):
-            raise ValueError(f"The prompt {prompt!r:.60} has half of a surrogate pair, which is no text.")
-        ids = self.tokenizer.encode(self.prompt_style.apply(prompt, sys_prompt=sys_prompt), device=self.fabric.device)
+        return self.encode_text(self.prompt_style.apply(prompt, sys_prompt=sys_prompt))
+
+    def encode_text(self, text: str) -> Tensor:
+        """A text that has its prompt style already as token ids, 1-D int64."""
+        ids = self.tokenizer.encode(text, device=self.fabric.device)
         if not len(ids):
-            raise ValueError(f"The prompt {prompt!r} has no tokens.")
+            raise ValueError(f"The prompt {shown(text)} has no tokens.")
         return ids.long()
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -174,7 +190,7 @@ class LLM:
         prompt: str | Sequence[str],
         sys_prompt: str | None = None,
         max_new_tokens: int = 50,
-        temperature: float = 1.0,
+        temperature: float | None = 1.0,
         top_k: int | None = None,
         top_p: float = 1.0,
         return_as_token_ids: bool = False,
@@ -182,15 +198,7 @@ class LLM:
         *,
         kv_cache: str | KVCacheArgs | None = "dense",
         budget: int | str | None = None,
-        batch_size: int | None = None,
-        prefill: str = "min-length",
-        prefill_chunk: int | None = None,
-        min_new_tokens: int = 0,
-        stop: str | Sequence[str] = (),
-        repetition_penalty: float = 1.0,
-        seed: int | None = None,
-        ignore_eos: bool = False,
-        logprobs: bool = False,
+        **settings: Any,
     ) -> str | Tensor | list[str] | list[Tensor] | Iterator[str] | Iterator[list[str]]:
         """Continues a prompt, or several of any lengths.
 
@@ -198,37 +206,38 @@ class LLM:
             prompt: Text, or a list of texts.
             sys_prompt: For prompt styles that have one.
             max_new_tokens: The most new tokens of each prompt.
-            temperature, top_k, top_p, repetition_penalty, seed: See `SamplingArgs`; one value, or one a prompt.
+            temperature, top_k, top_p: See `SamplingArgs`; one value, or one a prompt.
             return_as_token_ids: Return 1-D int64 tensors instead of text.
             stream: Return an iterator over pieces of text as they are made; of lists of pieces for a list of prompts.
             kv_cache: A strategy's name, or all of `KVCacheArgs`; None or "none" computes the whole text again at
                 every step.
             budget: Tokens kept, instead of that of `kv_cache`.
-            batch_size: Prompts at a time; when one ends the next takes its place. None: all at once.
-            prefill: "min-length" (each prompt in one pass as far as the budget allows, the rest in blocks or token by
-                token) or "full" (one padded pass, then compressed to the budget).
-            prefill_chunk: See `litgpt_kv.generate.stream`.
-            min_new_tokens: The end of the model's text and `stop` count only after so many.
-            stop: A text that ends the output and is not part of it, or several.
-            ignore_eos: Go on when the model ends its text.
-            logprobs: Fill `stats.logprobs`: one list of log-probabilities for each prompt.
+            settings: The other fields of `SamplingArgs` (seed, repetition_penalty, min_p; one value, or one a prompt),
+                `StoppingArgs` (min_new_tokens, stop, ignore_eos) and `RunArgs` (batch_size, prefill, prefill_chunk,
+                logprobs, which fills `stats.logprobs`), by name.
 
         Returns:
             The new text, without the prompt; a list for a list of prompts.
 
         Raises:
             ValueError: If a prompt is empty, does not fit the model's context, or an argument is out of range.
+            TypeError: For an unknown argument or one of the wrong type.
         """
         if not isinstance(prompt, (str, list, tuple)):
-            raise ValueError(f"prompt must be a text or a list of texts, got {prompt!r}.")
+            raise TypeError(f"prompt must be a text or a list of texts, got {shown(prompt)}.")
+        for name, flag in (("stream", stream), ("return_as_token_ids", return_as_token_ids)):
+            check_flag(name, flag)
         if stream and return_as_token_ids:
             raise ValueError("stream=True gives text; for tokens as they are made see litgpt_kv.generate.stream.")
         args = KVCacheArgs.of(kv_cache, budget)
+        settings |= {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        stopping, sampling, run = grouped("generate", settings, StoppingArgs, SamplingArgs, RunArgs)
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
-        sampling = SamplingArgs(temperature, top_k, top_p, seed, repetition_penalty).rows(len(texts))
-        ends = max_new_tokens, min_new_tokens
-        rows = [self.row(text, b, sys_prompt, *ends, sampling[b], stop, ignore_eos) for b, text in enumerate(texts)]
-        steps = self.run(rows, args, batch_size, prefill, prefill_chunk, logprobs)
+        rows = [
+            self.row(TextRequest(text, sys_prompt=sys_prompt, stopping=stopping, sampling=own), b)
+            for b, (text, own) in enumerate(zip(texts, sampling.rows(len(texts))))
+        ]
+        steps = self.run(rows, args, run.batch_size, run.prefill, run.prefill_chunk, run.logprobs)
         if stream:
             pieces = ([row.piece if row in drew else "" for row in rows] for drew in steps)
             return (one for (one,) in pieces) if isinstance(prompt, str) else pieces
@@ -237,23 +246,33 @@ class LLM:
         out = [torch.tensor(row.tokens, dtype=torch.int64) if return_as_token_ids else row.text for row in rows]
         return out[0] if isinstance(prompt, str) else out
 
-    def row(
-        self,
-        prompt: str,
-        index: int = 0,
-        sys_prompt: str | None = None,
-        max_new_tokens: int = 50,
-        min_new_tokens: int = 0,
-        sampling: SamplingArgs | None = None,
-        stop: str | Sequence[str] = (),
-        ignore_eos: bool = False,
-    ) -> Row:
-        """A prompt and its settings, as `run` takes them; the arguments are those of `generate`."""
-        ids = self.encode(prompt, sys_prompt)
-        request = Request(
-            ids, max_new_tokens, min_new_tokens, sampling or SamplingArgs(), () if ignore_eos else self.ends()
-        )
-        return Row(request, index, TextStream(self.decode, ids.tolist(), stop_texts(stop)))
+    def row(self, asked: TextRequest | str, index: int = 0) -> Row:
+        """A prompt and its settings, as `run` takes them.
+
+        Args:
+            asked: The request, or a prompt alone.
+            index: Its number in the run.
+
+        Raises:
+            ValueError: If the prompt is empty or no text.
+        """
+        asked = TextRequest(asked) if isinstance(asked, str) else asked
+        if asked.messages is not None:
+            text = conversation_text(self.prompt_style, asked.messages, asked.sys_prompt)
+            ids = self.encode_text(text)
+        else:
+            ids = self.encode(asked.prompt, asked.sys_prompt)
+        stopping, sampling = asked.stopping, asked.sampling
+        if sampling.temperature is None:
+            sampling = sampling.resolved(self.temperature)
+        ends = () if stopping.ignore_eos else self.ends()
+        request = Request(ids, stopping.max_new_tokens, stopping.min_new_tokens, sampling, ends)
+        return Row(request, index, TextStream(self.decode, ids.tolist(), stopping.stops))
+
+    @property
+    def temperature(self) -> float:
+        """The temperature that the checkpoint recommends, else litgpt's 0.8."""
+        return 0.8 if self.checkpoint_dir is None else checkpoint.own_temperature(self.checkpoint_dir)
 
     def ends(self) -> list[list[int]]:
         """The token sequences with which the model ends its text, by its prompt style."""
@@ -280,8 +299,7 @@ class LLM:
         """
         if self.model is None:
             raise ValueError("No weights are loaded: call distribute() first, or load without distribute=None.")
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        RunArgs(batch_size, prefill, prefill_chunk, logprobs)  # raises for what is out of range
         self.stats, self.cache = Stats(), None
         tokens = tokens or max((row.sees for row in rows), default=1)
         mine = rows
@@ -294,22 +312,52 @@ class LLM:
         size = max(1, min(len(mine), batch_size or len(mine)))
         if args is not None:
             self.cache = self.build_cache(args, size, tokens)
-        steps = (
-            serve(
-                self.model,
-                mine,
-                self.cache,
-                rows=size,
-                prefill=prefill,
-                prefill_chunk=prefill_chunk,
-                decoder=self.decoder,
-                stats=self.stats,
-                logprobs=logprobs,
-            )
-            if mine or not rows
-            else iter(())
-        )  # a process may have nothing to do
+        if mine or not rows:
+            steps = self._serve(mine, size, prefill, prefill_chunk, logprobs)
+        else:  # a process may have nothing to do
+            steps = iter(())
         return self._noted(steps, rows, mine)
+
+    def answer(
+        self,
+        rows: Iterator[Row],
+        args: KVCacheArgs | None,
+        batch_size: int,
+        tokens: int,
+        prefill: str = "min-length",
+        prefill_chunk: int | None = None,
+        logprobs: bool = False,
+    ) -> Iterator[list[Row]]:
+        """Answer any number of rows, each of which is taken from the iterator only when there is room for it.
+
+        Args:
+            tokens: what the longest row will see, prompt and new tokens.
+            args, batch_size, prefill, prefill_chunk, logprobs: see `run`. Processes that divide the rows need `run`.
+
+        Yields:
+            As `run`; `stats` counts, but has nothing of single rows.
+        """
+        self.stats, self.cache = Stats(), None
+        if args is not None:
+            self.cache = self.build_cache(args, batch_size, tokens)
+        if self.parallel is not None:
+            rows = (row for each in rows for row in self.parallel.own_rows([each]))
+        return self._serve(rows, batch_size, prefill, prefill_chunk, logprobs)
+
+    def _serve(
+        self, rows: Iterable[Row], batch_size: int, prefill: str, prefill_chunk: int | None, logprobs: bool
+    ) -> Iterator[list[Row]]:
+        return serve(
+            self.model,
+            rows,
+            self.cache,
+            rows=batch_size,
+            prefill=prefill,
+            prefill_chunk=prefill_chunk,
+            decoder=self.decoder,
+            stats=self.stats,
+            logprobs=logprobs,
+        )
 
     def _noted(self, steps: Iterator[list[Row]], rows: Sequence[Row], mine: Sequence[Row]) -> Iterator[list[Row]]:
         stats = self.stats
@@ -346,8 +394,7 @@ class LLM:
             "Decode speed in tokens/sec", "Cache memory allocated in GB", and on a GPU "Total GPU memory allocated in
             GB". litgpt runs `generate` twice an iteration and counts the tokens of the text anew; this does neither.
         """
-        if num_iterations < 1:
-            raise ValueError(f"num_iterations must be at least 1, got {num_iterations}.")
+        check_count("num_iterations", num_iterations, 1, 2**31 - 1)
         table: dict[str, list[float]] = {}
         out = None
         for _ in range(num_iterations):

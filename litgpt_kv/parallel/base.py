@@ -37,7 +37,7 @@ class DeviceRequest:
             raise ValueError(f"devices must be a count or 'auto', got {self.devices!r}.")
         most = max(MOST_DEVICES, os.cpu_count() or 1)
         if self.devices != "auto" and self.devices > most:
-            raise ValueError(f"devices can be at most {most} on this machine, got {self.devices!r:.20}: give fewer.")
+            raise ValueError(f"devices must be at most {most} on this machine, got {self.devices!r:.20}.")
         if not isinstance(self.num_nodes, int) or self.num_nodes < 1:
             raise ValueError(f"num_nodes must be at least 1, got {self.num_nodes!r:.20}.")
         if self.num_nodes > MOST_NODES:

@@ -1,4 +1,4 @@
-"""From a checkpoint's parameters to those of a part of the model, one at a time."""
+"""From a checkpoint's parameters to those of a part of the model, one at a time. Floor 5."""
 
 from __future__ import annotations
 
@@ -18,6 +18,23 @@ def full_shapes(config: Config) -> dict[str, Tensor]:
     """The whole model's parameters on the meta device, by litgpt's names."""
     with torch.device("meta"):
         return GPT(config).state_dict()
+
+
+def names_in(shapes: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, str]:
+    """For each parameter of a model its name in a checkpoint, which older litgpts wrote differently.
+
+    Raises:
+        ValueError: If a weight is missing, unknown or of another shape.
+    """
+    names = {name.replace(OLD, NEW): name for name in weights}
+    if wrong := sorted(shapes.keys() ^ names.keys()):
+        what = "is missing" if wrong[0] in shapes else "is unknown"
+        raise ValueError(f"{wrong[0]!r:.100} {what}.")
+    for name, shape in shapes.items():
+        if weights[names[name]].shape != shape.shape:
+            sizes = f"{tuple(weights[names[name]].shape)}, not {tuple(shape.shape)}"
+            raise ValueError(f"{name!r} has shape {sizes}.")
+    return names
 
 
 def load_weights(
@@ -42,14 +59,10 @@ def load_weights(
     Raises:
         ValueError: If a weight is missing, unknown or of another shape; nothing is copied then.
     """
-    names = {name.replace(OLD, NEW): name for name in weights}
-    if wrong := sorted(shapes.keys() ^ names.keys()):
-        what = "is missing" if wrong[0] in shapes else "is unknown"
-        raise ValueError(f"The weights do not fit the model's config: {wrong[0]!r} {what}.")
-    for name, shape in shapes.items():
-        if weights[names[name]].shape != shape.shape:
-            sizes = f"{tuple(weights[names[name]].shape)}, not {tuple(shape.shape)}"
-            raise ValueError(f"The weights do not fit the model's config: {name!r} has shape {sizes}.")
+    try:
+        names = names_in(shapes, weights)
+    except ValueError as error:
+        raise ValueError(f"The weights do not fit the model's config: {error}") from error
     where = device if callable(device) else lambda name: device
     dtype = dtype or torch.get_default_dtype()
     for name in shapes:

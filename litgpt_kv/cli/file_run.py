@@ -1,0 +1,210 @@
+"""Answer a file of prompts: a stream of lines in, an answer for each out, in memory that does not grow."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+from tqdm import tqdm
+
+from litgpt_kv.arguments import RunArgs
+from litgpt_kv.cli.answers import FAILED, MOST_SAMPLES, Answers
+from litgpt_kv.cli.prompt_files import Line, PromptFile
+from litgpt_kv.config import KVCacheArgs
+from litgpt_kv.generate import Stats
+from litgpt_kv.generate.base import check
+from litgpt_kv.generate.runners import Limits
+from litgpt_kv.generate.stopping import Row
+from litgpt_kv.llm.llm import LLM
+from litgpt_kv.llm.openai_batch import batch_answer
+
+ROWS = 8  # prompts at a time unless told otherwise
+WINDOW = 2048  # prompts that processes divide at a time
+GROWTH = 1.25  # of a cache whose size hangs on the longest row, when a longer one comes
+
+
+@dataclass
+class Counts:
+    """What became of a file of prompts: its lines, those that could not be used, answers that ended with an error."""
+
+    lines: int = 0
+    bad: int = 0
+    failed: int = 0
+
+
+def answer_file(
+    llm: LLM,
+    prompts: PromptFile,
+    answers: Answers,
+    args: KVCacheArgs | None,
+    run_args: RunArgs | None = None,
+    *,
+    num_samples: int = 1,
+    on_rows: Callable[[Sequence[Row]], None] = lambda rows: None,
+    on_bad: Callable[[Line], None] = lambda line: None,
+) -> Counts:
+    """Answer the prompts of a file, some at a time, reading it as it goes; a terminal shows a progress bar.
+
+    Memory does not grow with the file. It is read once more beforehand, and only then, where a budget is a share of
+    the longest prompt, where the decode step is compiled for one size of cache, or to see whether the answers of a run
+    before are to these prompts.
+
+    Args:
+        on_rows: called with rows that begin, when their cache is there.
+        on_bad: called with each line that cannot be used, with its error, as it comes.
+        run_args: how prompts are batched and read; 8 at a time unless it says otherwise.
+    """
+    if num_samples > MOST_SAMPLES:
+        raise ValueError(f"num_samples must be at most {MOST_SAMPLES:,} for a file of prompts, got {num_samples:,}.")
+    answers.begin(llm.parallel)
+    run_args = run_args or RunArgs()
+    run = FileRun(llm, answers, args, num_samples, run_args.batch_size or ROWS, run_args.prefill, on_rows, on_bad)
+    if len(answers.before) and prompts.is_repeatable:
+        run.compare(prompts)
+    tokens = run.longest(prompts.repeatable()) if run.needs_longest else None
+    options = {name: getattr(run_args, name) for name in ("prefill", "prefill_chunk", "logprobs")}
+    divided = llm.parallel is not None and llm.parallel.divides_rows
+    steps = (run.divided if divided else run.streamed)(run.rows(prompts, tokens), tokens, options)
+    hidden = None if llm.fabric.is_global_zero else True  # None: a bar on terminals only
+    with tqdm(initial=len(answers), unit="prompt", disable=hidden) as bar:
+        for row in (row for drew in steps for row in drew if row.reason is not None):
+            run.finish(row)
+            bar.update()
+    llm.stats = run.stats
+    return run.counts
+
+
+@dataclass
+class FileRun:
+    """One run over a file of prompts: from lines to rows, and from rows to answers."""
+
+    llm: LLM
+    answers: Answers
+    args: KVCacheArgs | None
+    num_samples: int
+    batch_size: int
+    prefill: str
+    on_rows: Callable[[Sequence[Row]], None]
+    on_bad: Callable[[Line], None]
+    counts: Counts = field(default_factory=Counts)
+    stats: Stats = field(default_factory=Stats)  # of all caches
+    _running: dict[Row, tuple[Line, int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        budget = None if self.args is None else self.args.budget
+        self._budgets = list(budget) if isinstance(budget, (list, tuple)) else [budget]
+
+    @property
+    def grows(self) -> bool:
+        """Whether the size of the cache hangs on the longest row, as a dense one's does."""
+        return self.args is not None and None in self._budgets
+
+    @property
+    def needs_longest(self) -> bool:
+        """Whether the longest row must be known before the first step."""
+        compiled = self.llm.decoder is not self.llm.model
+        return any(isinstance(budget, str) for budget in self._budgets) or (compiled and self.grows)
+
+    def compare(self, prompts: Iterable[Line]) -> None:
+        """Raise ValueError if the answers that are there are to other prompts, or of other settings."""
+        for line in prompts:
+            if line.error is None:
+                for sample in range(min(self.num_samples, MOST_SAMPLES)):
+                    self.answers.matches((line.number, sample), line.prompt)
+        self.answers.matched = 0
+
+    def longest(self, prompts: Iterable[Line]) -> int:
+        """The most tokens that a row will see, of all usable lines, answered or not."""
+        limits = Limits.of(self.llm.model, self.args, self.prefill)
+        rows = (self._row(line, limits) for line in prompts)
+        return max((row.sees for row in rows if row is not None), default=1)
+
+    def rows(self, prompts: Iterable[Line], tokens: int | None) -> Iterator[Row]:
+        """Yield what is to be answered; bad lines are counted and told, answers that are there left out."""
+        limits = Limits.of(self.llm.model, self.args, self.prefill, tokens)
+        for line in prompts:
+            self.counts.lines += 1
+            row = self._row(line, limits)
+            if row is None:
+                self.counts.bad += 1
+                self.on_bad(line)
+                continue
+            for sample in range(self.num_samples):
+                key = line.number, sample
+                self.answers.expect(key)
+                if not self.answers.matches(key, line.prompt):
+                    row = row if sample == 0 else self.llm.row(line.request.sample(sample))
+                    self._running[row] = line, sample
+                    yield row
+
+    def _row(self, line: Line, limits: Limits) -> Row | None:
+        """The first sample's row; None, and the line is given its error, if any of its samples cannot be run."""
+        if line.error is None:
+            try:
+                row = self.llm.row(line.request)
+                check(row.request, limits)
+                return row
+            except (ValueError, TypeError, OverflowError, RecursionError) as error:
+                line.error = str(error)
+        return None
+
+    def streamed(self, rows: Iterator[Row], tokens: int | None, options: dict[str, Any]) -> Iterator[list[Row]]:
+        """Answer rows as they come. Where the cache grows, a row that is too long for it waits until all others have
+        ended; then a larger one is made."""
+        ahead: deque[Row] = deque()
+        size = 0
+
+        def fill(count: int) -> bool:
+            ahead.extend(islice(rows, max(0, count - len(ahead))))
+            return bool(ahead)
+
+        def fitting() -> Iterator[Row]:
+            while fill(1) and (not self.grows or ahead[0].sees <= size):
+                self.on_rows([ahead[0]])
+                yield ahead.popleft()
+
+        limit = Limits.of(self.llm.model, self.args, self.prefill).limit
+        while fill(self.batch_size):
+            longest = max(row.sees for row in ahead)
+            size = tokens or max(longest, int(size * GROWTH) if limit is None else min(limit, int(size * GROWTH)))
+            yield from self.llm.answer(fitting(), self.args, len(ahead), size, **options)
+            self._count(self.llm.stats)
+
+    def divided(self, rows: Iterator[Row], tokens: int | None, options: dict[str, Any]) -> Iterator[list[Row]]:
+        """Answer rows over processes, each of which takes some of a window of them."""
+        while window := list(islice(rows, WINDOW)):
+            for index, row in enumerate(window):
+                row.index = index
+            steps = self.llm.run(window, self.args, self.batch_size, tokens=tokens, **options)
+            self.on_rows(window)
+            yield from steps
+            self._count(self.llm.stats)
+            self.answers.merge()
+
+    def finish(self, row: Row) -> None:
+        """Hand over an answer."""
+        line, sample = self._running.pop(row)
+        self.counts.failed += row.reason == FAILED
+        self.answers.add(_record(row, line, sample, many=self.num_samples > 1), row.elsewhere)
+
+    def _count(self, stats: Stats) -> None:
+        for name in ("prompt_tokens", "new_tokens", "prefill_tokens", "decode_tokens"):
+            setattr(self.stats, name, getattr(self.stats, name) + getattr(stats, name))
+        self.stats.prefill_seconds += stats.prefill_seconds
+        self.stats.decode_seconds += stats.decode_seconds
+
+
+def _record(row: Row, line: Line, sample: int, many: bool) -> dict[str, Any]:
+    """One answer; seconds count from when the prompt's turn came."""
+    record: dict[str, Any] = {"line": line.number, **({"sample": sample} if many else {})}
+    record |= {"id": line.request.id} if line.request.id is not None else {}
+    record |= {"prompt": line.prompt}
+    record |= {"text": row.text, "prompt_tokens": len(row.request.prompt), "new_tokens": len(row.tokens)}
+    record |= {"finish_reason": row.reason}
+    record["first_token_seconds"] = round(row.first - row.began, 6)
+    record["seconds"] = round(row.ended - row.began, 6)
+    record |= {"tokens": row.tokens, "logprobs": row.logprobs} if row.logprobs else {}
+    return record | (batch_answer(line.batch, record, f"{line.number}-{sample}") if line.batch is not None else {})
