@@ -15,7 +15,7 @@ from litgpt_kv.__main__ import main
 from litgpt_kv.cli.options import cache_fields, fail, normalise
 from litgpt_kv.cli.parser import typed_options
 from litgpt_kv.llm.checkpoint import DEMO
-from litgpt_kv.parallel import WAYS
+from litgpt_kv.parallel import PARALLEL_STRATEGIES
 
 ROOT = Path(__file__).parents[2]
 
@@ -97,7 +97,7 @@ def test_samples_differ_and_repeat(capsys):
 FILES = sorted(p.name for p in (ROOT / "config_hub" / "generate").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("name", [f for f in FILES if Path(f).stem not in WAYS])  # those: tests/test_parallel.py
+@pytest.mark.parametrize("name", [f for f in FILES if Path(f).stem not in PARALLEL_STRATEGIES])
 def test_every_yaml_file_runs_and_its_header_says_how(capsys, name):
     path = ROOT / "config_hub" / "generate" / name
     assert f"litgpt_kv generate demo --config config_hub/generate/{name}" in path.read_text()
