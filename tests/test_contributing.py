@@ -41,7 +41,7 @@ def test_the_complete_strategy_works_as_written(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "unusual.py").write_text(STRATEGY)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
     command = [sys.executable, "-c", USE + GENERATE]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("done\n")
 

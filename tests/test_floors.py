@@ -159,3 +159,14 @@ def test_no_module_is_too_long(path: Path) -> None:
 def test_no_global_changes(module: str) -> None:
     tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
     assert [ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Global)] == []
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_global_of_the_process_is_swapped(module: str) -> None:
+    """What a run needs is handed over: no context variables, no other `sys.stdout`, no hooks."""
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    targets = [t for n in ast.walk(tree) if isinstance(n, ast.Assign) for t in n.targets]
+    targets = [e for t in targets for e in (t.elts if isinstance(t, ast.Tuple) else [t])]
+    swapped = {ast.unparse(t) for t in targets} & {f"sys.{n}" for n in ("stdin", "stdout", "stderr", "excepthook")}
+    assert swapped == set()
+    assert "contextvars.ContextVar" not in imports(MODULES[module], module)

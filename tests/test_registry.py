@@ -151,7 +151,7 @@ def outside(code: str, site: Path) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(site), str(Path(litgpt_kv.__file__).parents[1])])
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", textwrap.dedent(code)]
-    return subprocess.run(command, env=env, cwd=site, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=env, cwd=site, capture_output=True, text=True, timeout=600)
 
 
 def test_a_strategy_of_another_package_is_listed_and_used_by_name(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def write(cache: KVCache, path: str | Path, model: nn.Module) -> None:
 
 def read(cls: type[KVCache], path: str | Path, model: GPT, args: KVCacheArgs | str | None) -> KVCache:
     """Do the work of `KVCache.load`."""
-    args = KVCacheArgs(strategy=args) if isinstance(args, str) else args
+    args, path = KVCacheArgs(strategy=args) if isinstance(args, str) else args, os.fspath(path)
     try:
         if not os.path.isfile(path):  # a pipe would be waited for
             raise ValueError("there is no such file")
@@ -83,7 +83,7 @@ def read(cls: type[KVCache], path: str | Path, model: GPT, args: KVCacheArgs | s
             _check_content(cache, buffers)
             _fill(cache, buffers)
     except (ValueError, OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read as a cache: {error}") from error
+        raise ValueError(f"{path:.300} cannot be read as a cache: {error}") from error
     cache.recount()
     return cache
 

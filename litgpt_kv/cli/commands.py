@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
@@ -18,6 +17,7 @@ from litgpt_kv.arguments import DeviceArgs, RunArgs, StoppingArgs, Without, chec
 from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.cli.answers import MOST_SAMPLES, Answers
 from litgpt_kv.cli.file_run import answer_file
+from litgpt_kv.cli.output import Output
 from litgpt_kv.cli.parser import describe
 from litgpt_kv.cli.prompt_files import Line, PromptFile
 from litgpt_kv.cli.terminal import talk
@@ -27,7 +27,7 @@ from litgpt_kv.generate.stopping import Row
 from litgpt_kv.llm import checkpoint
 from litgpt_kv.llm.llm import LLM
 from litgpt_kv.llm.text_request import TextRequest
-from litgpt_kv.parallel import Way, quiet
+from litgpt_kv.parallel import ParallelStrategy
 
 CLI_SAMPLING = SamplingArgs(temperature=None, top_k=50, seed=1234)  # litgpt's defaults on the command line
 SMALL_MODEL = 20_000_000  # weights
@@ -97,7 +97,7 @@ def generate(
         steps = llm.run(rows, args, run.batch_size, run.prefill, run.prefill_chunk)
         _announce(llm, rows, run)
         show(llm, rows, steps)
-        report(llm.stats, llm.cache, way=llm.way)
+        report(Output.of(llm), llm.stats, llm.cache, parallel=llm.parallel)
 
 
 def digest_of(
@@ -117,24 +117,24 @@ def digest_of(
 
 def show(llm: LLM, rows: list[Row], steps: Iterator[list[Row]]) -> None:
     """Prompts and their continuations: one as it is made, several when all are."""
-    texts = [llm.decode(row.request.prompt.tolist()) for row in rows]
+    output, texts = Output.of(llm), [llm.decode(row.request.prompt.tolist()) for row in rows]
     if len(rows) == 1:
         begin = texts[0]
         for _ in steps:
-            print(begin + rows[0].piece, end="", flush=True)
+            output.text(begin + rows[0].piece, end="")
             begin = ""
-        print()
+        output.text("")
         return
     for _ in steps:
         pass
     for text, row in zip(texts, rows):
-        print(text + row.text)
+        output.text(text + row.text)
 
 
 def _answer(
     llm: LLM, prompts: PromptFile, answers: Answers, args: KVCacheArgs | None, run: RunArgs, num_samples: int
 ) -> None:
-    telling = _Telling(llm, run)
+    output, telling = Output.of(llm), _Telling(llm, run)
     telling_how = {"on_rows": telling.rows, "on_bad": telling.bad}
     with answers, contextlib.closing(prompts):
         try:
@@ -142,13 +142,13 @@ def _answer(
         except KeyboardInterrupt:
             if answers.path is not None:
                 where = f"{answers.path} and its parts" if answers.divided else answers.path
-                say(f"Interrupted: {len(answers):,} answers are in {where}; --resume goes on.")
+                output.note(f"Interrupted: {len(answers):,} answers are in {where}; --resume goes on.")
             raise
         answers.close()
     if counts.bad > MOST_BAD_LINES:
-        say(f"{counts.bad - MOST_BAD_LINES:,} more lines were left out.")
+        output.note(f"{counts.bad - MOST_BAD_LINES:,} more lines were left out.")
     if llm.stats.new_tokens:
-        report(llm.stats, llm.cache, brief=True, way=llm.way)
+        report(output, llm.stats, llm.cache, brief=True, parallel=llm.parallel)
     where = "" if answers.path is None else f" in {answers.path}"
     before = len(answers.before)
     resumed = f", {before:,} of them from before" if before else ""
@@ -156,7 +156,7 @@ def _answer(
         resumed += f", {orphans:,} to no line of this file"
     failed = f"; {counts.failed:,} ended with an error: --resume tries them again" if counts.failed else ""
     what = f"{counts.bad:,} of {counts.lines:,} lines could not be used"
-    say(f"{len(answers):,} answers{where}{resumed}{failed}; {what}.")
+    output.note(f"{len(answers):,} answers{where}{resumed}{failed}; {what}.")
     if counts.bad or counts.failed:
         raise SystemExit(1)
 
@@ -170,7 +170,7 @@ class _Telling:
     def bad(self, line: Line) -> None:
         self.bad_lines += 1
         if self.bad_lines <= MOST_BAD_LINES:
-            say(f"Line {line.number} was left out: {line.error:.300}")
+            Output.of(self.llm).note(f"Line {line.number} was left out: {line.error:.300}")
 
     def rows(self, rows: Sequence[Row]) -> None:
         self.announced = self.announced or _announce(self.llm, rows, self.run)
@@ -188,7 +188,7 @@ def _announce(llm: LLM, rows: Sequence[Row], run: RunArgs) -> bool:
     if longest - first >= MANY_STEPS:
         budget = min(slots.size for slots in cache.slots)
         what = f"{longest:,} tokens, {longest / budget:.3g} times the budget"
-        say(
+        Output.of(llm).note(
             f"{'A' if len(rows) == 1 else 'The longest'} prompt has {what}: {longest - first:,} will be read one at a "
             "time; --prefill full reads all in one pass."
         )
@@ -210,8 +210,7 @@ def load(checkpoint_dir: str, device: DeviceArgs) -> LLM:
     if device.many:
         where = device.accelerator, device.devices, device.num_nodes, device.precision, device.generate_strategy
         llm.distribute(*where, check_weights=device.check_weights)
-        quiet(llm.fabric.global_rank)
-    say(f"Loaded {checkpoint_dir} on {llm.fabric.device} in {time.perf_counter() - began:.2f} s.")
+    Output.of(llm).note(f"Loaded {checkpoint_dir} on {llm.fabric.device} in {time.perf_counter() - began:.2f} s.")
     threads = device.threads
     if threads is None and llm.fabric.device.type == "cpu":
         threads = 1 if sum(p.numel() for p in llm.model.parameters()) < SMALL_MODEL else None
@@ -265,13 +264,15 @@ def strategies() -> None:
         print(describe(name))
 
 
-def report(stats: Stats, cache: KVCache | None, brief: bool = False, way: Way | None = None) -> None:
+def report(
+    output: Output, stats: Stats, cache: KVCache | None, brief: bool = False, parallel: ParallelStrategy | None = None
+) -> None:
     """What a run did, on standard error; `brief` without what each row keeps. The cache is that of process 0."""
     prefill = f"{stats.prefill_seconds:.2f} s ({_rate(stats.prefill_tokens, stats.prefill_seconds)})"
     if (later := stats.prompt_tokens - stats.prefill_tokens) > 0:
         prefill += f" and {later:,} beside decoding"
     decode = f"{stats.decode_seconds:.2f} s ({_rate(stats.decode_tokens, stats.decode_seconds)})"
-    say(f"Read {stats.prompt_tokens:,} prompt tokens in {prefill}, made {stats.new_tokens:,} in {decode}.")
+    output.note(f"Read {stats.prompt_tokens:,} prompt tokens in {prefill}, made {stats.new_tokens:,} in {decode}.")
     if cache is not None:
         size, tokens = cache.allocated(), cache.tokens()
         kept = ", ".join(f"{k:,} of {s:,}" for k, s in zip(tokens["kept"], tokens["seen"]))
@@ -280,13 +281,10 @@ def report(stats: Stats, cache: KVCache | None, brief: bool = False, way: Way | 
         parts = ", ".join(f"{what} {n:,}" for what, n in size.items() if n and what != "total")
         budget = " to ".join(f"{b:,}" for b in dict.fromkeys([budgets[0], budgets[-1]]))
         what = f"Cache {', '.join(dict.fromkeys(names))}: budget {budget} tokens, {size['total']:,} bytes ({parts})"
-        what += f" on process 0 of {way.team.size}" if way is not None and way.team.size > 1 else ""
-        say(what + "." if brief else f"{what}; kept {kept} tokens seen.")
+        if parallel is not None and parallel.collectives.size > 1:
+            what += f" on process 0 of {parallel.collectives.size}"
+        output.note(what + "." if brief else f"{what}; kept {kept} tokens seen.")
 
 
 def _rate(tokens: int, seconds: float) -> str:
     return f"{tokens / seconds:,.0f} tokens/s" if seconds > 0 and tokens else "not measured"
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -59,16 +59,17 @@ def answer_file(
     """
     if num_samples > MOST_SAMPLES:
         raise ValueError(f"num_samples must be at most {MOST_SAMPLES:,} for a file of prompts, got {num_samples:,}.")
-    answers.begin(llm.way)
+    answers.begin(llm.parallel)
     run_args = run_args or RunArgs()
     run = FileRun(llm, answers, args, num_samples, run_args.batch_size or ROWS, run_args.prefill, on_rows, on_bad)
     if len(answers.before) and prompts.is_repeatable:
         run.compare(prompts)
     tokens = run.longest(prompts.repeatable()) if run.needs_longest else None
     options = {name: getattr(run_args, name) for name in ("prefill", "prefill_chunk", "logprobs")}
-    divided = llm.way is not None and llm.way.divided
+    divided = llm.parallel is not None and llm.parallel.divides_rows
     steps = (run.divided if divided else run.streamed)(run.rows(prompts, tokens), tokens, options)
-    with tqdm(initial=len(answers), unit="prompt", disable=None) as bar:
+    hidden = None if llm.fabric.is_global_zero else True  # None: a bar on terminals only
+    with tqdm(initial=len(answers), unit="prompt", disable=hidden) as bar:
         for row in (row for drew in steps for row in drew if row.reason is not None):
             run.finish(row)
             bar.update()

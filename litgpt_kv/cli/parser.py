@@ -31,6 +31,7 @@ from litgpt_kv.arguments import DeviceArgs, RunArgs, StoppingArgs, Without
 from litgpt_kv.cli.options import PROG, fail, load_yaml, normalise
 from litgpt_kv.config import KVCacheArgs, SamplingArgs, shown
 from litgpt_kv.llm.safe_load import one_line
+from litgpt_kv.parallel import end_worker
 
 FLAT = (SamplingArgs, StoppingArgs, RunArgs, DeviceArgs)
 
@@ -253,7 +254,11 @@ def run(commands: dict[str, Callable[..., Any]], description: str, args: list[st
 @contextlib.contextmanager
 def _ends_well() -> Iterator[None]:
     try:
-        yield
+        try:
+            yield
+        except BaseException as error:
+            end_worker(error)  # in a run of several processes the launcher prints the error, once
+            raise
     except BrokenPipeError:  # the reader went away, as `| head` does
         sys.stderr.close()
         raise SystemExit(0) from None

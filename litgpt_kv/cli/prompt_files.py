@@ -17,6 +17,7 @@ from litgpt_kv.llm.safe_load import one_line
 from litgpt_kv.llm.text_request import TextRequest
 
 JSON = (".jsonl", ".json", ".ndjson")
+LONGEST_LINE = 64 * 2**20  # bytes
 
 
 @dataclass
@@ -63,8 +64,11 @@ class PromptFile:
         self.path, self.defaults = path, defaults or TextRequest()
         self._head: list[tuple[int, bytes]] = []
         try:
+            mode = stat.S_IFIFO if path == "-" else Path(path).stat().st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
+                raise ValueError(f"it is no file but a {'folder' if stat.S_ISDIR(mode) else 'device'}")
             self._file: BinaryIO = sys.stdin.buffer if path == "-" else Path(path).open("rb")  # noqa: SIM115  (`close`)
-            self.is_repeatable = path != "-" and stat.S_ISREG(Path(path).stat().st_mode)
+            self.is_repeatable = stat.S_ISREG(mode)
             self._rest = _numbered(self._file)
             self._head = list(islice(self._rest, 1))
         except (OSError, ValueError) as error:
@@ -98,16 +102,24 @@ class PromptFile:
 
 
 def _numbered(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines of a file that are not empty, with their numbers; a line may end as on any system."""
+    """Yield the lines of a file that are not empty, with their numbers; a line may end as on any system.
+
+    Of a line that is too long so much is read that this can be seen.
+    """
     number = 0
-    for piece in file:
-        for raw in piece.splitlines():
+    while piece := file.readline(LONGEST_LINE + 1):
+        rest = piece
+        while not rest.endswith(b"\n") and (rest := file.readline(LONGEST_LINE)):
+            pass
+        for raw in piece.splitlines() if len(piece) <= LONGEST_LINE else [piece]:
             number += 1
             if raw.strip():
                 yield number, raw
 
 
 def _line(number: int, raw: bytes, as_json: bool, defaults: TextRequest) -> Line:
+    if len(raw) > LONGEST_LINE:
+        return Line(number, error=f"it is longer than {LONGEST_LINE:,} bytes")
     try:
         text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
         record = json.loads(text) if as_json else {"prompt": text}

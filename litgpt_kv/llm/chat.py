@@ -51,7 +51,7 @@ class Chat:
         prefill: str = "min-length",
         **settings: Any,
     ) -> None:
-        if llm.way is not None and llm.way.divided:
+        if llm.parallel is not None and llm.parallel.divides_rows:
             raise ValueError("A conversation has one row: nothing is to be divided among the processes.")
         self.llm, self.sys_prompt, self.prefill = llm, sys_prompt, prefill
         stopping, sampling = grouped("chat", {"max_new_tokens": 256, **settings}, StoppingArgs, SamplingArgs)
@@ -101,8 +101,8 @@ class Chat:
         ends = () if stopping.ignore_eos else self.llm.ends()
         request = Request(ids, room, min(stopping.min_new_tokens, room), sampling, ends, self._text)
         row, self.stats = Row(request, 0, TextStream(self.llm.decode, list(ids), stopping.stops)), Stats()
-        if self.llm.way is not None:
-            self.llm.way.mine([row])  # all processes draw alike
+        if self.llm.parallel is not None:
+            self.llm.parallel.own_rows([row])  # all processes draw alike
         run = runner(self.llm.model, self.cache, 1, self.prefill, None, self.llm.decoder)
         self.turns += 1
         self._text = [*self._text, *ids]

@@ -27,7 +27,7 @@ from litgpt_kv.llm.chat import Chat, conversation_text
 from litgpt_kv.llm.check_weights import check_finite, check_fit
 from litgpt_kv.llm.text_request import TextRequest, check_text
 from litgpt_kv.model.gpt import GPT
-from litgpt_kv.parallel import Place, Way, way_of
+from litgpt_kv.parallel import DeviceRequest, ParallelStrategy, find_parallel_strategy
 
 
 class LLM:
@@ -39,7 +39,7 @@ class LLM:
         stats: What the last run did, in tokens and seconds.
         cache: The last run's cache, None without one.
         decoder: Runs the one-token steps: the model, or what `compile` made of it.
-        way: How several devices share the work; None on one.
+        parallel: How several devices share the work; None on one.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class LLM:
         self.config, self.checkpoint_dir, self.fabric = config, checkpoint_dir, fabric
         self.stats, self.cache = Stats(), None
         self.decoder = model
-        self.way: Way | None = None
+        self.parallel: ParallelStrategy | None = None
 
     @classmethod
     def load(
@@ -148,23 +148,23 @@ class LLM:
             ValueError: If the model cannot be divided so, or an argument is unknown.
         """
         DeviceArgs(precision, accelerator, devices, num_nodes, generate_strategy)  # raises for what is out of range
-        way = way_of(generate_strategy)
+        strategy = find_parallel_strategy(generate_strategy)
         if self.checkpoint_dir is None:
             raise ValueError("A model with random weights cannot be distributed: each process would draw its own.")
-        place = Place(accelerator, devices, num_nodes, checkpoint.precision_for(precision, accelerator))
+        request = DeviceRequest(accelerator, devices, num_nodes, checkpoint.precision_for(precision, accelerator))
         self.model = self.decoder = self.cache = None  # what one device has makes room
         path, weights = self.checkpoint_dir / checkpoint.WEIGHTS, checkpoint.load_weights(self.checkpoint_dir)
         check_fit(path, self.config, weights)  # before any process is started
-        self.way = way(self.config, weights, place)
-        self.fabric, self.model = self.way.fabric, self.way.model
+        self.parallel = strategy(self.config, weights, request)
+        self.fabric, self.model = self.parallel.fabric, self.parallel.model
         if check_weights:
             check_finite(self.model.named_parameters(), str(path))
         self.decoder = self.model
 
     def close(self) -> None:
         """Ends a run of several processes, waiting for all; the end of the script does the same."""
-        if self.way is not None:
-            self.way.close()
+        if self.parallel is not None:
+            self.parallel.close()
 
     def compile(self) -> None:
         """Compiles the decode step; the first steps then take a while, the others are faster."""
@@ -309,12 +309,12 @@ class LLM:
         self.stats, self.cache = Stats(), None
         tokens = tokens or max((row.sees for row in rows), default=1)
         mine = rows
-        if self.way is not None:
-            if self.way.divided:  # what one process would refuse, all refuse
+        if self.parallel is not None:
+            if self.parallel.divides_rows:  # what one process would refuse, all refuse
                 limits = Limits.of(self.model, args, prefill, tokens)
                 for row in rows:
                     check(row.request, limits, f"Prompt {row.index}")
-            mine = self.way.mine(rows)
+            mine = self.parallel.own_rows(rows)
         size = max(1, min(len(mine), batch_size or len(mine)))
         if args is not None:
             self.cache = self.build_cache(args, size, tokens)
@@ -346,8 +346,8 @@ class LLM:
         self.stats, self.cache = Stats(), None
         if args is not None:
             self.cache = self.build_cache(args, batch_size, tokens)
-        if self.way is not None:
-            rows = (row for each in rows for row in self.way.mine([each]))
+        if self.parallel is not None:
+            rows = (row for each in rows for row in self.parallel.own_rows([each]))
         return self._serve(rows, batch_size, prefill, prefill_chunk, logprobs)
 
     def _serve(
@@ -373,10 +373,10 @@ class LLM:
                 _note(stats, drew)
                 yield drew
         except BaseException as error:
-            if self.way is not None and self.way.divided:
-                self.way.meet(f"{type(error).__name__}: {error}")
+            if self.parallel is not None and self.parallel.divides_rows:
+                self.parallel.synchronize(f"{type(error).__name__}: {error}")
             raise
-        if self.way is not None and (others := self.way.share(rows, mine, stats)):
+        if self.parallel is not None and (others := self.parallel.exchange_answers(rows, mine, stats)):
             _note(stats, others)
             yield others
 

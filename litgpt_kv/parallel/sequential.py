@@ -1,4 +1,4 @@
-"""Sequential: layers over the devices of one process, each layer's cache beside its block. Floor 5.
+"""Sequential: layers over the devices of one process, each layer's cache beside its block.
 
 A batch runs in pieces of rows one after the other: while the second device works on the first piece, the first one
 works on the second piece. One thread is enough for that, as work on a GPU is only asked for, not waited for.
@@ -13,26 +13,59 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor, nn
 
 from litgpt.config import Config
 from litgpt_kv.attention.rope import Angles
 from litgpt_kv.cache.kv_cache import KVCache
+from litgpt_kv.generate import Stats
+from litgpt_kv.generate.stopping import Row
 from litgpt_kv.model.gpt import GPT
-from litgpt_kv.parallel.heads import bounds
-from litgpt_kv.parallel.weights import fill, full_shapes
+from litgpt_kv.parallel.base import DeviceRequest, Weights
+from litgpt_kv.parallel.collectives import Collectives
+from litgpt_kv.parallel.heads import split_range
+from litgpt_kv.parallel.weights import full_shapes, load_weights
 
 
-def places(n_layer: int, devices: int) -> list[int]:
+class Sequential:
+    """Layers over the devices of one process."""
+
+    divides_rows = False
+
+    def __init__(self, config: Config, weights: Weights, request: DeviceRequest) -> None:
+        if request.num_nodes != 1:
+            raise ValueError(f"'sequential' runs in one process on one machine, not on {request.num_nodes}.")
+        self.collectives = Collectives()
+        self.fabric = L.Fabric(accelerator=request.accelerator, devices=1, precision=request.precision)
+        devices = local_devices(self.fabric.device, request.devices)
+        layer_devices(config.n_layer, len(devices))
+        with self.fabric.init_tensor():
+            self.model = load_sequential(config, devices, weights)
+
+    def own_rows(self, rows: Sequence[Row]) -> list[Row]:
+        return list(rows)
+
+    def exchange_answers(self, rows: Sequence[Row], own: Sequence[Row], stats: Stats) -> list[Row]:
+        return []
+
+    def synchronize(self, failure: str | None = None) -> None:
+        """There is one process."""
+
+    def close(self) -> None:
+        """There is one process."""
+
+
+def layer_devices(n_layer: int, devices: int) -> list[int]:
     """The device of each layer: runs of layers, whose lengths differ by one at most."""
     if not 1 <= devices <= n_layer:
         raise ValueError(f"{n_layer} layers can be laid over 1 to {n_layer} devices, not {devices}.")
-    runs = [bounds(n_layer, devices, d) for d in range(devices)]
+    runs = [split_range(n_layer, devices, d) for d in range(devices)]
     return [d for d, (first, end) in enumerate(runs) for _ in range(first, end)]
 
 
-class Spread(GPT):
+class SequentialGPT(GPT):
     """A `GPT` whose layers are on several devices; called as any other, with tokens and results on the first device.
 
     Args:
@@ -45,20 +78,20 @@ class Spread(GPT):
     def __init__(self, config: Config, devices: Sequence[torch.device], pieces: int | None = None) -> None:
         super().__init__(config)
         self.devices, self.pieces = list(devices), len(devices) if pieces is None else pieces
-        self.places = places(config.n_layer, len(devices))
+        self.layer_devices = layer_devices(config.n_layer, len(devices))
         self._tables: tuple[Tensor, list[Angles]] | None = None
         self._views: tuple[weakref.ref[KVCache], list[KVCache]] | None = None
-        for before, here, block in zip(self.places, self.places[1:], self.transformer.h[1:]):
-            if here != before:  # between devices, and only there, something moves
-                block.register_forward_pre_hook(partial(_arrive, self.devices[here]))
+        for before, device, block in zip(self.layer_devices, self.layer_devices[1:], self.transformer.h[1:]):
+            if device != before:  # between devices, and only there, something moves
+                block.register_forward_pre_hook(partial(_move_inputs, self.devices[device]))
         if len(self.devices) > 1:
-            self.lm_head.register_forward_hook(partial(_return, self.devices[0]))
+            self.lm_head.register_forward_hook(partial(_move_output, self.devices[0]))
 
     def device_of(self, name: str) -> torch.device:
         """Where the parameter `name` goes."""
         kind, *rest = name.split(".")
         if kind == "transformer" and rest[0] == "h":
-            return self.devices[self.places[int(rest[1])]]
+            return self.devices[self.layer_devices[int(rest[1])]]
         return self.devices[0 if rest[0] == "wte" else -1]
 
     def forward(
@@ -72,12 +105,12 @@ class Spread(GPT):
             cache._check_step(idx.size(1))
         else:
             cache._check_prompt(idx.size(1), length)
-        rows = [slice(*bounds(len(idx), count, i)) for i in range(count)]
+        rows = [slice(*split_range(len(idx), count, i)) for i in range(count)]
         lengths = [None if length is None else length[part] for part in rows]
-        views = self._parts(cache, rows)
-        return torch.cat([super(Spread, self).forward(idx[r], c, n) for r, c, n in zip(rows, views, lengths)])
+        views = self._row_views(cache, rows)
+        return torch.cat([super(SequentialGPT, self).forward(idx[r], c, n) for r, c, n in zip(rows, views, lengths)])
 
-    def _parts(self, cache: KVCache, rows: list[slice]) -> list[KVCache]:
+    def _row_views(self, cache: KVCache, rows: list[slice]) -> list[KVCache]:
         """Views of the cache's rows, kept while the cache lives: making them takes longer than a small step."""
         known = self._views
         if known is None or known[0]() is not cache or len(known[1]) != len(rows):
@@ -104,31 +137,40 @@ class Spread(GPT):
         if self._tables is None or self._tables[0] is not self.cos:  # copied once, not at every step
             copies = [(cos.to(d), sin.to(d)) for cos, sin in tables for d in self.devices]
             self._tables = self.cos, copies
-        return self._tables[1], [base * len(self.devices) + place for base, place in zip(which, self.places)]
+        return self._tables[1], [base * len(self.devices) + device for base, device in zip(which, self.layer_devices)]
 
 
-def spread(
+def load_sequential(
     config: Config,
     devices: Sequence[torch.device],
     weights: Mapping[str, Tensor],
     *,
     dtype: torch.dtype | None = None,
     pieces: int | None = None,
-) -> Spread:
+) -> SequentialGPT:
     """A model for inference with its layers on several devices; weights are copied to each one at a time.
 
     Raises:
         ValueError: If there are more devices than layers, or the weights do not fit the config.
     """
     with torch.device("meta"):
-        model = Spread(config, devices, pieces)
-    fill(model, config, full_shapes(config), weights, lambda name, whole: whole, model.device_of, dtype)
+        model = SequentialGPT(config, devices, pieces)
+    load_weights(model, config, full_shapes(config), weights, lambda name, whole: whole, model.device_of, dtype)
     return model.eval().requires_grad_(False)
 
 
-def _arrive(device: torch.device, module: nn.Module, args: tuple) -> tuple:
+def local_devices(root: torch.device, devices: int | str) -> list[torch.device]:
+    """The devices of one process, from a count or "auto"; a CPU stands in for any number."""
+    there = torch.cuda.device_count() if root.type == "cuda" else 1
+    count = there if devices == "auto" else int(devices)
+    if count < 1 or (count > there and root.type != "cpu"):
+        raise ValueError(f"There are {there} devices of type {root.type!r}, got {devices}.")
+    return [torch.device("cuda", i) if root.type == "cuda" else root for i in range(count)]
+
+
+def _move_inputs(device: torch.device, module: nn.Module, args: tuple) -> tuple:
     return tuple(a.to(device, non_blocking=True) if isinstance(a, Tensor) else a for a in args)
 
 
-def _return(device: torch.device, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+def _move_output(device: torch.device, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
     return output.to(device, non_blocking=True)

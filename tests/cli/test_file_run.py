@@ -15,6 +15,7 @@ import pytest
 
 from litgpt_kv import LLM, KVCacheArgs, SamplingArgs
 from litgpt_kv.arguments import RunArgs, StoppingArgs
+from litgpt_kv.cli import prompt_files
 from litgpt_kv.cli.answers import Answers
 from litgpt_kv.cli.file_run import answer_file
 from litgpt_kv.cli.prompt_files import PromptFile
@@ -150,6 +151,22 @@ def test_a_named_pipe_is_read_once(tmp_path: Path, capsys: pytest.CaptureFixture
         assert run("--prompts", pipe, "--max-new-tokens", 2) == 0
     found = [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()]
     assert found == ["def a", "def b", "def c"]
+
+
+def test_a_line_that_is_too_long_is_not_held_in_memory(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prompt_files, "LONGEST_LINE", 1000)
+    for end in (b"\n", b"\r"):
+        text = b"def a\n" + (b"x" * 700 + end) * 9 + b"\ndef b" + b" " * 900 + b"\ndef c" + b" " * 1000
+        (tmp_path / "q.txt").write_bytes(text)
+        lines = list(PromptFile(str(tmp_path / "q.txt")))
+        long = [line.number for line in lines if line.error == "it is longer than 1,000 bytes"]
+        assert long == ([lines[-1].number] if end == b"\n" else [2, 4])
+        assert [line.request.prompt[:5] for line in (lines[0], lines[-2])] == ["def a", "def b"]
+    for path, says in (("/dev/zero", "no file but a device"), (tmp_path, "no file but a folder")):
+        assert run("--prompts", path) == 2
+        assert f"The prompts {str(path)!r} cannot be read: it is {says}." in capsys.readouterr().err
 
 
 def test_answers_to_other_prompts_are_found_before_anything_is_answered(
