@@ -9,14 +9,13 @@ from litgpt_kv.benchmark.decode import benchmark
 from litgpt_kv.cli.commands import chat, generate, strategies
 from litgpt_kv.cli.parser import run
 from litgpt_kv.cli.plan import plan
-from litgpt_kv.parallel import ends_together
 
 COMMANDS = {
-    "generate": ends_together(generate),
+    "generate": generate,
     "chat": chat,
     "strategies": strategies,
     "plan": plan,
-    "benchmark": ends_together(benchmark),
+    "benchmark": benchmark,
     "benchmark_batches": benchmark_batches,
 }
 COMMANDS |= {  # litgpt's own, unchanged, so that one program is enough

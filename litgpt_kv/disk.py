@@ -12,6 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+LONGEST_PATH = 4096
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -21,8 +22,12 @@ def check_target(path: str | Path) -> Path:
     Raises:
         ValueError: If it is a folder, a device or the like, or its folder is missing or may not be written to.
     """
-    if "\0" in str(path):
-        raise ValueError(f"{str(path)!r} cannot be written: it is no path.")
+    if "\0" in os.fspath(path):
+        raise ValueError(f"{str(path)!r:.100} cannot be written: it is no path.")
+    if len(os.fspath(path)) > LONGEST_PATH:
+        raise ValueError(
+            f"A path of {len(os.fspath(path)):,} characters cannot be written: {LONGEST_PATH:,} are allowed."
+        )
     real = Path(os.path.realpath(path))
     try:
         mode = real.stat().st_mode

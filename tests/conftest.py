@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,6 +13,34 @@ from litgpt_kv import GPT
 from tests.oracle.reference import tiny
 
 torch.set_num_threads(1)
+LONG = ("parallel", "silence", "wheel")  # groups of tests that run one after the other: they start first
+
+
+def hide_transformers() -> tempfile.TemporaryDirectory:
+    """Hides the transformers library from processes that tests start, as this package does not need it.
+
+    Where it is installed torchmetrics imports it, a third of the time that such a process takes to start. What it finds
+    here is too old for it. Python reads installed versions along its path, whose beginning this is.
+    """
+    folder = tempfile.TemporaryDirectory(prefix="litgpt_kv_tests_")
+    about = Path(folder.name, "transformers-0.0.0.dist-info")
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 0.0.0\n")
+    paths = [folder.name, *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+    return folder
+
+
+HIDDEN = hide_transformers()  # removed when the tests end
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist writes groups into names
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def order(item: pytest.Item) -> int:
+        groups = [mark.args[0] for mark in item.iter_markers("xdist_group")]
+        return LONG.index(groups[0]) if groups and groups[0] in LONG else len(LONG)
+
+    items.sort(key=order)
 
 
 @pytest.fixture(autouse=True)

@@ -64,6 +64,7 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
         (tmp_path / "loop", "symbolic links"),
         ("nul\0", "it is no path"),
         (tmp_path / ("x" * 300), "name too long"),
+        ("x" * 5000, "A path of 5,000 characters cannot be written: 4,096 are allowed"),
     ):
         with pytest.raises(ValueError, match=says):
             check_target(path)

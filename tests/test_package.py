@@ -190,7 +190,7 @@ def test_importing_costs_little_more_than_litgpt(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         found = json.loads(done.stdout)
         others = {name.split(".")[0] for name in found["modules"]} - {"litgpt_kv", *sys.stdlib_module_names}
-        assert others <= {"filelock", "safetensors"}, "what litgpt needs not must be imported where it is used"
+        assert others <= {"filelock", "safetensors", "torch"}, "what litgpt needs not must be imported where it is used"
         seconds.append(found["seconds"])
         if min(seconds) <= 0.3:
             break

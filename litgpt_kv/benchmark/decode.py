@@ -28,7 +28,7 @@ from litgpt_kv.disk import check_target, write_text
 from litgpt_kv.llm import checkpoint
 from litgpt_kv.llm.check_config import LIMITS
 from litgpt_kv.llm.check_weights import check_memory
-from litgpt_kv.parallel import Place
+from litgpt_kv.parallel import DeviceRequest
 from litgpt_kv.parallel.weights import full_shapes
 
 MB = 1_000_000
@@ -134,9 +134,9 @@ def benchmark(
             contexts = contexts or [config.block_size // 2]
         _check_contexts(contexts, steps, config)
         precision = checkpoint.precision_for(device.precision, device.accelerator)
-        place = Place(device.accelerator, device.devices, device.num_nodes, precision)
+        request = DeviceRequest(device.accelerator, device.devices, device.num_nodes, precision)
         numbers = batch_size, steps, repeats, device.threads
-        report = compare(config, weights, place, contexts, strategies, budget, *numbers)
+        report = compare(config, weights, request, contexts, strategies, budget, *numbers)
         if out is not None and report is not None:
             write_text(out, json.dumps(report, indent=2) + "\n")
         return

@@ -19,11 +19,11 @@ from litgpt_kv import registry
 from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.config import KVCacheArgs
-from litgpt_kv.parallel import Place, quiet
-from litgpt_kv.parallel.heads import divide
+from litgpt_kv.parallel import DeviceRequest
+from litgpt_kv.parallel.collectives import Collectives, CollectiveTimer
+from litgpt_kv.parallel.heads import divide_heads
 from litgpt_kv.parallel.launch import launch
-from litgpt_kv.parallel.team import Clock, Team
-from litgpt_kv.parallel.tensor import shard
+from litgpt_kv.parallel.tensor import load_tensor_parallel
 
 MB = 1_000_000
 
@@ -36,7 +36,7 @@ class Side:
     processes: int
     model: GPT
     cache: KVCache
-    team: Team
+    collectives: Collectives
     threads: int
     step: list[float] = field(default_factory=list)  # seconds a token
     talk: list[float] = field(default_factory=list)  # of these, in collectives
@@ -50,14 +50,14 @@ class Side:
         steps, device = tokens.size(1) - context, tokens.device
         self.cache.reset()
         self.model(tokens[:, :context], self.cache, torch.full((len(tokens),), context, device=device))
-        self.team.wait()
+        self.collectives.barrier()
         _synchronise(device)
-        clock = self.team.clock = Clock(device)
+        clock = self.collectives.timer = CollectiveTimer(device)
         began = time.perf_counter()
         for at in range(context, tokens.size(1)):
             self.model(tokens[:, at : at + 1], self.cache)
         _synchronise(device)
-        seconds, self.team.clock = time.perf_counter() - began, None
+        seconds, self.collectives.timer = time.perf_counter() - began, None
         if keep:
             self.step.append(seconds / steps)
             self.talk.append(clock.seconds / steps)
@@ -82,7 +82,7 @@ class Side:
 def compare(
     config: Config,
     weights: Mapping[str, Tensor] | None,
-    place: Place,
+    request: DeviceRequest,
     contexts: Sequence[int],
     strategies: Sequence[str] | None,
     budget: int | str,
@@ -92,46 +92,49 @@ def compare(
     threads: int | None = None,
 ) -> dict[str, Any] | None:
     """Launches the processes, measures, prints a table; the report, or None on all processes but the first."""
-    if isinstance(place.devices, int):
-        divide(config, place.devices * place.num_nodes)
-    run = launch(place.accelerator, place.devices, place.num_nodes, place.precision)
-    team, device = run.team, run.fabric.device
-    quiet(team.rank)
+    if isinstance(request.devices, int):
+        divide_heads(config, request.devices * request.num_nodes)
+    run = launch(request)
+    collectives, device = run.collectives, run.fabric.device
+    hidden = True if collectives.rank else None  # None: a bar on terminals only
     with run.fabric.init_tensor():
         if weights is None:
             torch.manual_seed(0)
             weights = GPT(config).state_dict()
-        part = shard(config, team, weights, device=device)
-        whole = shard(config, Team(), weights, device=device) if team.rank == 0 else None
+        part = load_tensor_parallel(config, collectives, weights, device=device)
+        whole = load_tensor_parallel(config, Collectives(), weights, device=device) if collectives.rank == 0 else None
     tokens = torch.randint(config.vocab_size, (batch_size, max(contexts) + steps), device=device)
-    tokens = team.sum(tokens if team.rank == 0 else torch.zeros_like(tokens))
+    tokens = collectives.all_reduce(tokens if collectives.rank == 0 else torch.zeros_like(tokens))
     share = threads or torch.get_num_threads()  # of the machine's cores
-    report = {"model": config.name, "device": str(device), "processes": team.size, "rows": []}
+    report = {"model": config.name, "device": str(device), "processes": collectives.size, "rows": []}
     names = strategies or registry.names("strategy")
-    with tqdm(total=len(contexts) * len(names) * repeats, file=sys.stderr, disable=None, leave=False) as bar:
+    with tqdm(total=len(contexts) * len(names) * repeats, file=sys.stderr, disable=hidden, leave=False) as bar:
         for context in contexts:
             rows = []
             for name in names:
                 args = KVCacheArgs(name, budget=budget if registry.get("strategy", name).evicts else None)
 
-                def side(model: GPT, of: Team, threads: int, args: KVCacheArgs = args, size: int = context) -> Side:
+                def side(
+                    model: GPT, of: Collectives, threads: int, args: KVCacheArgs = args, size: int = context
+                ) -> Side:
                     cache = KVCache.build(model, args, batch_size, size + steps)
                     return Side(args.strategy, of.size, model, cache, of, threads)
 
-                alone = None if whole is None else side(whole, Team(), threads or os.cpu_count() or 1)
-                together = side(part, team, share)
+                alone = None if whole is None else side(whole, Collectives(), threads or os.cpu_count() or 1)
+                together = side(part, collectives, share)
                 for i in range(repeats + 1):  # the first round warms up
                     if alone is not None:
                         alone.run(tokens[:, : context + steps], context, keep=i > 0)
-                    team.wait()
+                    collectives.barrier()
                     together.run(tokens[:, : context + steps], context, keep=i > 0)
                     bar.update(i > 0)
                 rows += [] if alone is None else [alone.row(context)]
-                rows.append(_largest(team.collect(together.row(context))))
+                rows.append(_largest(collectives.all_gather_object(together.row(context))))
             report["rows"] += rows
             bar.clear()
-            _print(rows, repeats)
-    return report if team.rank == 0 else None
+            if collectives.rank == 0:
+                _print(rows, repeats)
+    return report if collectives.rank == 0 else None
 
 
 def _largest(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def write(cache: Any, path: str | Path) -> None:
 
 def read(cls: Any, path: str | Path, model: Any, args: KVCacheArgs | str | None) -> Any:
     """Do the work of `KVCache.load`."""
-    args = KVCacheArgs(strategy=args) if isinstance(args, str) else args
+    args, path = KVCacheArgs(strategy=args) if isinstance(args, str) else args, os.fspath(path)
     try:
         if not os.path.isfile(path):  # a pipe would be waited for
             raise ValueError("there is no such file")
@@ -79,7 +79,7 @@ def read(cls: Any, path: str | Path, model: Any, args: KVCacheArgs | str | None)
             _check_content(cache, buffers)
             _fill(cache, buffers)
     except (ValueError, OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read as a cache: {error}") from error
+        raise ValueError(f"{path:.300} cannot be read as a cache: {error}") from error
     cache.recount()
     return cache
 

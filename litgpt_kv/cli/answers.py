@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from litgpt_kv.disk import Appender, RunLock, check_target, reason, replacing
-from litgpt_kv.parallel import Way
+from litgpt_kv.parallel import ParallelStrategy
 
 BEGIN = b'{"line": '  # of every answer
 Key = tuple[int, int]  # a prompt's line, and the number of its sample
@@ -72,8 +72,8 @@ class Answers:
     A file gets each one at once, so that an interrupted run loses none; at the end they are brought into the order of
     the prompts. Standard output gets each one as soon as all before it are there. One run at a time writes a file.
 
-    Where several processes divide the prompts (`Way.divided`), process 0 writes the file and each other one a part
-    beside it, which is emptied whenever process 0 has taken over what is in it (`merge`).
+    Where several processes divide the prompts (`ParallelStrategy.divides_rows`), process 0 writes the file and each
+    other one a part beside it, which is emptied whenever process 0 has taken over what is in it (`merge`).
 
     Args:
         path: the file; None or "-" is standard output.
@@ -93,7 +93,7 @@ class Answers:
     def __init__(self, path: str | None, resume: bool = False, run: str = "") -> None:
         self.path, self.run = None if path in (None, "-") else Path(path), run
         self.before, self.added, self.matched = AnswerIndex(), 0, 0
-        self.way: Way | None = None
+        self.parallel: ParallelStrategy | None = None
         self._made = AnswerIndex()  # by this run
         self._lock: RunLock | None = None
         self._appender: Appender | None = None
@@ -132,24 +132,24 @@ class Answers:
 
     @property
     def divided(self) -> bool:
-        return self.way is not None and self.way.divided
+        return self.parallel is not None and self.parallel.divides_rows
 
     @property
     def rank(self) -> int:
-        return 0 if self.way is None else self.way.team.rank
+        return 0 if self.parallel is None else self.parallel.collectives.rank
 
     def parts(self) -> list[Path]:
         """Return the files of the processes that divided a run."""
         found = self.path.parent.glob(f"{glob.escape(self.path.name)}.part*")
         return sorted(file for file in found if file.name.rpartition(".part")[2].isdigit())
 
-    def begin(self, way: Way | None) -> None:
+    def begin(self, parallel: ParallelStrategy | None) -> None:
         """Take the file for this run, and what parts of a run before hold; all processes call it.
 
         Raises:
             ValueError: If another run has it or changed it meanwhile.
         """
-        self.way = way
+        self.parallel = parallel
         if self.path is None:
             return
         problem = None
@@ -160,7 +160,7 @@ class Answers:
                     problem = f"{self.path} was changed by another run while this one started: start it again."
             except ValueError as error:
                 problem = str(error)
-        if way is not None and (problem := way.team.same(problem)):
+        if parallel is not None and (problem := parallel.collectives.broadcast_object(problem)):
             raise ValueError(problem)
         if problem:
             raise ValueError(problem)
@@ -204,7 +204,7 @@ class Answers:
         """Empty the parts: process 0 has written what they hold. All processes call it."""
         if self.path is None or not self.divided:
             return
-        self.way.meet()
+        self.parallel.synchronize()
         if self.rank:
             self._close_file()
             self._file.unlink(missing_ok=True)
@@ -223,7 +223,7 @@ class Answers:
             if self._lock is not None:
                 self._lock.release()
         if self.divided:
-            self.way.meet()  # until the file is whole
+            self.parallel.synchronize()  # until the file is whole
 
     @property
     def _file(self) -> Path:
@@ -275,8 +275,8 @@ class Answers:
                 if record is not None and record["finish_reason"] != FAILED:
                     key = key_of(record)
                     found |= {key: line} if self.before.find(key) is None else {}
-        if self.way is not None:  # machines may have folders of their own
-            for theirs in self.way.team.collect(found):
+        if self.parallel is not None:  # machines may have folders of their own
+            for theirs in self.parallel.collectives.all_gather_object(found):
                 found |= theirs
         if self.rank == 0:
             for key, line in found.items():
@@ -286,8 +286,8 @@ class Answers:
             self._untidy = self._untidy or not self.before.is_sorted()
             self.before.sort()
             self._made = AnswerIndex()
-        if self.way is not None:
-            self.before = self.way.team.same(self.before)
+        if self.parallel is not None:
+            self.before = self.parallel.collectives.broadcast_object(self.before)
         for part in self.parts():
             part.unlink(missing_ok=True)
 
@@ -318,6 +318,8 @@ class Answers:
         self._early[key_of(record)] = record
         while self._expected and self._expected[0] in self._early:
             line = _encoded(self._early.pop(self._expected.popleft())).decode()
+            if self.rank:
+                continue  # process 0 has the same, and prints it
             try:
                 sys.stdout.write(line)
                 sys.stdout.flush()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import sys
 import time
 from collections import abc
 from dataclasses import asdict, fields
@@ -18,6 +17,7 @@ from litgpt_kv.arguments import DeviceArgs, RunArgs, StoppingArgs, Without, chec
 from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.cli.answers import MOST_SAMPLES, Answers
 from litgpt_kv.cli.file_run import answer_file
+from litgpt_kv.cli.output import Output
 from litgpt_kv.cli.parser import describe
 from litgpt_kv.cli.prompt_files import Line, PromptFile
 from litgpt_kv.cli.terminal import talk
@@ -27,7 +27,7 @@ from litgpt_kv.llm import checkpoint
 from litgpt_kv.llm.llm import LLM
 from litgpt_kv.llm.run import Run
 from litgpt_kv.llm.text_request import TextRequest
-from litgpt_kv.parallel import Way, quiet
+from litgpt_kv.parallel import ParallelStrategy
 
 CLI_SAMPLING = SamplingArgs(temperature=None, top_k=50, seed=1234)  # litgpt's defaults on the command line
 SMALL_MODEL = 20_000_000  # weights
@@ -96,12 +96,12 @@ def generate(
     for sample in range(num_samples):
         asked = [llm.request(request.sample(sample), b) for b, request in enumerate(requests)]
         steps = llm.run(asked, args, run.batch_size, run.prefill, run.prefill_chunk)
-        _announce(asked, steps.cache, run)
+        _announce(Output.of(llm), asked, steps.cache, run)
         sequences = show(llm, steps)
-        report(steps.stats, steps.cache, way=llm.way)
+        report(Output.of(llm), steps.stats, steps.cache, parallel=llm.parallel)
         failed += [sequence for sequence in sequences if sequence.error is not None]
     for sequence in failed:
-        say(f"Prompt {sequence.index + 1} failed: {sequence.error}")
+        Output.of(llm).note(f"Prompt {sequence.index + 1} failed: {sequence.error}")
     if failed:
         raise SystemExit(1)
 
@@ -116,30 +116,32 @@ def digest_of(
 ) -> str:
     """A digest of the settings that change answers: those of another digest are not continued."""
     how = [run.prefill, run.prefill_chunk, run.logprobs, num_samples > 1, device.precision, device.quantize]
-    made = [checkpoint_dir, asdict(asked), None if args is None else asdict(args), *how]
+    files = sorted(registry.IMPORTED.values())
+    made = [checkpoint_dir, asdict(asked), None if args is None else asdict(args), *how, files]
     return hashlib.sha256(json.dumps(made).encode()).hexdigest()[:8]
 
 
 def show(llm: LLM, run: Run) -> list[Sequence]:
-    """Prints prompts and their continuations, one as it is made, several when all are; returns the answers."""
-    texts = [llm.decode(request.prompt.tolist()) for request in run.requests]
+    """Print prompts and their continuations, one as it is made, several when all are; return the answers."""
+    output, texts = Output.of(llm), [llm.decode(request.prompt.tolist()) for request in run.requests]
     if len(texts) > 1:
         sequences = run.sequences()
         for text, sequence in zip(texts, sequences):
-            print(text + sequence.text)
+            output.text(text + sequence.text)
         return sequences
     begin, last = texts[0], []
     for last in run:
-        print(begin + last[0].piece, end="", flush=True)
+        output.text(begin + last[0].piece, end="")
         begin = ""
-    print()
+    output.text("")
     return last
 
 
 def _answer(
     llm: LLM, prompts: PromptFile, answers: Answers, args: KVCacheArgs | None, run: RunArgs, num_samples: int
 ) -> None:
-    telling = _Telling(run)
+    output = Output.of(llm)
+    telling = _Telling(output, run)
     telling_how = {"on_begin": telling.begin, "on_bad": telling.bad, "on_failed": telling.failed}
     with answers, contextlib.closing(prompts):
         try:
@@ -147,15 +149,15 @@ def _answer(
         except KeyboardInterrupt:
             if answers.path is not None:
                 where = f"{answers.path} and its parts" if answers.divided else answers.path
-                say(f"Interrupted: {len(answers):,} answers are in {where}; --resume goes on.")
+                output.note(f"Interrupted: {len(answers):,} answers are in {where}; --resume goes on.")
             raise
         answers.close()
     if counts.bad > MOST_BAD_LINES:
-        say(f"{counts.bad - MOST_BAD_LINES:,} more lines were left out.")
+        output.note(f"{counts.bad - MOST_BAD_LINES:,} more lines were left out.")
     if counts.failed > MOST_BAD_LINES:
-        say(f"{counts.failed - MOST_BAD_LINES:,} more answers failed.")
+        output.note(f"{counts.failed - MOST_BAD_LINES:,} more answers failed.")
     if llm.stats.new_tokens:
-        report(llm.stats, llm.cache, brief=True, way=llm.way)
+        report(output, llm.stats, llm.cache, brief=True, parallel=llm.parallel)
     where = "" if answers.path is None else f" in {answers.path}"
     before = len(answers.before)
     resumed = f", {before:,} of them from before" if before else ""
@@ -163,7 +165,7 @@ def _answer(
         resumed += f", {orphans:,} to no line of this file"
     failed = f"; {counts.failed:,} ended with an error: --resume tries them again" if counts.failed else ""
     what = f"{counts.bad:,} of {counts.lines:,} lines could not be used"
-    say(f"{len(answers):,} answers{where}{resumed}{failed}; {what}.")
+    output.note(f"{len(answers):,} answers{where}{resumed}{failed}; {what}.")
     if counts.bad or counts.failed:
         raise SystemExit(1)
 
@@ -172,24 +174,25 @@ class _Telling:
     """What is said while a file of prompts is answered: the first bad lines and failed answers, and one prompt that is
     read slowly."""
 
-    def __init__(self, run: RunArgs) -> None:
-        self.run, self.bad_lines, self.failed_lines, self.announced = run, 0, 0, False
+    def __init__(self, output: Output, run: RunArgs) -> None:
+        self.output, self.run = output, run
+        self.bad_lines, self.failed_lines, self.announced = 0, 0, False
 
     def bad(self, line: Line) -> None:
         self.bad_lines += 1
         if self.bad_lines <= MOST_BAD_LINES:
-            say(f"Line {line.number} was left out: {line.error:.300}")
+            self.output.note(f"Line {line.number} was left out: {line.error:.300}")
 
     def failed(self, line: Line, error: str) -> None:
         self.failed_lines += 1
         if self.failed_lines <= MOST_BAD_LINES:
-            say(f"Line {line.number} failed: {error:.300}")
+            self.output.note(f"Line {line.number} failed: {error:.300}")
 
     def begin(self, requests: abc.Sequence[Request], cache: KVCache | None) -> None:
-        self.announced = self.announced or _announce(requests, cache, self.run)
+        self.announced = self.announced or _announce(self.output, requests, cache, self.run)
 
 
-def _announce(requests: abc.Sequence[Request], cache: KVCache | None, run: RunArgs) -> bool:
+def _announce(output: Output, requests: abc.Sequence[Request], cache: KVCache | None, run: RunArgs) -> bool:
     """Say when much of a prompt will be read slowly, and what would be faster; return whether that was said."""
     if not requests or cache is None or run.prefill != "min-length" or run.prefill_chunk is not None:
         return False
@@ -200,7 +203,7 @@ def _announce(requests: abc.Sequence[Request], cache: KVCache | None, run: RunAr
     if longest - first >= MANY_STEPS:
         budget = min(slots.plan.slots for slots in cache.slots)
         what = f"{longest:,} tokens, {longest / budget:.3g} times the budget"
-        say(
+        output.note(
             f"{'A' if len(requests) == 1 else 'The longest'} prompt has {what}: {longest - first:,} will be read one "
             "at a time; --prefill full reads all in one pass."
         )
@@ -222,8 +225,7 @@ def load(checkpoint_dir: str, device: DeviceArgs) -> LLM:
     if device.many:
         where = device.accelerator, device.devices, device.num_nodes, device.precision, device.generate_strategy
         llm.distribute(*where, check_weights=device.check_weights)
-        quiet(llm.fabric.global_rank)
-    say(f"Loaded {checkpoint_dir} on {llm.fabric.device} in {time.perf_counter() - began:.2f} s.")
+    Output.of(llm).note(f"Loaded {checkpoint_dir} on {llm.fabric.device} in {time.perf_counter() - began:.2f} s.")
     threads = device.threads
     if threads is None and llm.fabric.device.type == "cpu":
         threads = 1 if sum(p.numel() for p in llm.model.parameters()) < SMALL_MODEL else None
@@ -277,13 +279,15 @@ def strategies() -> None:
         print(describe(name))
 
 
-def report(stats: Stats, cache: KVCache | None, brief: bool = False, way: Way | None = None) -> None:
+def report(
+    output: Output, stats: Stats, cache: KVCache | None, brief: bool = False, parallel: ParallelStrategy | None = None
+) -> None:
     """What a run did, on standard error; `brief` without what each row keeps. The cache is that of process 0."""
     prefill = f"{stats.prefill_seconds:.2f} s ({_rate(stats.prefill_tokens, stats.prefill_seconds)})"
     if (later := stats.prompt_tokens - stats.prefill_tokens) > 0:
         prefill += f" and {later:,} beside decoding"
     decode = f"{stats.decode_seconds:.2f} s ({_rate(stats.decode_tokens, stats.decode_seconds)})"
-    say(f"Read {stats.prompt_tokens:,} prompt tokens in {prefill}, made {stats.new_tokens:,} in {decode}.")
+    output.note(f"Read {stats.prompt_tokens:,} prompt tokens in {prefill}, made {stats.new_tokens:,} in {decode}.")
     if cache is not None:
         size, tokens = cache.allocated(), cache.tokens()
         kept = ", ".join(f"{k:,} of {s:,}" for k, s in zip(tokens["kept"], tokens["seen"]))
@@ -292,13 +296,10 @@ def report(stats: Stats, cache: KVCache | None, brief: bool = False, way: Way | 
         parts = ", ".join(f"{what} {n:,}" for what, n in size.items() if n and what != "total")
         budget = " to ".join(f"{b:,}" for b in dict.fromkeys([budgets[0], budgets[-1]]))
         what = f"Cache {', '.join(dict.fromkeys(names))}: budget {budget} tokens, {size['total']:,} bytes ({parts})"
-        what += f" on process 0 of {way.team.size}" if way is not None and way.team.size > 1 else ""
-        say(what + "." if brief else f"{what}; kept {kept} tokens seen.")
+        if parallel is not None and parallel.collectives.size > 1:
+            what += f" on process 0 of {parallel.collectives.size}"
+        output.note(what + "." if brief else f"{what}; kept {kept} tokens seen.")
 
 
 def _rate(tokens: int, seconds: float) -> str:
     return f"{tokens / seconds:,.0f} tokens/s" if seconds > 0 and tokens else "not measured"
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -61,7 +61,7 @@ def answer_file(
     """
     if num_samples > MOST_SAMPLES:
         raise ValueError(f"num_samples must be at most {MOST_SAMPLES:,} for a file of prompts, got {num_samples:,}.")
-    answers.begin(llm.way)
+    answers.begin(llm.parallel)
     run_args = run_args or RunArgs()
     telling = on_begin, on_bad, on_failed
     run = FileRun(llm, answers, args, num_samples, run_args.batch_size or ROWS, run_args.prefill, *telling)
@@ -69,9 +69,10 @@ def answer_file(
         run.compare(prompts)
     tokens = run.longest(prompts.repeatable()) if run.needs_longest else None
     options = {name: getattr(run_args, name) for name in ("prefill", "prefill_chunk", "logprobs")}
-    divided = llm.way is not None and llm.way.divided
+    divided = llm.parallel is not None and llm.parallel.divides_rows
     steps = (run.divided if divided else run.streamed)(run.requests(prompts, tokens), tokens, options)
-    with tqdm(initial=len(answers), unit="prompt", disable=None) as bar:
+    hidden = None if llm.fabric.is_global_zero else True  # None: a bar on terminals only
+    with tqdm(initial=len(answers), unit="prompt", disable=hidden) as bar:
         for sequence in (sequence for step in steps for sequence in step if sequence.reason is not None):
             run.finish(sequence)
             bar.update()

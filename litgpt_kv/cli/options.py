@@ -26,12 +26,20 @@ LISTED = ("--prompt", "--stop")  # each may be given several times; whatever it 
 NEED_VALUE = ("--import", "--config", "--kv_cache.help")
 ALONE = ("--help", "--version", "--print_config")  # have no value
 PLAIN = ("--sys_prompt", "--out", "--checkpoint_dir")  # whatever they hold is text
+LONGEST_ERROR = 1000  # characters
 HINT = "a YAML file imports no code: give --import {} on the command line, and the strategy by its name anywhere"
 
 
 def fail(message: str) -> NoReturn:
-    """One clear line on standard error and exit code 2."""
-    print(f"{PROG}: error: {' '.join(message.split())}", file=sys.stderr)
+    """One clear line on standard error and exit code 2.
+
+    What a message quotes may come from anywhere: control characters are written as such, and of much the middle is cut.
+    """
+    text = " ".join(message.split())
+    if len(text) > LONGEST_ERROR:
+        text = f"{text[: LONGEST_ERROR // 2]} ... {text[-LONGEST_ERROR // 2 :]}"
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+    print(f"{PROG}: error: {text}", file=sys.stderr)
     raise SystemExit(2)
 
 

@@ -31,6 +31,7 @@ from litgpt_kv.arguments import DeviceArgs, RunArgs, StoppingArgs, Without
 from litgpt_kv.cli.options import PROG, fail, load_yaml, normalise
 from litgpt_kv.config import KVCacheArgs, SamplingArgs, shown
 from litgpt_kv.llm.safe_load import one_line
+from litgpt_kv.parallel import end_worker
 
 FLAT = (SamplingArgs, StoppingArgs, RunArgs, DeviceArgs)
 
@@ -54,8 +55,11 @@ class Group:
 
     def build(self, given: Mapping[str, Any]) -> Any:
         """The arguments that the parser found; `options` of a strategy get the types of its fields."""
-        values = {name: given[self.prefix + name] for name in self.names}
-        if self.cls is KVCacheArgs:
+        whole = given.get(self.parameter)
+        if self.prefix and whole is not None:
+            raise ValueError(f"{self.parameter} must be options by name, got {shown(whole)}.")
+        values = {name: given[self.prefix + name] for name in self.names if self.prefix + name in given}
+        if self.cls is KVCacheArgs and values:
             values["options"] = typed_options(values["strategy"], values["options"])
         return dataclasses.replace(self.default, **values)
 
@@ -96,7 +100,7 @@ class Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         message = " ".join(message.split())
-        if found := re.search(r'[Kk]ey "([^"]+)".*?Expected a.*Given value(?: type: .*? Given value)?: (.*)$', message):
+        if found := re.search(r'[Kk]ey "([^"]+)".*Expected .*G(?:iven|ot) value: (.*)$', message):
             name, value = found.groups()
             message = f"--{name.replace('_', '-')} cannot be {value[:200]}; --help says what it takes."
         fail(message[:900])
@@ -216,8 +220,10 @@ def flags_of(commands: Mapping[str, Callable[..., Any]]) -> set[str]:
     return found
 
 
-def build_parser(commands: Mapping[str, Callable[..., Any]], description: str) -> ArgumentParser:
-    """The parser of the whole program, a subcommand for each command."""
+def build_parser(
+    commands: Mapping[str, Callable[..., Any]], description: str, only: str | None = None
+) -> ArgumentParser:
+    """The parser of the whole program, a subcommand for each command; with `only`, the others have no options yet."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     set_loader("litgpt_kv", load_yaml, exceptions=(yaml.YAMLError,))
     parser = Parser(prog=PROG, description=description, parser_mode="litgpt_kv", default_meta=False)
@@ -226,7 +232,8 @@ def build_parser(commands: Mapping[str, Callable[..., Any]], description: str) -
     for name, command in commands.items():
         help_text = (inspect.getdoc(command) or "").partition("\n\n")[0]
         subparser = Parser(description=help_text, parser_mode="litgpt_kv", default_meta=False)
-        add_command(subparser, command)
+        if only in (None, name):  # types and docstrings take a tenth of a second to read for all of them
+            add_command(subparser, command)
         subcommands.add_subcommand(name, subparser, help=help_text)
     return parser
 
@@ -241,14 +248,20 @@ def run(commands: dict[str, Callable[..., Any]], description: str, args: list[st
         args, shown_strategy = normalise(args, flags_of(commands))
         if shown_strategy is not None:
             show_strategy(shown_strategy)
-        found = build_parser(commands, description).parse_args(args or ["--help"])
+        args = args or ["--help"]
+        only = args[0] if args[0] in commands else None
+        found = build_parser(commands, description, only).parse_args(args)
         return call(commands[found.subcommand], found[found.subcommand])
 
 
 @contextlib.contextmanager
 def _ends_well() -> Iterator[None]:
     try:
-        yield
+        try:
+            yield
+        except BaseException as error:
+            end_worker(error)  # in a run of several processes the launcher prints the error, once
+            raise
     except BrokenPipeError:  # the reader went away, as `| head` does
         sys.stderr.close()
         raise SystemExit(0) from None

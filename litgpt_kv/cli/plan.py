@@ -9,7 +9,7 @@ from litgpt_kv.arguments import check_count
 from litgpt_kv.config import KVCacheArgs
 from litgpt_kv.llm import checkpoint
 from litgpt_kv.llm.quantize import DTYPES
-from litgpt_kv.parallel import WAYS
+from litgpt_kv.parallel import PARALLEL_STRATEGIES
 from litgpt_kv.parallel.memory import cache_bytes, weight_bytes
 
 GB = 10**9
@@ -56,26 +56,26 @@ def plan(
     layout = "{:<16}{:>8}{:>10}" + " {:>15} {:>8} {:>7}" * len(kinds)
     print(layout.format("way", "devices", "weights", *(x for name in names for x in (name, "total", "rows"))))
     counts = [n for n in (2**i for i in range(devices.bit_length())) if n < devices] + [devices]
-    for way in WAYS:
-        for count in counts if way == next(iter(WAYS)) else [n for n in counts if n > 1]:
+    for strategy in PARALLEL_STRATEGIES:
+        for count in counts if strategy == next(iter(PARALLEL_STRATEGIES)) else [n for n in counts if n > 1]:
             try:
-                weights = weight_bytes(config, way, count, dtype)
+                weights = weight_bytes(config, strategy, count, dtype)
             except ValueError as error:
-                print(f"{way:<16}{count:>8}  {error}")
+                print(f"{strategy:<16}{count:>8}  {error}")
                 continue
             cells: list[str] = []
             for args in kinds:
                 try:
-                    cells += _cells(config, way, count, args, batch_size, context, dtype, weights, memory)
+                    cells += _cells(config, strategy, count, args, batch_size, context, dtype, weights, memory)
                 except ValueError:  # a dense cache past the model's context, where others go on
                     cells += ["-", "-", "-"]
-            print(layout.format("one device" if count == 1 else way, count, f"{max(weights) / GB:.2f}", *cells))
+            print(layout.format("one device" if count == 1 else strategy, count, f"{max(weights) / GB:.2f}", *cells))
     print("Not counted: what a pass computes with (the longest prompt's hidden states and logits), and the libraries.")
 
 
 def _cells(
     config: Config,
-    way: str,
+    strategy: str,
     count: int,
     args: KVCacheArgs,
     batch_size: int,
@@ -84,11 +84,11 @@ def _cells(
     weights: list[int],
     memory: float,
 ) -> list[str]:
-    cache = cache_bytes(config, way, count, args, batch_size, context, dtype)
+    cache = cache_bytes(config, strategy, count, args, batch_size, context, dtype)
     most = max(range(count), key=lambda d: weights[d] + cache[d])
-    one = cache_bytes(config, way, count, args, 1, context, dtype)
+    one = cache_bytes(config, strategy, count, args, 1, context, dtype)
     rows = min(int((memory * GB - w) // c) for w, c in zip(weights, one))
-    rows = max(0, rows) * (count if way == "data_parallel" else 1)
+    rows = max(0, rows) * (count if strategy == "data_parallel" else 1)
     total = weights[most] + cache[most]
     fits = "" if total <= memory * GB else "!"
     return [f"{cache[most] / GB:.3f}", f"{total / GB:.2f}{fits}", str(rows)]

@@ -48,11 +48,12 @@ class Chat:
         prefill: str = "min-length",
         **settings: Any,
     ) -> None:
-        if llm.way is not None and llm.way.divided:
+        if llm.parallel is not None and llm.parallel.divides_rows:
             raise ValueError("A conversation has one row: nothing is to be divided among the processes.")
         self.llm, self.sys_prompt, self.prefill = llm, sys_prompt, prefill
         stopping, sampling = grouped("chat", {"max_new_tokens": 256, **settings}, StoppingArgs, SamplingArgs)
         self.asked = TextRequest(sys_prompt=sys_prompt, stopping=stopping, sampling=sampling.resolved(llm.temperature))
+        RunArgs(prefill=prefill)  # raises for what is out of range
         args = KVCacheArgs.of(kv_cache, budget)
         if args is None:
             raise ValueError("Without a cache nothing is kept between turns: choose a strategy.")
@@ -98,8 +99,8 @@ class Chat:
         ends = () if stopping.ignore_eos else llm.ends()
         least = min(stopping.min_new_tokens, room)
         request = Request(ids, room, least, sampling, ends, past=self._text, stop_texts=stopping.stops, id=0)
-        if llm.way is not None:
-            (request,) = llm.way.mine([request])  # all processes draw alike
+        if llm.parallel is not None:
+            (request,) = llm.parallel.own_requests([request])  # all processes draw alike
         engine = Engine(llm.model, self.cache, prefill=self.prefill, decoder=llm.decoder, decode_text=llm.decode)
         self.turns, self.stats, self._text = self.turns + 1, engine.stats, [*self._text, *ids]
         engine.add(request, row=0)

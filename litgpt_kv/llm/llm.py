@@ -14,7 +14,7 @@ from torch import Tensor
 from litgpt.config import Config
 from litgpt.prompts import PromptStyle
 from litgpt.tokenizer import Tokenizer
-from litgpt_kv.arguments import RunArgs, StoppingArgs, check_count, check_flag, grouped
+from litgpt_kv.arguments import DeviceArgs, RunArgs, StoppingArgs, check_count, check_flag, grouped
 from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.config import KVCacheArgs, SamplingArgs, check_type, shown
@@ -24,7 +24,7 @@ from litgpt_kv.llm.chat import Chat, conversation_text
 from litgpt_kv.llm.check_weights import check_finite, check_fit
 from litgpt_kv.llm.run import OpenRun, Pieces, Run
 from litgpt_kv.llm.text_request import TextRequest, check_text
-from litgpt_kv.parallel import Place, Way, way_of
+from litgpt_kv.parallel import DeviceRequest, ParallelStrategy, find_parallel_strategy
 
 
 class LLM:
@@ -35,7 +35,7 @@ class LLM:
         fabric: The device and precision.
         last_run: The last run that ended, None before the first.
         decoder: Runs the one-token steps: the model, or what `compile` made of it.
-        way: How several devices share the work; None on one.
+        parallel: How several devices share the work; None on one.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class LLM:
         self.config, self.checkpoint_dir, self.fabric = config, checkpoint_dir, fabric
         self.last_run: Run | None = None
         self.decoder = model
-        self.way: Way | None = None
+        self.parallel: ParallelStrategy | None = None
 
     @property
     def stats(self) -> Stats:
@@ -93,8 +93,11 @@ class LLM:
         Raises:
             ValueError: If the checkpoint is missing, incomplete or corrupt, or an argument is unknown.
         """
-        if init not in ("pretrained", "random"):
-            raise ValueError(f"init must be 'pretrained' or 'random', got {init!r}.")
+        for name, path in (("model", model), ("tokenizer_dir", model if tokenizer_dir is None else tokenizer_dir)):
+            if not isinstance(path, (str, Path)):
+                raise TypeError(f"{name} must be a name or a path, got {shown(path)}.")
+        if not isinstance(init, str) or init not in ("pretrained", "random"):
+            raise ValueError(f"init must be 'pretrained' or 'random', got {shown(init)}.")
         if quantize is not None and distribute is None:
             raise ValueError("Quantized weights are for one device: leave out quantize, or distribute=None.")
         fabric = checkpoint.fabric_for(precision, accelerator, quantize)
@@ -150,23 +153,24 @@ class LLM:
         Raises:
             ValueError: If the model cannot be divided so, or an argument is unknown.
         """
-        way = way_of(generate_strategy)
+        DeviceArgs(precision, accelerator, devices, num_nodes, generate_strategy)  # raises for what is out of range
+        strategy = find_parallel_strategy(generate_strategy)
         if self.checkpoint_dir is None:
             raise ValueError("A model with random weights cannot be distributed: each process would draw its own.")
-        place = Place(accelerator, devices, num_nodes, checkpoint.precision_for(precision, accelerator))
+        request = DeviceRequest(accelerator, devices, num_nodes, checkpoint.precision_for(precision, accelerator))
         self.model = self.decoder = self.last_run = None  # what one device has makes room
         path, weights = self.checkpoint_dir / checkpoint.WEIGHTS, checkpoint.load_weights(self.checkpoint_dir)
         check_fit(path, self.config, weights)  # before any process is started
-        self.way = way(self.config, weights, place)
-        self.fabric, self.model = self.way.fabric, self.way.model
+        self.parallel = strategy(self.config, weights, request)
+        self.fabric, self.model = self.parallel.fabric, self.parallel.model
         if check_weights:
             check_finite(self.model.named_parameters(), str(path))
         self.decoder = self.model
 
     def close(self) -> None:
         """Ends a run of several processes, waiting for all; the end of the script does the same."""
-        if self.way is not None:
-            self.way.close()
+        if self.parallel is not None:
+            self.parallel.close()
 
     def compile(self) -> None:
         """Compiles the decode step; the first steps then take a while, the others are faster."""

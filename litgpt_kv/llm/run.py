@@ -54,12 +54,12 @@ class Run:
         self.llm, self.requests, self.stats = llm, requests, Stats()
         tokens = tokens or max((request.sees for request in requests), default=1)
         mine = requests
-        if llm.way is not None:
-            if llm.way.divided:  # what one process would refuse, all refuse
+        if llm.parallel is not None:
+            if llm.parallel.divides_rows:  # what one process would refuse, all refuse
                 limits = Limits.of(llm.model, args, prefill, tokens)
                 for request in requests:
                     limits.check(request, f"Prompt {request.id}")
-            mine = llm.way.mine(requests)
+            mine = llm.parallel.own_requests(requests)
         rows = max(1, min(len(mine), batch_size or len(mine)))
         self.cache: KVCache | None = None if args is None else llm.build_cache(args, rows, tokens)
         self._steps: Iterator[list[Sequence]] = iter(())
@@ -93,7 +93,7 @@ class Run:
         raise_failed(failed)
 
     def _noted(self, steps: Iterator[list[Sequence]]) -> Iterator[list[Sequence]]:
-        way, stats, answered = self.llm.way, self.stats, []
+        parallel, stats, answered = self.llm.parallel, self.stats, []
         number = {request.id: n for n, request in enumerate(self.requests)}
         stats.reasons, stats.logprobs = [None] * len(number), [[] for _ in number]
 
@@ -108,12 +108,12 @@ class Run:
             for step in steps:
                 note(step)
                 yield step
-            if way is not None and (others := way.share(self.requests, answered, stats)):
+            if parallel is not None and (others := parallel.exchange_answers(self.requests, answered, stats)):
                 note(others)
                 yield others
         except BaseException as error:
-            if way is not None and way.divided:
-                way.meet(f"{type(error).__name__}: {error}")
+            if parallel is not None and parallel.divides_rows:
+                parallel.synchronize(f"{type(error).__name__}: {error}")
             raise
         finally:
             self.llm.last_run = self
@@ -151,12 +151,12 @@ class OpenRun:
         logprobs: bool = False,
     ) -> None:
         check_run(llm, batch_size, prefill, prefill_chunk, logprobs)
-        if llm.way is not None and llm.way.divided:
+        if llm.parallel is not None and llm.parallel.divides_rows:
             raise ValueError("Processes that divide the requests need all of them at once: use run().")
         self.stats = Stats()
         self.cache: KVCache | None = None if args is None else llm.build_cache(args, batch_size, tokens)
-        if llm.way is not None:
-            requests = (request for each in requests for request in llm.way.mine([each]))
+        if llm.parallel is not None:
+            requests = (request for each in requests for request in llm.parallel.own_requests([each]))
         options = dict(prefill=prefill, prefill_chunk=prefill_chunk, logprobs=logprobs, stats=self.stats)
         self._steps = _served(llm, requests, self.cache, batch_size, **options)
         llm.last_run = self

@@ -12,7 +12,7 @@ from litgpt.tokenizer import Tokenizer
 from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.config import KVCacheArgs
-from litgpt_kv.parallel import Way
+from litgpt_kv.parallel import ParallelStrategy
 
 
 class TextModel(Protocol):
@@ -22,7 +22,7 @@ class TextModel(Protocol):
     decoder: Callable[..., Tensor]
     tokenizer: Tokenizer
     prompt_style: PromptStyle
-    way: Way | None
+    parallel: ParallelStrategy | None
     last_run: Any
 
     def encode(self, prompt: str, sys_prompt: str | None = None) -> Tensor: ...

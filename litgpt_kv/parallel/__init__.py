@@ -1,6 +1,32 @@
-"""Many devices, through Lightning Fabric."""
+"""Many devices, through Lightning Fabric: parallel strategies by litgpt's names.
 
-from litgpt_kv.parallel.launch import ends_together, quiet
-from litgpt_kv.parallel.ways import WAYS, Place, Way, way_of
+Read `base.py` (what a strategy is), then one of `tensor.py`, `sequential.py` and `data.py`. `launch.py` starts and ends
+the processes, with `launcher.py` and `heartbeat.py`; `collectives.py` has all that they say to each other; `memory.py`
+computes what each device holds. A new strategy is a class with the methods of `ParallelStrategy` and a line in
+`PARALLEL_STRATEGIES`.
+"""
 
-__all__ = ["WAYS", "Place", "Way", "ends_together", "quiet", "way_of"]
+from __future__ import annotations
+
+from litgpt_kv.parallel.base import DeviceRequest, ParallelStrategy
+from litgpt_kv.parallel.data import DataParallel
+from litgpt_kv.parallel.launch import end_worker
+from litgpt_kv.parallel.sequential import Sequential
+from litgpt_kv.parallel.tensor import TensorParallel
+
+__all__ = ["PARALLEL_STRATEGIES", "DeviceRequest", "ParallelStrategy", "end_worker", "find_parallel_strategy"]
+
+PARALLEL_STRATEGIES: dict[str, type[ParallelStrategy]] = {
+    "tensor_parallel": TensorParallel,
+    "sequential": Sequential,
+    "data_parallel": DataParallel,
+}
+
+
+def find_parallel_strategy(name: str | None) -> type[ParallelStrategy]:
+    """The parallel strategy called `name`; an unknown or missing name is refused with the list of names."""
+    if name is None:
+        raise ValueError(f"Several devices need a generate_strategy: {', '.join(PARALLEL_STRATEGIES)}.")
+    if name not in PARALLEL_STRATEGIES:
+        raise ValueError(f"generate_strategy must be one of {', '.join(PARALLEL_STRATEGIES)}, got {name!r}.")
+    return PARALLEL_STRATEGIES[name]

@@ -1,4 +1,4 @@
-"""Which heads a device holds, and what devices tell each other about them. Floor 5.
+"""Which heads a device holds, and what devices tell each other about them.
 
 H query heads · G key/value heads · R = H/G query heads a group · P sets of kept tokens (1, or one a key/value head) ·
 S slots.
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from litgpt.config import Config
 from litgpt_kv.cache.spec import layer_spec
-from litgpt_kv.parallel.team import Team
+from litgpt_kv.parallel.collectives import Collectives
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class Heads:
         return len(self.queries) * self.all_groups / (len(self.groups) * self.all_queries)
 
 
-def bounds(total: int, parts: int, index: int) -> tuple[int, int]:
+def split_range(total: int, parts: int, index: int) -> tuple[int, int]:
     """Where part `index` of `total` things begins and ends; sizes differ by one at most."""
     return total * index // parts, total * (index + 1) // parts
 
 
-def divide(config: Config, devices: int) -> list[Heads]:
+def divide_heads(config: Config, devices: int) -> list[Heads]:
     """The heads of each device.
 
     Up to as many devices as groups, each holds whole groups, the last ones one more where they do not come out even.
@@ -56,12 +56,12 @@ def divide(config: Config, devices: int) -> list[Heads]:
     per_group, shares = H // G, []
     for rank in range(devices):
         if devices <= G:
-            first, end = bounds(G, devices, rank)
+            first, end = split_range(G, devices, rank)
             queries = range(first * per_group, end * per_group)
         else:
             first = rank * G // devices
             end, holders = first + 1, [r for r in range(devices) if r * G // devices == first]
-            a, b = bounds(per_group, len(holders), holders.index(rank))
+            a, b = split_range(per_group, len(holders), holders.index(rank))
             queries = range(first * per_group + a, first * per_group + b)
         shares.append(Heads(queries, range(first, end), H, G))
     return shares
@@ -73,25 +73,25 @@ class Sharing:
     Devices that hold whole groups say nothing to each other, unless a strategy makes one choice for all heads.
     """
 
-    def __init__(self, team: Team, heads: Heads) -> None:
-        self.team, self.heads = team, heads
-        self.split = team.size > heads.all_groups
+    def __init__(self, collectives: Collectives, heads: Heads) -> None:
+        self.collectives, self.heads = collectives, heads
+        self.split = collectives.size > heads.all_groups
 
     def mass(self, mass: Tensor, per_head: bool) -> Tensor:
         """Mass (..., G here, S) of this device's query heads to that of all: (..., G here, S), or (..., 1, S)."""
         if per_head:
             return self._of_groups(mass) if self.split else mass
-        return self.team.sum(mass.sum(dim=-2, keepdim=True) * (self.heads.weight / self.heads.all_groups))
+        return self.collectives.all_reduce(mass.sum(dim=-2, keepdim=True) * (self.heads.weight / self.heads.all_groups))
 
     def score(self, score: Tensor, per_head: bool) -> Tensor:
         """Scores (..., P, S) that this device worked out from its own heads: the mean over all devices with a say."""
         if per_head:
             return self._of_groups(score) if self.split else score
-        return self.team.sum(score * (len(self.heads.queries) / self.heads.all_queries))
+        return self.collectives.all_reduce(score * (len(self.heads.queries) / self.heads.all_queries))
 
     def _of_groups(self, x: Tensor) -> Tensor:
         """The mean over the devices that hold parts of a group (one group a device), weighted by their query heads."""
         (group,) = self.heads.groups
         every = x.new_zeros(*x.shape[:-2], self.heads.all_groups, x.size(-1))
         every[..., group, :] = x[..., 0, :] * self.heads.weight
-        return self.team.sum(every)[..., group, :].unsqueeze(-2)
+        return self.collectives.all_reduce(every)[..., group, :].unsqueeze(-2)

@@ -1,4 +1,4 @@
-"""Sequential: layers over the devices of one process, each layer's cache beside its block. Floor 5.
+"""Sequential: layers over the devices of one process, each layer's cache beside its block.
 
 A batch runs in pieces of rows one after the other: while the second device works on the first piece, the first one
 works on the second piece. One thread is enough for that, as work on a GPU is only asked for, not waited for.
@@ -8,30 +8,65 @@ B rows · T tokens · V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import abc
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor, nn
 
 from litgpt.config import Config
 from litgpt_kv.attention.rope import RopeTables
 from litgpt_kv.cache.kv_cache import KVCache
+from litgpt_kv.generate import Request, Sequence, Stats
 from litgpt_kv.model.gpt import GPT
-from litgpt_kv.parallel.heads import bounds
-from litgpt_kv.parallel.weights import fill, full_shapes
+from litgpt_kv.parallel.base import DeviceRequest, Weights
+from litgpt_kv.parallel.collectives import Collectives
+from litgpt_kv.parallel.heads import split_range
+from litgpt_kv.parallel.weights import full_shapes, load_weights
 
 
-def places(n_layer: int, devices: int) -> list[int]:
+class Sequential:
+    """Layers over the devices of one process."""
+
+    divides_rows = False
+
+    def __init__(self, config: Config, weights: Weights, request: DeviceRequest) -> None:
+        if request.num_nodes != 1:
+            raise ValueError(f"'sequential' runs in one process on one machine, not on {request.num_nodes}.")
+        self.collectives = Collectives()
+        self.fabric = L.Fabric(accelerator=request.accelerator, devices=1, precision=request.precision)
+        devices = local_devices(self.fabric.device, request.devices)
+        layer_devices(config.n_layer, len(devices))
+        with self.fabric.init_tensor():
+            self.model = load_sequential(config, devices, weights)
+
+    def own_requests(self, requests: abc.Sequence[Request]) -> list[Request]:
+        return list(requests)
+
+    def exchange_answers(
+        self, requests: abc.Sequence[Request], answered: abc.Sequence[Sequence], stats: Stats
+    ) -> list[Sequence]:
+        return []
+
+    def synchronize(self, failure: str | None = None) -> None:
+        """There is one process."""
+
+    def close(self) -> None:
+        """There is one process."""
+
+
+def layer_devices(n_layer: int, devices: int) -> list[int]:
     """The device of each layer: runs of layers, whose lengths differ by one at most."""
     if not 1 <= devices <= n_layer:
         raise ValueError(f"{n_layer} layers can be laid over 1 to {n_layer} devices, not {devices}.")
-    runs = [bounds(n_layer, devices, d) for d in range(devices)]
+    runs = [split_range(n_layer, devices, d) for d in range(devices)]
     return [d for d, (first, end) in enumerate(runs) for _ in range(first, end)]
 
 
-class Spread(GPT):
+class SequentialGPT(GPT):
     """A `GPT` whose layers are on several devices; called as any other, with tokens and results on the first device.
 
     Args:
@@ -41,21 +76,21 @@ class Spread(GPT):
         pieces: In how many pieces of rows a batch with a cache runs.
     """
 
-    def __init__(self, config: Config, devices: Sequence[torch.device], pieces: int | None = None) -> None:
+    def __init__(self, config: Config, devices: abc.Sequence[torch.device], pieces: int | None = None) -> None:
         super().__init__(config)
         self.devices, self.pieces = list(devices), len(devices) if pieces is None else pieces
-        self.places = places(config.n_layer, len(devices))
-        for before, here, block in zip(self.places, self.places[1:], self.transformer.h[1:]):
-            if here != before:  # between devices, and only there, something moves
-                block.register_forward_pre_hook(partial(_arrive, self.devices[here]))
+        self.layer_devices = layer_devices(config.n_layer, len(devices))
+        for before, device, block in zip(self.layer_devices, self.layer_devices[1:], self.transformer.h[1:]):
+            if device != before:  # between devices, and only there, something moves
+                block.register_forward_pre_hook(partial(_move_inputs, self.devices[device]))
         if len(self.devices) > 1:
-            self.lm_head.register_forward_hook(partial(_return, self.devices[0]))
+            self.lm_head.register_forward_hook(partial(_move_output, self.devices[0]))
 
     def device_of(self, name: str) -> torch.device:
         """Where the parameter `name` goes."""
         kind, *rest = name.split(".")
         if kind == "transformer" and rest[0] == "h":
-            return self.devices[self.places[int(rest[1])]]
+            return self.devices[self.layer_devices[int(rest[1])]]
         return self.devices[0 if rest[0] == "wte" else -1]
 
     def forward(
@@ -69,10 +104,10 @@ class Spread(GPT):
             cache.check_step(idx.size(1))
         else:
             cache.check_prompt(idx.size(1), length)
-        rows = [slice(*bounds(len(idx), count, i)) for i in range(count)]
+        rows = [slice(*split_range(len(idx), count, i)) for i in range(count)]
         lengths = [None if length is None else length[part] for part in rows]
         views = [cache.rows(part.start, part.stop) for part in rows]
-        return torch.cat([super(Spread, self).forward(idx[r], c, n) for r, c, n in zip(rows, views, lengths)])
+        return torch.cat([super(SequentialGPT, self).forward(idx[r], c, n) for r, c, n in zip(rows, views, lengths)])
 
     def theta(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """As `GPT.theta`, for each base on each device."""
@@ -88,31 +123,40 @@ class Spread(GPT):
         if cos is not self.cos:
             return rope
         copies = [(cos.to(d), sin.to(d)) for cos, sin in rope.tables for d in self.devices]
-        return RopeTables(copies, [base * len(self.devices) + d for base, d in zip(rope.which, self.places)])
+        return RopeTables(copies, [base * len(self.devices) + d for base, d in zip(rope.which, self.layer_devices)])
 
 
-def spread(
+def load_sequential(
     config: Config,
-    devices: Sequence[torch.device],
+    devices: abc.Sequence[torch.device],
     weights: Mapping[str, Tensor],
     *,
     dtype: torch.dtype | None = None,
     pieces: int | None = None,
-) -> Spread:
+) -> SequentialGPT:
     """A model for inference with its layers on several devices; weights are copied to each one at a time.
 
     Raises:
         ValueError: If there are more devices than layers, or the weights do not fit the config.
     """
     with torch.device("meta"):
-        model = Spread(config, devices, pieces)
-    fill(model, config, full_shapes(config), weights, lambda name, whole: whole, model.device_of, dtype)
+        model = SequentialGPT(config, devices, pieces)
+    load_weights(model, config, full_shapes(config), weights, lambda name, whole: whole, model.device_of, dtype)
     return model.eval().requires_grad_(False)
 
 
-def _arrive(device: torch.device, module: nn.Module, args: tuple) -> tuple:
+def local_devices(root: torch.device, devices: int | str) -> list[torch.device]:
+    """The devices of one process, from a count or "auto"; a CPU stands in for any number."""
+    there = torch.cuda.device_count() if root.type == "cuda" else 1
+    count = there if devices == "auto" else int(devices)
+    if count < 1 or (count > there and root.type != "cpu"):
+        raise ValueError(f"There are {there} devices of type {root.type!r}, got {devices}.")
+    return [torch.device("cuda", i) if root.type == "cuda" else root for i in range(count)]
+
+
+def _move_inputs(device: torch.device, module: nn.Module, args: tuple) -> tuple:
     return tuple(a.to(device, non_blocking=True) if isinstance(a, Tensor) else a for a in args)
 
 
-def _return(device: torch.device, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+def _move_output(device: torch.device, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
     return output.to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Tensor parallel: every layer over all devices, by heads and by columns and rows. Floor 5.
+"""Tensor parallel: every layer over all devices, by heads and by columns and rows.
 
 Attention takes whole key/value heads with their query heads, an MLP some of its columns; both give a part of the
 output, and two sums a layer over the devices make it whole. The vocabulary head gives some of the logits, which are
@@ -13,6 +13,7 @@ H query heads · G key/value heads · D head size · C embedding size · V vocab
 from __future__ import annotations
 
 import copy
+from collections import abc
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -22,13 +23,42 @@ from torch import Tensor, nn
 
 import litgpt.model as base
 from litgpt.config import Config
+from litgpt_kv.generate import Request, Sequence, Stats
 from litgpt_kv.model.gpt import GPT
 from litgpt_kv.model.linear import Linear, speed_up
-from litgpt_kv.parallel.heads import Heads, Sharing, bounds, divide
-from litgpt_kv.parallel.team import Team
-from litgpt_kv.parallel.weights import fill, full_shapes
+from litgpt_kv.parallel.base import DeviceRequest, Weights, seed_requests
+from litgpt_kv.parallel.collectives import Collectives
+from litgpt_kv.parallel.heads import Heads, Sharing, divide_heads, split_range
+from litgpt_kv.parallel.launch import launch
+from litgpt_kv.parallel.weights import full_shapes, load_weights
 
-COLUMNS = ("fc", "fc_1", "fc_2")  # of an MLP: each device has some of its hidden elements
+
+class TensorParallel:
+    """Every layer over all devices."""
+
+    divides_rows = False
+
+    def __init__(self, config: Config, weights: Weights, request: DeviceRequest) -> None:
+        if isinstance(request.devices, int):  # said before anything is started
+            divide_heads(config, request.devices * request.num_nodes)
+        run = launch(request)
+        self.fabric, self.collectives, self.close = run.fabric, run.collectives, run.end
+        with run.fabric.init_tensor():
+            self.model = load_tensor_parallel(config, run.collectives, weights, device=run.fabric.device)
+
+    def own_requests(self, requests: abc.Sequence[Request]) -> list[Request]:
+        return seed_requests(self.collectives, requests)
+
+    def exchange_answers(
+        self, requests: abc.Sequence[Request], answered: abc.Sequence[Sequence], stats: Stats
+    ) -> list[Sequence]:
+        return []
+
+    def synchronize(self, failure: str | None = None) -> None:
+        """Processes wait for each other in every layer."""
+
+
+MLP_COLUMNS = ("fc", "fc_1", "fc_2")  # of an MLP: each device has some of its hidden elements
 
 
 def local_config(config: Config, heads: Heads) -> Config:
@@ -39,7 +69,9 @@ def local_config(config: Config, heads: Heads) -> Config:
     return own
 
 
-def cut(config: Config, heads: Heads, rank: int, devices: int, split_head: bool, name: str, whole: Tensor) -> Tensor:
+def slice_parameter(
+    config: Config, heads: Heads, rank: int, devices: int, split_head: bool, name: str, whole: Tensor
+) -> Tensor:
     """Device `rank`'s part of the parameter `name`: a view where that is possible."""
     *_, module, leaf = name.split(".")
     D, H, G = config.head_size, config.n_head, config.n_query_groups
@@ -58,9 +90,9 @@ def cut(config: Config, heads: Heads, rank: int, devices: int, split_head: bool,
     if module == "proj" and leaf == "bias":  # the parts are summed: one of them brings the bias
         return whole if rank == 0 else torch.zeros_like(whole)
     if module == "proj":
-        return whole[:, queries if ".attn." in name else slice(*bounds(whole.size(1), devices, rank))]
-    if module in COLUMNS:
-        return whole[slice(*bounds(whole.size(0), devices, rank))]
+        return whole[:, queries if ".attn." in name else slice(*split_range(whole.size(1), devices, rank))]
+    if module in MLP_COLUMNS:
+        return whole[slice(*split_range(whole.size(0), devices, rank))]
     if module == "lm_head" and split_head:  # padded, so that all parts are alike and can be gathered
         most = -(-whole.size(0) // devices)
         part = whole[rank * most : (rank + 1) * most]
@@ -68,9 +100,9 @@ def cut(config: Config, heads: Heads, rank: int, devices: int, split_head: bool,
     return whole
 
 
-def shard(
+def load_tensor_parallel(
     config: Config,
-    team: Team,
+    collectives: Collectives,
     weights: Mapping[str, Tensor],
     *,
     device: torch.device | None = None,
@@ -83,7 +115,7 @@ def shard(
 
     Args:
         config: Of the whole model.
-        team: The processes that share it.
+        collectives: The processes that share it.
         weights: The whole model's parameters by name, best mapped from a file; only what is copied is read.
         device, dtype: Of the copies; None: torch's defaults.
         split_head: Divide the vocabulary head as well, and gather the logits.
@@ -95,27 +127,31 @@ def shard(
     Raises:
         ValueError: If the model cannot be divided over so many devices, or the weights do not fit the config.
     """
-    heads = divide(config, team.size)[team.rank]
+    heads = divide_heads(config, collectives.size)[collectives.rank]
     shapes = full_shapes(config)
-    part = partial(cut, config, heads, team.rank, team.size, split_head)
-    model = skeleton(config, heads, shapes, part)
-    fill(model, config, shapes, weights, part, device, dtype)
+    part = partial(slice_parameter, config, heads, collectives.rank, collectives.size, split_head)
+    model = empty_part(config, heads, shapes, part)
+    load_weights(model, config, shapes, weights, part, device, dtype)
     speed_up(model)
     for block in model.transformer.h:
-        block.attn.register_forward_hook(partial(_after, team.sum))
-        block.mlp.register_forward_hook(partial(_after, team.sum))
+        block.attn.register_forward_hook(partial(_change_output, collectives.all_reduce))
+        block.mlp.register_forward_hook(partial(_change_output, collectives.all_reduce))
         if config.norm_qk and config.norm_qk_type == "olmo2" and not config.latent_attention:
             attn = block.attn
-            attn.norm_q = SharedNorm(attn.norm_q, team, config.n_head * config.head_size, 1.0)
-            attn.norm_k = SharedNorm(attn.norm_k, team, config.n_query_groups * config.head_size, heads.weight)
+            attn.norm_q = ShardedRMSNorm(attn.norm_q, collectives, config.n_head * config.head_size, 1.0)
+            attn.norm_k = ShardedRMSNorm(
+                attn.norm_k, collectives, config.n_query_groups * config.head_size, heads.weight
+            )
     if split_head:
-        gather = partial(_vocabulary, team.gather, config.padded_vocab_size)
-        model.lm_head.register_forward_hook(partial(_after, gather))
-    model.sharing = Sharing(team, heads)
+        gather = partial(_whole_vocabulary, collectives.all_gather, config.padded_vocab_size)
+        model.lm_head.register_forward_hook(partial(_change_output, gather))
+    model.sharing = Sharing(collectives, heads)
     return model.eval().requires_grad_(False)
 
 
-def skeleton(config: Config, heads: Heads, shapes: Mapping[str, Tensor], part: Callable[[str, Tensor], Tensor]) -> GPT:
+def empty_part(
+    config: Config, heads: Heads, shapes: Mapping[str, Tensor], part: Callable[[str, Tensor], Tensor]
+) -> GPT:
     """One device's modules with parameters of the right shapes, on the meta device."""
     with torch.device("meta"):
         model = GPT(local_config(config, heads))
@@ -133,29 +169,29 @@ def skeleton(config: Config, heads: Heads, shapes: Mapping[str, Tensor], part: C
     return model
 
 
-def _after(change: Callable[[Tensor], Tensor], module: nn.Module, args: Any, output: Tensor) -> Tensor:
+def _change_output(change: Callable[[Tensor], Tensor], module: nn.Module, args: Any, output: Tensor) -> Tensor:
     return change(output)
 
 
-def _vocabulary(gather: Callable[[Tensor], Tensor], size: int, logits: Tensor) -> Tensor:
+def _whole_vocabulary(gather: Callable[[Tensor], Tensor], size: int, logits: Tensor) -> Tensor:
     return gather(logits)[..., :size]
 
 
-class SharedNorm(nn.Module):
+class ShardedRMSNorm(nn.Module):
     """litgpt's RMSNorm over a projection whose heads are on several devices: the mean square is taken over all.
 
     `share` is which part of this device's heads counts here: a copied key head is counted once.
     """
 
-    def __init__(self, norm: nn.Module, team: Team, size: int, share: float) -> None:
+    def __init__(self, norm: nn.Module, collectives: Collectives, size: int, share: float) -> None:
         super().__init__()
         if not isinstance(norm, base.RMSNorm):
             raise ValueError(f"A {type(norm).__name__} over the whole projection cannot be divided; use 'sequential'.")
         self.weight, self.eps, self.offset = norm.weight, norm.eps, norm.add_unit_offset
-        self.team, self.size, self.share = team, size, share
+        self.collectives, self.size, self.share = collectives, size, share
 
     def forward(self, x: Tensor) -> Tensor:
         exact = x.to(torch.promote_types(x.dtype, torch.float32))
-        square = self.team.sum((exact * exact).sum(dim=-1, keepdim=True) * self.share)
+        square = self.collectives.all_reduce((exact * exact).sum(dim=-1, keepdim=True) * self.share)
         weight = self.weight.to(exact.dtype) + (1.0 if self.offset else 0.0)
         return (exact * torch.rsqrt(square / self.size + self.eps) * weight).to(x.dtype)

@@ -37,7 +37,7 @@ def names_in(shapes: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dic
     return names
 
 
-def fill(
+def load_weights(
     model: GPT,
     config: Config,
     shapes: Mapping[str, Tensor],

@@ -84,10 +84,10 @@ def words(rng: random.Random) -> list[str]:
     _, begin, options = rng.choices(COMMANDS, [weight for weight, _, _ in COMMANDS])[0]
     out = list(begin)
     for name in rng.sample(list(options), rng.randrange(1, 7)):
-        value = rng.choice(ODD if rng.random() < 0.4 else options[name])
+        value = rng.choice(ODD if rng.random() < 0.15 else options[name])
         form = rng.random()
         out += [name] if form < 0.04 else [f"{name}={value}"] if form < 0.5 else [name, value]
-    if rng.random() < 0.1:
+    if rng.random() < 0.04:
         out.insert(rng.randrange(len(out)), rng.choice(ODD))
     return out
 

@@ -244,6 +244,13 @@ def test_what_is_no_file_is_neither_read_nor_written(model: GPT, saved: tuple[KV
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path, tmp_path / "none"):
         assert outcome(path, model, cache) == "refused"
+    for path in (1, 1.5, None, object()):  # 1 is standard output
+        with pytest.raises(TypeError):
+            KVCache.load(path, model)
+        with pytest.raises(TypeError):
+            cache.save(path)
+    with pytest.raises(ValueError, match="cannot be read as a cache: there is no such file"):
+        KVCache.load("x" * 20_000, model)
     for path in (tmp_path / "pipe", Path("/dev/null"), tmp_path):
         with pytest.raises(ValueError, match=f"{path} cannot be written: it is no file but a"):
             cache.save(path)

@@ -12,10 +12,10 @@ import torch
 
 from litgpt_kv import LLM, registry
 from litgpt_kv.__main__ import main
-from litgpt_kv.cli.options import cache_fields, normalise
+from litgpt_kv.cli.options import cache_fields, fail, normalise
 from litgpt_kv.cli.parser import typed_options
 from litgpt_kv.llm.checkpoint import DEMO
-from litgpt_kv.parallel import WAYS
+from litgpt_kv.parallel import PARALLEL_STRATEGIES
 
 ROOT = Path(__file__).parents[2]
 
@@ -97,7 +97,7 @@ def test_samples_differ_and_repeat(capsys):
 FILES = sorted(p.name for p in (ROOT / "config_hub" / "generate").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("name", [f for f in FILES if Path(f).stem not in WAYS])  # those: tests/test_parallel.py
+@pytest.mark.parametrize("name", [f for f in FILES if Path(f).stem not in PARALLEL_STRATEGIES])
 def test_every_yaml_file_runs_and_its_header_says_how(capsys, name):
     path = ROOT / "config_hub" / "generate" / name
     assert f"litgpt_kv generate demo --config config_hub/generate/{name}" in path.read_text()
@@ -323,3 +323,11 @@ def test_the_temperature_is_the_checkpoints_own_unless_given(capsys, tmp_path):
     assert outs['{"temperature": 1.0}'] == run(capsys, *common).out == run(capsys, *common, "--temperature", "1.0").out
     assert outs['{"temperature": 0.0}'] == run(capsys, *common, "--temperature", "0").out
     assert outs["{}"] == run(capsys, *common, "--temperature", "0.8").out
+
+
+def test_an_error_shows_no_escape_codes_and_not_all_of_a_long_text(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        fail("\x1b[31mred\x07\nnext \udcff é" + "x" * 5000 + " the end")
+    err = capsys.readouterr().err
+    assert err.startswith("litgpt_kv: error: \\x1b[31mred\\x07 next \\udcff éxxx") and err.endswith("xxx the end\n")
+    assert len(err) < 1100 and err.count("\n") == 1

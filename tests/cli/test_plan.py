@@ -10,10 +10,10 @@ import torch
 from litgpt.config import Config
 from litgpt_kv import GPT, KVCache, KVCacheArgs
 from litgpt_kv.__main__ import main
+from litgpt_kv.parallel.collectives import Collectives
 from litgpt_kv.parallel.memory import cache_bytes, weight_bytes
-from litgpt_kv.parallel.sequential import places, spread
-from litgpt_kv.parallel.team import Team
-from litgpt_kv.parallel.tensor import shard
+from litgpt_kv.parallel.sequential import layer_devices, load_sequential
+from litgpt_kv.parallel.tensor import load_tensor_parallel
 from tests.oracle.shrink import fill, shrink
 from tests.parallel.parallel_worker import GRID, LATENT
 
@@ -22,11 +22,11 @@ CONFIGS += LATENT.values()
 KINDS = [KVCacheArgs("dense"), KVCacheArgs("h2o", budget="50%"), KVCacheArgs("sink", budget=9)]
 
 
-def one_of(rank: int, size: int) -> Team:
-    """A team whose others are not there: enough to load a part."""
-    team = Team()
-    team.rank, team.size = rank, size
-    return team
+def one_of(rank: int, size: int) -> Collectives:
+    """A collectives whose others are not there: enough to load a part."""
+    collectives = Collectives()
+    collectives.rank, collectives.size = rank, size
+    return collectives
 
 
 def held(model: GPT) -> int:
@@ -37,7 +37,7 @@ def held(model: GPT) -> int:
 @pytest.mark.parametrize("devices", [1, 2, 3, 4])
 def test_tensor_parallel(config: Config, devices: int) -> None:
     weights = fill(GPT(config)).state_dict()
-    parts = [shard(config, one_of(rank, devices), weights) for rank in range(devices)]
+    parts = [load_tensor_parallel(config, one_of(rank, devices), weights) for rank in range(devices)]
     assert [held(part) for part in parts] == weight_bytes(config, "tensor_parallel", devices, torch.float32)
     for args in KINDS:
         found = [KVCache.build(part, args, 3, 20).allocated()["total"] for part in parts]
@@ -47,14 +47,14 @@ def test_tensor_parallel(config: Config, devices: int) -> None:
 @pytest.mark.parametrize(("config", "devices"), itertools.product(CONFIGS, [1, 2]))
 def test_sequential_and_data_parallel(config: Config, devices: int) -> None:
     weights = fill(GPT(config)).state_dict()
-    model = spread(config, [torch.device("cpu", d) for d in range(devices)], weights)
+    model = load_sequential(config, [torch.device("cpu", d) for d in range(devices)], weights)
     tables = model.cos.nbytes + model.sin.nbytes
     found = [tables] * devices
     for name, weight in model.state_dict().items():
         found[model.device_of(name).index] += weight.nbytes
     assert found == weight_bytes(config, "sequential", devices, torch.float32)
     assert weight_bytes(config, "data_parallel", devices, torch.float32) == [held(model)] * devices
-    on = [torch.device("cpu", d) for d in places(config.n_layer, devices)]
+    on = [torch.device("cpu", d) for d in layer_devices(config.n_layer, devices)]
     for args in KINDS:
         cache = KVCache(config, args, 3, 20, config.block_size, torch.float32, on)
         computed = cache_bytes(config, "sequential", devices, args, 3, 20, torch.float32)

@@ -25,10 +25,10 @@ from litgpt_kv import GPT, KVCache, KVCacheArgs, SamplingArgs, Strategy, Tokens,
 from litgpt_kv.generate import generate
 from litgpt_kv.generate.request import Request
 from litgpt_kv.parallel import tensor
+from litgpt_kv.parallel.base import DeviceRequest, seed_requests
+from litgpt_kv.parallel.collectives import Collectives
 from litgpt_kv.parallel.launch import launch
-from litgpt_kv.parallel.team import Team
-from litgpt_kv.parallel.tensor import shard
-from litgpt_kv.parallel.ways import seeded
+from litgpt_kv.parallel.tensor import load_tensor_parallel
 from tests.oracle.reference import kept_of, lift, logits_of, tokens_of
 from tests.oracle.shrink import DEEPSEEK, LLAMA, SYNTHETIC, fill, shrink
 
@@ -155,15 +155,15 @@ def _config(name: str, **changes: Any) -> Config:
 class Whole:
     """Models of all devices' parts, and on process 0 the whole model beside it; made once for each config."""
 
-    def __init__(self, team: Team) -> None:
-        self.team, self.made = team, {}
+    def __init__(self, collectives: Collectives) -> None:
+        self.collectives, self.made = collectives, {}
 
     def __call__(self, config: Config, **options: Any) -> tuple[GPT, GPT]:
         key = (id(config), *options.items())
         if key not in self.made:
             torch.manual_seed(0)
             whole = fill(GPT(config)).double()
-            part = shard(config, self.team, whole.state_dict(), dtype=torch.float64, **options)
+            part = load_tensor_parallel(config, self.collectives, whole.state_dict(), dtype=torch.float64, **options)
             self.made = {key: (config, lift(whole).eval(), lift(part))}
         return self.made[key][1:]
 
@@ -174,7 +174,7 @@ def build(model: GPT, strategy: str, storage: str, positions: str) -> KVCache:
     return KVCache.build(model, args, batch_size=len(LENGTHS), max_tokens=16)
 
 
-def same_answers(team: Team, pair: Whole, case: tuple) -> dict[str, Any]:
+def same_answers(collectives: Collectives, pair: Whole, case: tuple) -> dict[str, Any]:
     """Logits of every token, kept tokens, greedy and sampled tokens: the parts' against the whole model's."""
     _, config, strategy, storage, positions, way = case
     whole, part = pair(config)
@@ -184,9 +184,9 @@ def same_answers(team: Team, pair: Whole, case: tuple) -> dict[str, Any]:
     found: dict[str, Any] = {}
     flat = torch.cat([x for row in mine for x in row.values()])
     digest = hashlib.sha256(flat.numpy().tobytes()).hexdigest()
-    found["alike"] = len(set(team.collect(digest))) == 1
+    found["alike"] = len(set(collectives.all_gather_object(digest))) == 1
     groups = part.sharing.heads.groups
-    kept = team.collect((groups.start, [kept_of(cache, b) for b in range(len(rows))]))
+    kept = collectives.all_gather_object((groups.start, [kept_of(cache, b) for b in range(len(rows))]))
     sampling = SamplingArgs(temperature=1.0, top_k=20, seed=5)
     runs = [dict(sampling=SamplingArgs(temperature=0.0)), dict(sampling=sampling)]
     options = dict(max_new_tokens=3, prefill="full" if way == "full" else "min-length")
@@ -195,7 +195,7 @@ def same_answers(team: Team, pair: Whole, case: tuple) -> dict[str, Any]:
     for run in runs if way == "full" else ():
         cache.reset()
         made.append([row.tolist() for row in generate(part, prompts, cache, **options, **run)])
-    if team.rank == 0:
+    if collectives.rank == 0:
         alone = build(whole, strategy, storage, positions)
         expected = logits_of(whole, alone, rows, PROMPTS, way)
         found["steps"] = sum(map(len, expected))
@@ -235,33 +235,33 @@ def passes(pair: Whole, config: Config) -> dict[str, float]:
     return found
 
 
-def extras(team: Team, pair: Whole) -> dict[str, Any]:
+def extras(collectives: Collectives, pair: Whole) -> dict[str, Any]:
     """What is asked once."""
     found = {"gqa": passes(pair, GRID["gqa"]), "latent": passes(pair, LATENT["latent"])}
     free = SamplingArgs(top_k=5)  # without a seed
     rows = [[Request([1], sampling=free, id=b) for b in range(3)] for _ in range(2)]
-    drawn = [tuple(request.sampling.seed for request in seeded(team, some)) for some in rows]
-    found["unseeded"] = dict(alike=len(set(team.collect(drawn[0]))) == 1, fresh=drawn[0] != drawn[1])
+    drawn = [tuple(request.sampling.seed for request in seed_requests(collectives, some)) for some in rows]
+    found["unseeded"] = dict(alike=len(set(collectives.all_gather_object(drawn[0]))) == 1, fresh=drawn[0] != drawn[1])
     found["unseeded"]["by_row"] = len(set(drawn[0])) == 3
     return found
 
 
-def memory(team: Team, folder: Path) -> dict[str, Any]:
+def memory(collectives: Collectives, folder: Path) -> dict[str, Any]:
     """Loads a part from a file; how this process' own memory grew meanwhile, in bytes."""
     weights = torch.load(folder / "lit_model.pth", mmap=True, weights_only=True)
-    grown, cut = [anonymous()], tensor.cut
+    grown, cut = [anonymous()], tensor.slice_parameter
 
     def noted(*args: Any) -> Tensor:
         grown.append(anonymous())
         return cut(*args)
 
-    tensor.cut = noted
-    model = shard(Config.from_file(folder / "model_config.yaml"), team, weights)
-    tensor.cut = cut
+    tensor.slice_parameter = noted
+    model = load_tensor_parallel(Config.from_file(folder / "model_config.yaml"), collectives, weights)
+    tensor.slice_parameter = cut
     held = sum(p.nbytes for p in model.parameters())
     grown.append(anonymous())
     found = dict(whole=sum(w.nbytes for w in weights.values()), held=held, peak=max(grown) - grown[0])
-    return {"statistics": team.collect(found)}
+    return {"ranks": collectives.all_gather_object(found)}
 
 
 def anonymous() -> int:
@@ -278,17 +278,17 @@ def main() -> None:
     options = parser.parse_args()
     for name, strategy in OURS.items():
         register("strategy", name)(strategy)
-    run = launch("cpu", options.devices, 1, "32-true")
+    run = launch(DeviceRequest("cpu", options.devices))
     torch.set_num_threads(1)
-    team = run.team
-    torch.manual_seed(team.rank)
-    began, pair, found = time.perf_counter(), Whole(team), {}
-    for case in cases(team.size):
-        found[case[0]] = same_answers(team, pair, case)
-    report = {"cases": found, "extras": extras(team, pair)}
+    collectives = run.collectives
+    torch.manual_seed(collectives.rank)
+    began, pair, found = time.perf_counter(), Whole(collectives), {}
+    for case in cases(collectives.size):
+        found[case[0]] = same_answers(collectives, pair, case)
+    report = {"cases": found, "extras": extras(collectives, pair)}
     if options.checkpoint is not None:
-        report["memory"] = memory(team, options.checkpoint)
-    if team.rank == 0:
+        report["memory"] = memory(collectives, options.checkpoint)
+    if collectives.rank == 0:
         print(f"{len(found)} cases in {time.perf_counter() - began:.1f} s", file=sys.stderr)
         Path(options.out).write_text(json.dumps(report))  # the processes end together by themselves
 

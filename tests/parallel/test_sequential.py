@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from litgpt.config import Config
 from litgpt_kv import GPT, KVCache, KVCacheArgs, SamplingArgs, registry
 from litgpt_kv.generate import generate
-from litgpt_kv.parallel.sequential import Spread, places, spread
+from litgpt_kv.parallel.sequential import SequentialGPT, layer_devices, load_sequential
 from tests.oracle.reference import kept_of, lift, logits_of, tokens_of
 from tests.oracle.shrink import LLAMA, fill, shrink
 
@@ -76,10 +76,12 @@ def config_of(layers: int, name: str = LLAMA) -> Config:
     return config
 
 
-def pair(config: Config, devices: int, pieces: int | None = None) -> tuple[GPT, Spread]:
+def pair(config: Config, devices: int, pieces: int | None = None) -> tuple[GPT, SequentialGPT]:
     """A whole model, and the same one over pretended devices."""
     whole = fill(GPT(config)).double()
-    parts = spread(config, [torch.device("cpu", i) for i in range(devices)], whole.state_dict(), dtype=torch.float64)
+    parts = load_sequential(
+        config, [torch.device("cpu", i) for i in range(devices)], whole.state_dict(), dtype=torch.float64
+    )
     parts.pieces = devices if pieces is None else pieces
     lift(parts)
     for name, parameter in parts.named_parameters():
@@ -93,9 +95,9 @@ def pair(config: Config, devices: int, pieces: int | None = None) -> tuple[GPT, 
 def test_layers_lie_in_runs_of_nearly_one_length(layers: int, devices: int) -> None:
     if devices > layers:
         with pytest.raises(ValueError, match=f"{layers} layers can be laid over 1 to {layers} devices, not {devices}"):
-            places(layers, devices)
+            layer_devices(layers, devices)
         return
-    found = places(layers, devices)
+    found = layer_devices(layers, devices)
     lengths = [found.count(d) for d in range(devices)]
     assert found == sorted(found) and len(found) == layers
     assert max(lengths) - min(lengths) <= 1 and min(lengths) >= 1
@@ -124,7 +126,7 @@ def test_same_logits_and_tokens_kept_as_on_one_device(devices: int, name: str, w
             cache = KVCache.build(parts, args, 3, 16)
             found = logits_of(lambda *given: parts(*map(on_first, given)), cache, ROWS, PROMPTS, way)
         layer_of = [next(layer.keys.buffers()).place for layer in cache.layers]
-        assert layer_of == parts.places
+        assert layer_of == parts.layer_devices
         assert {s.pos.place for s in cache.slots} == set(range(devices))
         for mine, theirs in zip(found, expected):
             assert mine.keys() == theirs.keys()

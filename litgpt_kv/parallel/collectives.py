@@ -1,4 +1,4 @@
-"""The processes that work on one model, and all that they say to each other. Floor 5."""
+"""The processes that work on one model, and all that they say to each other."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-class Clock:
+class CollectiveTimer:
     """Time spent in collectives, waiting for the others included.
 
     Attributes:
@@ -44,46 +44,46 @@ class Clock:
         return self._seconds + sum(a.elapsed_time(b) for a, b in self._events) / 1e3
 
 
-class Team:
-    """The processes of a run: who this one is, and the collectives, all through one process group.
+class Collectives:
+    """The processes of a run: their number, this one's rank, and the collectives, all through one process group.
 
     Attributes:
         rank, size: This process' number, and how many there are.
-        clock: Measures the collectives if it is set.
+        timer: Measures the collectives if it is set.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
         self.rank = 0 if group is None else group.rank()
         self.size = 1 if group is None else group.size()
-        self.clock: Clock | None = None
+        self.timer: CollectiveTimer | None = None
 
-    def sum(self, x: Tensor) -> Tensor:
+    def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over all processes, the same to the bit on each; `x` may be overwritten."""
         if self.size == 1:
             return x
         x = x.contiguous()
-        if self.clock is None:
+        if self.timer is None:
             dist.all_reduce(x, group=self.group)
         else:
-            with self.clock.measure(x):
+            with self.timer.measure(x):
                 dist.all_reduce(x, group=self.group)
         return x
 
-    def gather(self, x: Tensor) -> Tensor:
+    def all_gather(self, x: Tensor) -> Tensor:
         """(..., n) of each process side by side, (..., size * n), the same to the bit on each."""
         if self.size == 1:
             return x
         x = x.contiguous()
         every = [torch.empty_like(x) for _ in range(self.size)]
-        if self.clock is None:
+        if self.timer is None:
             dist.all_gather(every, x, group=self.group)
         else:
-            with self.clock.measure(x):
+            with self.timer.measure(x):
                 dist.all_gather(every, x, group=self.group)
         return torch.cat(every, dim=-1)
 
-    def same(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """What process 0 has, on every process; any object that can be pickled."""
         if self.size == 1:
             return value
@@ -91,7 +91,7 @@ class Team:
         dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
-    def collect(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         """Every process' object, by rank, on every process."""
         if self.size == 1:
             return [value]
@@ -99,7 +99,7 @@ class Team:
         dist.all_gather_object(every, value, group=self.group)
         return every
 
-    def wait(self) -> None:
-        """Until all processes are here."""
+    def barrier(self) -> None:
+        """Waits until all processes have come here."""
         if self.size > 1:
             dist.barrier(group=self.group)
