@@ -62,6 +62,8 @@ def prefill(model: Model, prompts: Prompts, cache: KVCache, method: str = "min-l
     device = cache.pos.device
     rows = [check_prompt(p, vocabulary_of(model), f"Prompt {b}").to(device) for b, p in enumerate(prompts)]
     lengths = [len(row) for row in rows]
+    if not any(cache.seen):  # else the model says what is wrong
+        cache.set_prompt_lengths(dict(enumerate(lengths)))
     if method == "min-length":
         lengths = [min(*lengths, cache.first_chunk)] * len(rows)
     longest = max(lengths)  # a pad is the row's own last token: no other one is read

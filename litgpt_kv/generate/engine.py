@@ -13,12 +13,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from litgpt_kv.arguments import check_count
 from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.config import check_callable, check_type, shown
 from litgpt_kv.generate.limits import vocabulary_of
 from litgpt_kv.generate.request import Output, Request, Sequence
-from litgpt_kv.generate.runner import CacheRunner, Model, RecomputeRunner, Runner
+from litgpt_kv.generate.runner import PIECE, CacheRunner, Model, RecomputeRunner, Runner
 from litgpt_kv.generate.sampling import Sampler, logprobs_of
 from litgpt_kv.generate.scheduler import Scheduler
 from litgpt_kv.generate.text import TextStream
@@ -64,6 +65,8 @@ class Engine:
         pieces: How many pieces of prompts a step reads at most, so that running rows wait no longer. None: all that
             there are, the fastest where nobody waits for single tokens; neighbours with prompts of one length are then
             read together.
+        piece_size: The most tokens of such a piece, but with `pieces` None: a longer first pass over a prompt, which
+            is all of it with prefill "full", is read in several that give what one gives.
         decoder: Runs the one-token steps instead of `model`, a compiled one for instance.
         decode_text: From token ids to text, if outputs shall have text.
         logprobs: Keep the log-probability of every token.
@@ -85,6 +88,7 @@ class Engine:
         prefill: str = "min-length",
         prefill_chunk: int | None = None,
         pieces: int | None = 1,
+        piece_size: int = PIECE,
         decoder: Model | None = None,
         decode_text: abc.Callable[[abc.Sequence[int]], str] | None = None,
         logprobs: bool = False,
@@ -97,6 +101,7 @@ class Engine:
             raise ValueError(f"rows must be at least 1, and the cache's batch size if there is one, got {shown(rows)}.")
         if pieces is not None and not (isinstance(pieces, int) and pieces >= 1):
             raise ValueError(f"pieces must be at least 1, or None for all, got {shown(pieces)}.")
+        check_count("piece_size", piece_size, 1, 2**31 - 1)
         vocabulary_of(model)  # raises for what is no model
         check_type("logprobs", logprobs, bool, "True or False")
         check_callable("decoder", decoder)
@@ -106,7 +111,9 @@ class Engine:
         if cache is None:
             self.runner = RecomputeRunner(model, size)
         else:
-            self.runner = CacheRunner(model, decoder, cache, prefill, prefill_chunk)
+            self.runner = CacheRunner(
+                model, decoder, cache, prefill, prefill_chunk, None if pieces is None else piece_size
+            )
         self.limits, self.pieces = self.runner.limits, pieces
         self.scheduler = Scheduler(size)
         self.sampler = Sampler(size, self.limits.vocabulary, self.runner.device)
@@ -156,6 +163,8 @@ class Engine:
         number = self._next_id if request.id is None else request.id
         if number in self._sequences:
             raise ValueError(f"The id {number} is in use: wait until its request has ended, or abort it.")
+        if row is not None:
+            self.runner.check_continues(row)
         self.limits.check(request, f"Prompt {number}", 0 if row is None else self.runner.seen(row))
         self._next_id = max(self._next_id, number) + 1
         sequence = Sequence(request, number, row=-1 if row is None else row, continues=row is not None)

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from litgpt_kv.cache.kv_cache import KVCache
+from litgpt_kv.cache.pieces import PromptReader
 from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.config import shown
 from litgpt_kv.generate.limits import Limits, check_prefill
 from litgpt_kv.generate.request import Sequence
 
+PIECE = 512  # tokens of a prompt in a step, unless told otherwise
 BLOCK = 128  # tokens; the logits of a block are (N, BLOCK, V), so a longer one would cost memory and save little
 Model = abc.Callable[..., Tensor]
 
@@ -34,6 +36,9 @@ class Runner(Protocol):
 
     def seen(self, row: int) -> int:
         """Tokens that a row holds."""
+
+    def check_continues(self, row: int) -> None:
+        """Raises ValueError if a row is in the middle of a step that broke off: nothing can go on there."""
 
     def start(self, sequence: Sequence) -> None:
         """Gives a sequence its row: emptied, or as it is for one that continues."""
@@ -61,60 +66,108 @@ class CacheRunner:
         prefill: "min-length" or "full".
         chunk: Tokens of a block in which the rest of a prompt is read after the first pass; None: the longest that
             changes nothing.
+        piece: The most tokens of the first pass over a prompt; a longer one is read in several passes that give what
+            one gives. None: no limit.
     """
 
-    def __init__(self, model: GPT, decoder: Model | None, cache: KVCache, prefill: str, chunk: int | None) -> None:
+    def __init__(
+        self,
+        model: GPT,
+        decoder: Model | None,
+        cache: KVCache,
+        prefill: str,
+        chunk: int | None,
+        piece: int | None = None,
+    ) -> None:
         check_prefill(prefill)
         if chunk is not None and not (isinstance(chunk, int) and 1 <= chunk <= cache.longest_block):
             most = cache.longest_block
             raise ValueError(f"prefill_chunk must be 1 to {most} (budget less sinks), got {shown(chunk)}.")
         self.model, self.decoder, self.cache = model, model if decoder is None else decoder, cache
-        self.full = prefill == "full"
+        self.full, self.piece = prefill == "full", piece
         self.chunk = chunk or (min(BLOCK, cache.longest_block) if cache.exact_blocks else 1)
         self.size, self.device = cache.batch_size, cache.pos.device
         self.limits = Limits.of_cache(model, cache, prefill)
+        cache.static = cache.static or self.decoder is not model or hasattr(model, "_orig_mod")  # a compiled one
+        # tokens from which on a row may have to evict; a compiled step asks before it runs, see `KVCache.evicting`
+        self.evicts_from = min((plan.slots for plan in cache.plans if plan.strategy.evicts), default=None)
         cache.revive()
         self._live = set(range(self.size))  # rows that the next step of the cache would advance
-        self._broken: set[int] = set()
+        self._tokens = cache.seen  # of each row
+        self._readers: dict[int, PromptReader] = {}  # by row, of prompts that are read in pieces
 
     def seen(self, row: int) -> int:
-        return self.cache.seen[row]
+        return self._tokens[row]
+
+    def check_continues(self, row: int) -> None:
+        self.cache.clock.check_whole("A conversation or text", [row])
 
     def start(self, sequence: Sequence) -> None:
         row = sequence.row
-        sequence.past = self.seen(row)
-        if not sequence.continues and (sequence.past or row not in self._live or row in self._broken):
+        self._readers.pop(row, None)
+        sequence.past = self._tokens[row]
+        if not sequence.continues and (sequence.past or row not in self._live or self.cache.clock.interrupted[row]):
             self.cache.reset([row])
             self._live.add(row)
-            self._broken.discard(row)
-            sequence.past = 0
+            sequence.past = self._tokens[row] = 0
+        if not sequence.past:
+            self.cache.set_prompt_lengths({row: len(sequence.prompt)})
 
     def piece_size(self, sequence: Sequence) -> int:
         left = len(sequence.prompt) - sequence.read
-        if sequence.read or sequence.past:
-            return min(left, self.chunk) if self.chunk > 1 else 0
-        return left if self.full else min(left, self.cache.first_chunk)
+        first = 0 if sequence.past else self._first_pass(sequence)
+        if sequence.read < first:
+            return min(first - sequence.read, self.piece or first)
+        return min(left, self.chunk) if self.chunk > 1 else 0
+
+    def _first_pass(self, sequence: Sequence) -> int:
+        """Tokens of a prompt that seed its row."""
+        return len(sequence.prompt) if self.full else min(len(sequence.prompt), self.cache.first_chunk)
 
     def read_piece(self, sequences: list[Sequence]) -> Tensor:
         rows, first = [s.row for s in sequences], sequences[0]
-        cache = self.cache if len(rows) == self.size else self.cache.rows(rows[0], rows[-1] + 1)
-        size = self.piece_size(first)
+        size, seeds = self.piece_size(first), 0 if first.past else self._first_pass(first)
         tokens = torch.tensor([s.prompt[s.read : s.read + size] for s in sequences]).to(self.device)
         self._set_live(self._live.union(rows))
-        if first.read or first.past:
-            logits = self.model(tokens, cache)[:, -1]
+        if first.read < seeds and size < seeds:  # alone: `Scheduler.next_to_read` joins whole first passes only
+            logits = self._read_on(first, tokens, seeds)
         else:
-            logits = self.model(tokens, cache, torch.full((len(rows),), size, device=self.device))
+            cache = self.cache if len(rows) == self.size else self.cache.rows(rows[0], rows[-1] + 1)
+            if first.read >= seeds:
+                logits = self.model(tokens, cache)[:, -1]
+            else:
+                logits = self.model(tokens, cache, torch.full((len(rows),), size, device=self.device))
         for sequence in sequences:
             sequence.read += size
+            if sequence.row not in self._readers:
+                self._tokens[sequence.row] = sequence.past + sequence.read
+        return logits
+
+    def _read_on(self, sequence: Sequence, tokens: Tensor, seeds: int) -> Tensor:
+        """The next tokens (1, t) of a first pass in several pieces: logits (1, V)."""
+        row = sequence.row
+        if row not in self._readers:
+            self._readers[row] = self.cache.read_in_pieces(row, seeds)
+        logits = self.model(tokens, self._readers[row])
+        if not self._readers[row].remaining:
+            del self._readers[row]
         return logits
 
     def decode(self, token: Tensor, rows: set[int]) -> Tensor:
         self._set_live(rows)
-        return self.decoder(token.unsqueeze(1), self.cache).squeeze(1)
+        limit = self.evicts_from
+        self.cache.evicting = limit is not None and any(self._tokens[row] >= limit for row in rows)
+        try:
+            logits = self.decoder(token.unsqueeze(1), self.cache).squeeze(1)
+        finally:
+            self.cache.evicting = True  # which is right for whoever uses the cache next
+        for row in rows:
+            self._tokens[row] += 1
+        return logits
 
     def discard(self, row: int) -> None:
-        self._broken.add(row)
+        self._readers.pop(row, None)
+        self.cache.clock.begin([row])  # also where the step broke off before or after the cache's own part
 
     def _set_live(self, rows: set[int]) -> None:
         if rows == self._live:
@@ -139,6 +192,9 @@ class RecomputeRunner:
 
     def seen(self, row: int) -> int:
         return 0
+
+    def check_continues(self, row: int) -> None:
+        """A text without a cache is always whole."""
 
     def start(self, sequence: Sequence) -> None:
         self.length[sequence.row] = 0
