@@ -1,4 +1,4 @@
-"""What the user chooses (`KVCacheArgs`, `SamplingArgs`) and what a layer of litgpt's `Config` needs. Floor 0."""
+"""What the user chooses: `KVCacheArgs` and `SamplingArgs`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
-from litgpt.config import Config
-from litgpt.model import yarn_get_mscale
-
 T = TypeVar("T")
+SELECTS = (None, "head", "layer", "pool")
+PATTERNS = (None, "pyramid", "funnel")
 OptionValue = bool | int | float | str | None  # of a strategy; Any would let a YAML file name code to run
 
 
@@ -36,9 +35,20 @@ class KVCacheArgs:
         recent: The last so many tokens, the one being decoded included, are never evicted. None: the strategy's
             own default.
         storage: How keys and values are stored: a registered name.
+        interval: Evict so many tokens at once when a row is full, so that a costly score runs once in so many steps;
+            a row then holds between `budget - interval + 1` and `budget` tokens.
+        keep_prompt: Never evict a row's prompt; it must leave room in the budget.
+        select: Who chooses what stays: "head" (each key/value head), "layer" (one choice for all heads of a layer) or
+            "pool" (the heads of a layer compete for the slots of all of them). None: the strategy's own default.
+        floor: With select "pool", the share of the budget that every head is sure to keep.
+        pools: With select "pool", into how many pools of neighbouring heads those of a layer are divided.
+        budget_pattern: Spread the budget over the layers with its total kept: "pyramid" (most in the first layers) or
+            "funnel" (most in the last ones). None: the same for all.
+        attention: The kernel that decodes: a registered name. None: the best one for the device and the storage.
         positions: "absolute" (a token keeps its position in the text) or "cache" (positions count the kept tokens,
             so that a stream may run past the model's context). None: the strategy's own default.
         options: The strategy's own parameters, by name.
+        storage_options: The storage's own parameters, by name.
 
     `strategy`, `budget`, `sinks`, `recent` and `storage` may each be a list with one value a layer.
     """
@@ -48,8 +58,16 @@ class KVCacheArgs:
     sinks: int | None | Sequence[int | None] = None
     recent: int | None | Sequence[int | None] = None
     storage: str | Sequence[str] = "plain"
+    interval: int = 1
+    keep_prompt: bool = False
+    select: str | None = None
+    floor: float = 0.2
+    pools: int = 1
+    budget_pattern: str | None = None
+    attention: str | None = None
     positions: str | None = None
     options: dict[str, OptionValue | list[OptionValue]] = field(default_factory=dict)
+    storage_options: dict[str, OptionValue | list[OptionValue]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, kv_cache: str | KVCacheArgs | None, budget: int | str | None = None) -> KVCacheArgs | None:
@@ -76,12 +94,29 @@ class KVCacheArgs:
         for name in ("strategy", "storage"):
             if not all(isinstance(one, str) for one in _each(getattr(self, name))) or not getattr(self, name):
                 raise TypeError(f"{name} must be a name, or a list of names, got {shown(getattr(self, name))}.")
-        if not isinstance(self.options, dict) or not all(isinstance(key, str) for key in self.options):
-            raise TypeError(f"options must be values by name, got {shown(self.options)}.")
-        for name in ("budget", "sinks", "recent"):
+        for name in ("options", "storage_options"):
             value = getattr(self, name)
-            for one in _each(value):
-                _check_count(name, one)
+            if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+                raise TypeError(f"{name} must be values by name, got {shown(value)}.")
+        for name in ("budget", "sinks", "recent"):
+            for value in _each(getattr(self, name)):
+                _check_count(name, value)
+        for name in ("interval", "pools"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+                raise ValueError(f"{name} must be a whole number from 1 to 2**31 - 1, got {shown(value)}.")
+        if not isinstance(self.keep_prompt, bool):
+            raise ValueError(f"keep_prompt must be true or false, got {shown(self.keep_prompt)}.")
+        if self.select not in SELECTS:
+            raise ValueError(f"select must be 'head', 'layer' or 'pool', got {shown(self.select)}.")
+        if isinstance(self.floor, bool) or not isinstance(self.floor, (int, float)) or not 0 <= self.floor <= 1:
+            raise ValueError(f"floor must be between 0 and 1, got {shown(self.floor)}.")
+        if self.budget_pattern not in PATTERNS:
+            raise ValueError(f"budget_pattern must be 'pyramid' or 'funnel', got {shown(self.budget_pattern)}.")
+        if self.budget_pattern is not None and (self.budget is None or _each(self.budget) is self.budget):
+            raise ValueError(f"A budget_pattern spreads one budget over the layers, got budget {shown(self.budget)}.")
+        if not (self.attention is None or isinstance(self.attention, str)):
+            raise TypeError(f"attention must be a kernel's name, got {shown(self.attention)}.")
 
 
 def _check_count(name: str, value: Any) -> None:
@@ -192,50 +227,3 @@ SAMPLING_LIMITS: dict[str, tuple[Any, float, float, str]] = {  # type, least, mo
     "repetition_penalty": ((int, float), 0.01, 100, "between 0.01 and 100"),
     "min_p": ((int, float), 0, 1, "between 0 and 1"),
 }
-
-
-@dataclass(frozen=True)
-class LayerFacts:
-    """The static facts of one attention layer that a cache, a strategy and the attention share.
-
-    `key_size` and `value_size` are the widths of a cached key and value; `rope_size` is how many leading elements
-    of a key are rotated; `scale` multiplies the scores; `window` is the sliding window in tokens or None.
-
-    With `latent`, multi-head latent attention, a token's cached key is the rotary part that all heads share and its
-    value the latent that their keys and values are made of: queries meet both, and there is one group.
-    """
-
-    index: int
-    heads: int
-    groups: int
-    key_size: int
-    value_size: int
-    rope_size: int
-    scale: float
-    softcap: float | None
-    window: int | None
-    latent: bool = False
-
-
-def layer_facts(config: Config, index: int) -> LayerFacts:
-    """Reads `LayerFacts` of layer `index` (0-based) off litgpt's `Config`."""
-    adjust = config.rope_adjustments or {}
-    factor, mscale_all_dim = adjust.get("factor"), adjust.get("mscale_all_dim")
-    mscale = yarn_get_mscale(factor, mscale_all_dim) if factor and mscale_all_dim else 1.0
-    latent = bool(config.latent_attention)
-    width = config.qk_head_dim if latent else config.head_size
-    sliding = config.sliding_window_size is not None and config.sliding_window_indices is not None
-    sliding = sliding and not latent  # litgpt's latent attention knows no window
-    return LayerFacts(
-        index=index,
-        heads=config.n_head,
-        groups=1 if latent else config.n_query_groups,
-        # litgpt's rope table keeps two columns for a single rotated element, and its keys grow by one
-        key_size=(config.qk_rope_head_dim if latent else width) + (config.rope_n_elem == 1),
-        value_size=config.kv_lora_rank if latent else width,
-        rope_size=config.rope_n_elem,
-        scale=1.0 / math.sqrt(config.attention_scores_scalar or width) * mscale * mscale,  # in litgpt's order
-        softcap=config.attention_logit_softcapping,
-        window=config.sliding_window_size if sliding and config.sliding_window_indices[index] else None,
-        latent=latent,
-    )

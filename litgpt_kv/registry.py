@@ -1,4 +1,4 @@
-"""Where strategies, storages and layer caches are found by name. Floor 0: imports nothing of ours.
+"""Strategies, storages and attention kernels by name. Imports nothing of ours.
 
 A name is registered by decorating its class; packages outside this one do it through the entry point
 ``litgpt_kv.strategies``, which is read the first time a name is looked up::
@@ -22,7 +22,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 ENTRY_POINT = "litgpt_kv.strategies"
-_KINDS: dict[str, dict[str, Any]] = {"strategy": {}, "storage": {}, "cache": {}}
+_KINDS: dict[str, dict[str, Any]] = {"strategy": {}, "storage": {}, "kernel": {}}
 
 IMPORTED: dict[str, str] = {}  # users' files that were run, with a digest of each
 
@@ -33,7 +33,7 @@ def register(kind: str, name: str) -> Callable[[C], C]:
     """Class decorator: make a class known as ``name`` among the things of one ``kind``.
 
     Args:
-        kind: ``"strategy"`` (what is kept), ``"storage"`` (how it is stored) or ``"cache"`` (a whole layer cache).
+        kind: ``"strategy"`` (what is kept), ``"storage"`` (how it is stored) or ``"kernel"`` (decode attention).
         name: What users write on the command line and in YAML: lower case, no spaces.
 
     Raises:
@@ -73,13 +73,16 @@ def get(kind: str, name: str) -> Any:
 
 
 def options(kind: str, name: str) -> list[str]:
-    """The names of the options that the class registered under a name takes."""
+    """The names of the options that the class registered under a name takes: the fields of a dataclass, or what a
+    class says in `options`."""
     cls = get(kind, name)
-    return [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+    return (
+        [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else [*getattr(cls, "options", ())]
+    )
 
 
-def build(kind: str, name: str, **given: Any) -> Any:
-    """An instance of the class registered under a name, made with its own options.
+def build(kind: str, name: str, *args: Any, **given: Any) -> Any:
+    """An instance of the class registered under a name, made with `args` and its own options.
 
     Raises:
         ValueError: For an unknown name, or for options that the class does not take.
@@ -88,7 +91,7 @@ def build(kind: str, name: str, **given: Any) -> Any:
     if unknown := sorted(set(given) - set(known)):
         takes = f"It takes {', '.join(sorted(known))}." if known else "It takes no options."
         raise ValueError(f"Unknown option {', '.join(map(repr, unknown))} for the {kind} {name!r}. {takes}")
-    return get(kind, name)(**given)
+    return get(kind, name)(*args, **given)
 
 
 def _table(kind: str) -> dict[str, Any]:

@@ -22,12 +22,12 @@ from litgpt_kv import registry
 from litgpt_kv.arguments import DeviceArgs, Without, check_count
 from litgpt_kv.benchmark.parallel import compare
 from litgpt_kv.cache.kv_cache import KVCache
+from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.config import KVCacheArgs
 from litgpt_kv.disk import check_target, write_text
 from litgpt_kv.llm import checkpoint
 from litgpt_kv.llm.check_config import LIMITS
 from litgpt_kv.llm.check_weights import check_memory
-from litgpt_kv.model.gpt import GPT
 from litgpt_kv.parallel import DeviceRequest
 from litgpt_kv.parallel.weights import full_shapes
 

@@ -14,7 +14,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,11 +25,7 @@ from litgpt_kv import registry
 from litgpt_kv.config import KVCacheArgs
 from litgpt_kv.disk import replacing
 
-if TYPE_CHECKING:
-    from litgpt_kv.cache.kv_cache import KVCache
-    from litgpt_kv.model.gpt import GPT
-
-FORMAT = "litgpt_kv cache 2"
+FORMAT = "litgpt_kv cache 3"
 DTYPES = {  # those that a buffer may have, by their names in safetensors' header
     "F64": torch.float64,
     "F32": torch.float32,
@@ -48,11 +44,11 @@ MODEL_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in list(DTYPE
 MOST_TOKENS = 2**40  # more than any text has, and small enough to calculate with
 
 
-def write(cache: KVCache, path: str | Path, model: nn.Module) -> None:
+def write(cache: Any, path: str | Path) -> None:
     """Do the work of `KVCache.save`."""
     about = {"args": asdict(cache.args), "batch_size": cache.batch_size, "max_tokens": cache.max_tokens}
     about["dtype"] = str(cache.dtype).removeprefix("torch.")
-    metadata = {"format": FORMAT, "cache": json.dumps(about), "model": fingerprint(model)}
+    metadata = {"format": FORMAT, "cache": json.dumps(about), "model": cache.fingerprint}
     buffers = {name: buffer.detach().cpu().contiguous() for name, buffer in cache.named_buffers()}
     metadata["checksum"] = checksum(metadata, buffers)
     try:
@@ -62,7 +58,7 @@ def write(cache: KVCache, path: str | Path, model: nn.Module) -> None:
         raise ValueError(f"{path} cannot be written: {error}") from error
 
 
-def read(cls: type[KVCache], path: str | Path, model: GPT, args: KVCacheArgs | str | None) -> KVCache:
+def read(cls: Any, path: str | Path, model: Any, args: KVCacheArgs | str | None) -> Any:
     """Do the work of `KVCache.load`."""
     args, path = KVCacheArgs(strategy=args) if isinstance(args, str) else args, os.fspath(path)
     try:
@@ -100,9 +96,12 @@ def checksum(metadata: Mapping[str, str], buffers: Mapping[str, Tensor]) -> str:
 def fingerprint(model: nn.Module) -> str:
     """Return a digest of a model's config and of a sample of its weights, the same on every device."""
     digest = hashlib.sha256(json.dumps(asdict(model.config), sort_keys=True, default=str).encode())
+    samples = []
     for name, weight in sorted(model.state_dict().items()):
-        sample = weight.detach().flatten()[:64].float().cpu().view(torch.uint8)
-        digest.update(name.removeprefix("_orig_mod.").encode() + bytes(sample.tolist()))
+        digest.update(f"{name.removeprefix('_orig_mod.')} {tuple(weight.shape)}".encode())
+        samples.append(weight.detach().flatten()[:64].float())
+    together = torch.cat([sample.to(samples[0].device) for sample in samples]).cpu()  # one copy from the device
+    digest.update(together.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -131,7 +130,7 @@ def _about(metadata: Mapping[str, str], args: KVCacheArgs | None, size: int) -> 
         raise ValueError(f"its metadata are damaged: {type(error).__name__} {error}") from error
 
 
-def _on_meta(cls: type[KVCache], model: GPT, about: dict[str, Any]) -> KVCache:
+def _on_meta(cls: Any, model: Any, about: dict[str, Any]) -> Any:
     """Build the cache that a file describes without memory for its buffers."""
     devices = [torch.device("meta")] * model.config.n_layer
     size, dtype = (about["batch_size"], about["max_tokens"]), about["dtype"]
@@ -141,7 +140,7 @@ def _on_meta(cls: type[KVCache], model: GPT, about: dict[str, Any]) -> KVCache:
         raise ValueError(f"its arguments fit no cache: {error}") from error
 
 
-def _check_shapes(cache: KVCache, file: Any) -> None:
+def _check_shapes(cache: Any, file: Any) -> None:
     """Raise ValueError if the file's buffers are not those of `cache`."""
     expected = dict(cache.named_buffers())
     if missing := expected.keys() ^ set(file.keys()):
@@ -157,31 +156,47 @@ def _check_shapes(cache: KVCache, file: Any) -> None:
             )
 
 
-def _check_content(cache: KVCache, buffers: Mapping[str, Tensor]) -> None:
+def _check_content(cache: Any, buffers: Mapping[str, Tensor]) -> None:
     """Raise ValueError if the buffers of a file hold what no cache of `cache`'s kind can hold."""
     for name, buffer in buffers.items():
         if buffer.is_floating_point() and buffer.isnan().any():
             raise ValueError(f"{name} has values that are not numbers")
-    seen = buffers["pos"]  # (B,)
+    seen = buffers["clock.pos"]  # (B,)
     most = MOST_TOKENS if cache.limit is None else cache.limit
     if seen.min() < 0 or seen.max() > most:
         raise ValueError(f"its rows have seen {seen.tolist()} tokens, where 0 to {most} are possible")
+    prompts = buffers["clock.prompt_length"]
+    if prompts.min() < 0 or prompts.max() > most:
+        raise ValueError(f"its rows' prompts have {prompts.tolist()} tokens, where 0 to {most} are possible")
+    for index, layer in enumerate(cache.layers):
+        if layer.ring is not None:
+            pos = buffers[f"layers.{index}.ring.pos"]  # (B, w)
+            slot = torch.arange(pos.size(1))
+            if (pos < -1).any() or (pos >= seen.unsqueeze(1)).any() or ((pos >= 0) & (pos % pos.size(1) != slot)).any():
+                raise ValueError(f"positions of the queries of layer {index} are out of range")
     for index, slots in enumerate(cache.slots):
         pos = buffers[f"slots.{index}.pos"]  # (L, B, P, S)
         end = seen.view(1, -1, 1, 1)
         taken = pos >= 0
-        ordered = pos.sort(dim=-1).values
+        number = pos
+        if slots.owner is not None:  # heads of a pool may hold the same position
+            owner = buffers[f"slots.{index}.owner"]
+            if (owner < 0).any() or (owner >= slots.heads).any():
+                raise ValueError(f"owners of slots {index} are out of range")
+            number = torch.where(taken, pos * slots.heads + owner, -1)
+        ordered = number.sort(dim=-1).values
         twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
         if (pos < -1).any() or (pos >= end).any() or twice.any():
             raise ValueError(f"positions of slots {index} are out of range, or two are the same")
-        if (taken != (torch.arange(slots.size) < end)).any():  # slots are filled in order until all are
+        one_by_one = slots.plan.interval == 1 and slots.owner is None  # then slots fill in order until all are
+        if one_by_one and (taken != (torch.arange(slots.size) < end)).any():
             raise ValueError(f"slots {index} are empty where they must be full, or full where they must be empty")
         for name, buffer in slots.named_buffers(recurse=False):
-            if name != "pos" and ((buffers[f"slots.{index}.{name}"] != buffer.cpu()) & ~taken).any():
+            if one_by_one and name != "pos" and ((buffers[f"slots.{index}.{name}"] != buffer.cpu()) & ~taken).any():
                 raise ValueError(f"{name} of slots {index} has values where no token is")
 
 
-def _fill(cache: KVCache, buffers: Mapping[str, Tensor]) -> None:
+def _fill(cache: Any, buffers: Mapping[str, Tensor]) -> None:
     """Copy the buffers of a file into a new cache, in the dtypes of the file."""
     modules = dict(cache.named_modules())
     with torch.inference_mode(False), torch.no_grad():

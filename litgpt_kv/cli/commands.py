@@ -186,7 +186,7 @@ def _announce(llm: LLM, rows: Sequence[Row], run: RunArgs) -> bool:
     lengths = [len(row.request.prompt) for row in rows]
     longest, first = max(lengths), min(cache.first_chunk, max(lengths))
     if longest - first >= MANY_STEPS:
-        budget = min(slots.size for slots in cache.slots)
+        budget = min(slots.plan.slots for slots in cache.slots)
         what = f"{longest:,} tokens, {longest / budget:.3g} times the budget"
         Output.of(llm).note(
             f"{'A' if len(rows) == 1 else 'The longest'} prompt has {what}: {longest - first:,} will be read one at a "
@@ -277,7 +277,7 @@ def report(
         size, tokens = cache.allocated(), cache.tokens()
         kept = ", ".join(f"{k:,} of {s:,}" for k, s in zip(tokens["kept"], tokens["seen"]))
         names = cache.args.strategy if isinstance(cache.args.strategy, (list, tuple)) else [cache.args.strategy]
-        budgets = sorted({slots.size for slots in cache.slots})
+        budgets = sorted({slots.plan.slots for slots in cache.slots})
         parts = ", ".join(f"{what} {n:,}" for what, n in size.items() if n and what != "total")
         budget = " to ".join(f"{b:,}" for b in dict.fromkeys([budgets[0], budgets[-1]]))
         what = f"Cache {', '.join(dict.fromkeys(names))}: budget {budget} tokens, {size['total']:,} bytes ({parts})"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from litgpt_kv.cache.kv_cache import KVCache
+from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.config import KVCacheArgs, SamplingArgs, per_row
 from litgpt_kv.generate.loop import Loop, Stats
 from litgpt_kv.generate.runners import (
@@ -27,7 +28,6 @@ from litgpt_kv.generate.runners import (
 )
 from litgpt_kv.generate.sampling import Sampler
 from litgpt_kv.generate.stopping import Request, Row
-from litgpt_kv.model.gpt import GPT
 
 
 @torch.inference_mode()

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from litgpt_kv.arguments import PREFILLS
 from litgpt_kv.cache.kv_cache import KVCache
-from litgpt_kv.cache.plan import limit_of, settle
+from litgpt_kv.cache.plan import limit_of, resolve
+from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.config import KVCacheArgs
-from litgpt_kv.model.gpt import GPT
 
 BLOCK = 128  # tokens; the logits of a block are (B, BLOCK, V), so a longer one would cost memory and save little
 Model = Callable[..., Tensor]
@@ -90,7 +90,7 @@ class Limits:
         context = model.max_seq_length
         limit, why = context, "the model's context"
         if args is not None:
-            limit, why = limit_of(settle(model.config, args, tokens or context, context), context)
+            limit, why = limit_of(resolve(model.config, args, tokens or context, context), context)
         return cls(vocabulary(model), limit, why, context if prefill == "full" else None)
 
 

@@ -14,12 +14,12 @@ from litgpt.config import Config
 from litgpt.prompts import PromptStyle
 from litgpt.tokenizer import Tokenizer
 from litgpt.utils import extend_checkpoint_dir, fix_and_load_json
+from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.config import shown
 from litgpt_kv.llm.check_config import read_config
 from litgpt_kv.llm.check_weights import check_fit, check_memory, check_tables, read_weights
 from litgpt_kv.llm.quantize import quantizer
 from litgpt_kv.llm.safe_load import MAX_BYTES, one_line, read_json, read_text, read_yaml
-from litgpt_kv.model.gpt import GPT
 
 DEMO = Path(__file__).parents[1] / "demo"
 ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps")

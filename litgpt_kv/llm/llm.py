@@ -16,6 +16,7 @@ from litgpt.prompts import PromptStyle
 from litgpt.tokenizer import Tokenizer
 from litgpt_kv.arguments import DeviceArgs, RunArgs, StoppingArgs, check_count, check_flag, grouped
 from litgpt_kv.cache.kv_cache import KVCache
+from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.config import KVCacheArgs, SamplingArgs, shown
 from litgpt_kv.generate import Request, Stats, serve
 from litgpt_kv.generate.base import check
@@ -26,7 +27,6 @@ from litgpt_kv.llm import checkpoint
 from litgpt_kv.llm.chat import Chat, conversation_text
 from litgpt_kv.llm.check_weights import check_finite, check_fit
 from litgpt_kv.llm.text_request import TextRequest, check_text
-from litgpt_kv.model.gpt import GPT
 from litgpt_kv.parallel import DeviceRequest, ParallelStrategy, find_parallel_strategy
 
 
