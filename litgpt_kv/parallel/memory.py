@@ -64,5 +64,5 @@ def cache_bytes(
         held[device] += sum(buffer.nbytes for buffer in layer.buffers())
     for slots in cache.slots:
         held[where[slots.layers[0].index]] += sum(buffer.nbytes for buffer in slots.buffers())
-    held[0] += cache.pos.nbytes + cache.live.nbytes
+    held[0] += sum(buffer.nbytes for buffer in cache.clock.buffers())
     return held

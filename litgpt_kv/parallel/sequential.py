@@ -123,7 +123,8 @@ class SequentialGPT(GPT):
         if cos is not self.cos:
             return rope
         copies = [(cos.to(d), sin.to(d)) for cos, sin in rope.tables for d in self.devices]
-        return RopeTables(copies, [base * len(self.devices) + d for base, d in zip(rope.which, self.layer_devices)])
+        which = [base * len(self.devices) + device for base, device in zip(rope.which, self.layer_devices)]
+        return RopeTables(copies, which)
 
 
 def load_sequential(

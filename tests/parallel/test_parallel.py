@@ -84,7 +84,7 @@ def test_other_ways_through_a_divided_model(report: dict) -> None:
 
 @linux
 def test_no_process_ever_holds_the_whole_model(report: dict) -> None:
-    for rank in report["memory"]["statistics"]:
+    for rank in report["memory"]["ranks"]:
         share = rank["whole"] / report["devices"]
         assert rank["held"] < 1.15 * share  # the embedding and the norms are on all
         assert rank["peak"] < rank["held"] + 6_000_000  # one weight at a time beside what stays
@@ -236,7 +236,7 @@ def test_bad_requests_are_refused_before_anything_starts(tmp_path: Path) -> None
         ("tensor_parallel", 7): "has 6 heads: 1 to 6 devices can share it, not 7",
         ("sequential", 7): "6 layers can be laid over 1 to 6 devices, not 7",
         ("nope", 2): "must be one of tensor_parallel, sequential, data_parallel, got 'nope'",
-        ("tensor_parallel", 0): "devices must be a count or 'auto', got 0",
+        ("tensor_parallel", 0): "devices must be at least 1, got 0",
     }.items():
         with pytest.raises(ValueError, match=message):
             llm.distribute("cpu", given[1], generate_strategy=given[0])
