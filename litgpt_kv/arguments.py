@@ -35,10 +35,7 @@ class StoppingArgs:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        check_count("max_new_tokens", self.max_new_tokens, 1, MOST_NEW_TOKENS)
-        if not isinstance(self.min_new_tokens, int) or not 0 <= self.min_new_tokens <= self.max_new_tokens:
-            limit = f"0 to {self.max_new_tokens} (max_new_tokens)"
-            raise ValueError(f"min_new_tokens must be {limit}, got {shown(self.min_new_tokens)}.")
+        check_new_tokens(self.max_new_tokens, self.min_new_tokens)
         check_flag("ignore_eos", self.ignore_eos)
         if not isinstance(self.stop, (str, list, tuple, type(None))) or not all(
             isinstance(text, str) and text for text in self.stops or ([""] if self.stop == "" else [])
@@ -186,6 +183,17 @@ def check_count(name: str, value: Any, least: int, most: int, other: str = "") -
         raise ValueError(f"{name} must be at least {least}, got {shown(value)}.")
     if value > most:
         raise ValueError(f"{name} must be at most {most:,}, got {shown(value)}.")
+
+
+def check_new_tokens(most: Any, least: Any) -> None:
+    """Refuse what is no `max_new_tokens` with a `min_new_tokens` up to it.
+
+    Raises:
+        ValueError: With the name, the value and the limit.
+    """
+    check_count("max_new_tokens", most, 1, MOST_NEW_TOKENS)
+    if isinstance(least, bool) or not isinstance(least, int) or not 0 <= least <= most:
+        raise ValueError(f"min_new_tokens must be 0 to {most} (max_new_tokens), got {shown(least)}.")
 
 
 def check_flag(name: str, value: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
@@ -12,6 +11,7 @@ T = TypeVar("T")
 SELECTS = (None, "head", "layer", "pool")
 PATTERNS = (None, "pyramid", "funnel")
 OptionValue = bool | int | float | str | None  # of a strategy; Any would let a YAML file name code to run
+HOTTEST = 1e30  # temperature: well within float32
 
 
 def shown(value: Any) -> str:
@@ -21,6 +21,18 @@ def shown(value: Any) -> str:
     except Exception:  # an integer of more digits than Python prints, or an object that fails to show itself
         text = f"a value of type {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def check_type(name: str, value: Any, kinds: type | tuple[type, ...], what: str) -> None:
+    """Raises TypeError in our words if a value is not what it should be."""
+    if not isinstance(value, kinds):
+        raise TypeError(f"{name} must be {what}, got {shown(value)}.")
+
+
+def check_callable(name: str, value: Any) -> None:
+    """Raises TypeError if a value, if there is one, cannot be called."""
+    if value is not None and not callable(value):
+        raise TypeError(f"{name} must be a function or None, got {shown(value)}.")
 
 
 @dataclass(frozen=True)
@@ -87,6 +99,11 @@ class KVCacheArgs:
         if budget is not None and args is None:
             raise ValueError(f"Without a cache there is no budget, got {shown(budget)}.")
         return args if budget is None else replace(args, budget=budget)
+
+    def resolved(self, max_tokens: int) -> KVCacheArgs:
+        """The same with every percentage as the count of tokens that it is of `max_tokens`."""
+        counts = [percent(b, max_tokens) if isinstance(b, str) else b for b in _each(self.budget)]
+        return replace(self, budget=counts if isinstance(self.budget, (list, tuple)) else counts[0])
 
     def __post_init__(self) -> None:
         if self.positions not in (None, "absolute", "cache"):
@@ -220,7 +237,7 @@ class SamplingArgs:
 
 
 SAMPLING_LIMITS: dict[str, tuple[Any, float, float, str]] = {  # type, least, most, in words
-    "temperature": ((int, float), 0, sys.float_info.max, "0 or greater"),
+    "temperature": ((int, float), 0, HOTTEST, f"0 or greater, and at most {HOTTEST:.0e}"),
     "top_k": (int, 1, 2**63 - 1, "at least 1"),
     "top_p": ((int, float), 0, 1, "between 0 and 1"),
     "seed": (int, 0, 2**63 - 1, "0 to 2**63 - 1"),

@@ -10,7 +10,8 @@ import pytest
 import litgpt.model as base
 from litgpt.config import Config, name_to_config
 from litgpt_kv import KVCacheArgs, SamplingArgs
-from litgpt_kv.cache.spec import layer_spec, per_layer, percent
+from litgpt_kv.cache.spec import layer_spec
+from litgpt_kv.config import per_layer, percent
 from tests.oracle.shrink import LATENT, SYNTHETIC, YARN, shrink
 
 # -- KVCacheArgs -------------------------------------------------------------------------------------------------------

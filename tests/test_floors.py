@@ -34,7 +34,7 @@ FLOORS = {folder: floor for floor, folders in enumerate(ORDER) for folder in fol
 LIGHT = FLOORS["model"]
 HEAVY = {"lightning", "jsonargparse", "transformers", "triton"}
 # until the contracts of attention, cache and commands are drawn anew
-PENDING = {"llm.chat", "cache.kv_cache", "cache.serialize", "model.gpt", "model.latent"}
+PENDING = {"cache.kv_cache", "cache.serialize", "model.gpt", "model.latent"}
 # inside the cache: strategies and storages know neither the cache nor each other
 INSIDE = {
     "cache.strategies": {"cache.strategies", "cache.spec"},

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections import abc
 from dataclasses import asdict, fields
 from typing import Annotated
 
@@ -22,10 +22,10 @@ from litgpt_kv.cli.parser import describe
 from litgpt_kv.cli.prompt_files import Line, PromptFile
 from litgpt_kv.cli.terminal import talk
 from litgpt_kv.config import KVCacheArgs, SamplingArgs
-from litgpt_kv.generate import Stats
-from litgpt_kv.generate.stopping import Row
+from litgpt_kv.generate import Request, Sequence, Stats
 from litgpt_kv.llm import checkpoint
 from litgpt_kv.llm.llm import LLM
+from litgpt_kv.llm.run import Run
 from litgpt_kv.llm.text_request import TextRequest
 from litgpt_kv.parallel import ParallelStrategy
 
@@ -92,12 +92,18 @@ def generate(
         for text, own in zip(texts, sampling.rows(len(texts)))
     ]
     llm = load(checkpoint_dir, device)
+    failed: list[Sequence] = []
     for sample in range(num_samples):
-        rows = [llm.row(request.sample(sample), b) for b, request in enumerate(requests)]
-        steps = llm.run(rows, args, run.batch_size, run.prefill, run.prefill_chunk)
-        _announce(llm, rows, run)
-        show(llm, rows, steps)
-        report(Output.of(llm), llm.stats, llm.cache, parallel=llm.parallel)
+        asked = [llm.request(request.sample(sample), b) for b, request in enumerate(requests)]
+        steps = llm.run(asked, args, run.batch_size, run.prefill, run.prefill_chunk)
+        _announce(Output.of(llm), asked, steps.cache, run)
+        sequences = show(llm, steps)
+        report(Output.of(llm), steps.stats, steps.cache, parallel=llm.parallel)
+        failed += [sequence for sequence in sequences if sequence.error is not None]
+    for sequence in failed:
+        Output.of(llm).note(f"Prompt {sequence.index + 1} failed: {sequence.error}")
+    if failed:
+        raise SystemExit(1)
 
 
 def digest_of(
@@ -110,32 +116,32 @@ def digest_of(
 ) -> str:
     """A digest of the settings that change answers: those of another digest are not continued."""
     how = [run.prefill, run.prefill_chunk, run.logprobs, num_samples > 1, device.precision, device.quantize]
-    files = sorted(registry.IMPORTED.values())
-    made = [checkpoint_dir, asdict(asked), None if args is None else asdict(args), *how, files]
+    made = [checkpoint_dir, asdict(asked), None if args is None else asdict(args), *how]
     return hashlib.sha256(json.dumps(made).encode()).hexdigest()[:8]
 
 
-def show(llm: LLM, rows: list[Row], steps: Iterator[list[Row]]) -> None:
-    """Prompts and their continuations: one as it is made, several when all are."""
-    output, texts = Output.of(llm), [llm.decode(row.request.prompt.tolist()) for row in rows]
-    if len(rows) == 1:
-        begin = texts[0]
-        for _ in steps:
-            output.text(begin + rows[0].piece, end="")
-            begin = ""
-        output.text("")
-        return
-    for _ in steps:
-        pass
-    for text, row in zip(texts, rows):
-        output.text(text + row.text)
+def show(llm: LLM, run: Run) -> list[Sequence]:
+    """Prints prompts and their continuations, one as it is made, several when all are; returns the answers."""
+    output, texts = Output.of(llm), [llm.decode(request.prompt.tolist()) for request in run.requests]
+    if len(texts) > 1:
+        sequences = run.sequences()
+        for text, sequence in zip(texts, sequences):
+            output.text(text + sequence.text)
+        return sequences
+    begin, last = texts[0], []
+    for last in run:
+        output.text(begin + last[0].piece, end="")
+        begin = ""
+    output.text("")
+    return last
 
 
 def _answer(
     llm: LLM, prompts: PromptFile, answers: Answers, args: KVCacheArgs | None, run: RunArgs, num_samples: int
 ) -> None:
-    output, telling = Output.of(llm), _Telling(llm, run)
-    telling_how = {"on_rows": telling.rows, "on_bad": telling.bad}
+    output = Output.of(llm)
+    telling = _Telling(output, run)
+    telling_how = {"on_begin": telling.begin, "on_bad": telling.bad, "on_failed": telling.failed}
     with answers, contextlib.closing(prompts):
         try:
             counts = answer_file(llm, prompts, answers, args, run, num_samples=num_samples, **telling_how)
@@ -147,6 +153,8 @@ def _answer(
         answers.close()
     if counts.bad > MOST_BAD_LINES:
         output.note(f"{counts.bad - MOST_BAD_LINES:,} more lines were left out.")
+    if counts.failed > MOST_BAD_LINES:
+        output.note(f"{counts.failed - MOST_BAD_LINES:,} more answers failed.")
     if llm.stats.new_tokens:
         report(output, llm.stats, llm.cache, brief=True, parallel=llm.parallel)
     where = "" if answers.path is None else f" in {answers.path}"
@@ -162,35 +170,40 @@ def _answer(
 
 
 class _Telling:
-    """What is said while a file of prompts is answered: the first bad lines, and one prompt that is read slowly."""
+    """What is said while a file of prompts is answered: the first bad lines and failed answers, and one prompt that is
+    read slowly."""
 
-    def __init__(self, llm: LLM, run: RunArgs) -> None:
-        self.llm, self.run, self.bad_lines, self.announced = llm, run, 0, False
+    def __init__(self, output: Output, run: RunArgs) -> None:
+        self.output, self.run, self.bad_lines, self.failed_lines, self.announced = output, run, 0, 0, False
 
     def bad(self, line: Line) -> None:
         self.bad_lines += 1
         if self.bad_lines <= MOST_BAD_LINES:
-            Output.of(self.llm).note(f"Line {line.number} was left out: {line.error:.300}")
+            self.output.note(f"Line {line.number} was left out: {line.error:.300}")
 
-    def rows(self, rows: Sequence[Row]) -> None:
-        self.announced = self.announced or _announce(self.llm, rows, self.run)
+    def failed(self, line: Line, error: str) -> None:
+        self.failed_lines += 1
+        if self.failed_lines <= MOST_BAD_LINES:
+            self.output.note(f"Line {line.number} failed: {error:.300}")
+
+    def begin(self, requests: abc.Sequence[Request], cache: KVCache | None) -> None:
+        self.announced = self.announced or _announce(self.output, requests, cache, self.run)
 
 
-def _announce(llm: LLM, rows: Sequence[Row], run: RunArgs) -> bool:
+def _announce(output: Output, requests: abc.Sequence[Request], cache: KVCache | None, run: RunArgs) -> bool:
     """Say when much of a prompt will be read slowly, and what would be faster; return whether that was said."""
-    cache = llm.cache
-    if not rows or cache is None or run.prefill != "min-length" or run.prefill_chunk is not None:
+    if not requests or cache is None or run.prefill != "min-length" or run.prefill_chunk is not None:
         return False
     if cache.exact_blocks:
         return False
-    lengths = [len(row.request.prompt) for row in rows]
+    lengths = [len(request.prompt) for request in requests]
     longest, first = max(lengths), min(cache.first_chunk, max(lengths))
     if longest - first >= MANY_STEPS:
         budget = min(slots.plan.slots for slots in cache.slots)
         what = f"{longest:,} tokens, {longest / budget:.3g} times the budget"
-        Output.of(llm).note(
-            f"{'A' if len(rows) == 1 else 'The longest'} prompt has {what}: {longest - first:,} will be read one at a "
-            "time; --prefill full reads all in one pass."
+        output.note(
+            f"{'A' if len(requests) == 1 else 'The longest'} prompt has {what}: {longest - first:,} will be read one "
+            "at a time; --prefill full reads all in one pass."
         )
         return True
     return False

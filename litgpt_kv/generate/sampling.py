@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from litgpt_kv.config import SamplingArgs
-from litgpt_kv.generate.stopping import Request
+from litgpt_kv.generate.request import Request
 
 COLD = 1e-5  # a temperature below it takes the most probable token: dividing by it would overflow
 
@@ -38,8 +38,8 @@ class Sampler:
         self.seen: Tensor | None = None  # (B, V) bool, the tokens in a row's text, for repetition penalties
         self.banned: Tensor | None = None  # (B, V) bool, tokens that would end a row before it may end
 
-    def place(self, requests: Mapping[int, Request]) -> None:
-        """Gives rows to new requests."""
+    def assign(self, requests: Mapping[int, Request]) -> None:
+        """Give rows the settings of new requests, by row."""
         for b, request in requests.items():
             self.args[b], self.least[b] = request.sampling, request.min_new_tokens
             if request.sampling.seed is None:
@@ -55,7 +55,7 @@ class Sampler:
                 )
                 self.seen = self._marks(self.seen, b, text)
         self.made[list(requests)] = 0
-        self._settle()
+        self._resolve()
 
     def _marks(self, marks: Tensor | None, row: int, tokens: Tensor) -> Tensor:
         marks = torch.zeros(self.size, dtype=torch.bool, device=self.device) if marks is None else marks
@@ -63,7 +63,7 @@ class Sampler:
         marks[row, tokens] = True
         return marks
 
-    def _settle(self) -> None:
+    def _resolve(self) -> None:
         """Brings the rows' settings to the device; None stands for what no row asks for."""
         rows, put = self.args, lambda values: torch.tensor(values, device=self.device)
         greedy = [cold(a) or a.top_p == 0 for a in rows]
@@ -86,10 +86,20 @@ class Sampler:
             self.seeds = put([self._own[b] if a.seed is None else a.seed for b, a in enumerate(rows)])
 
     def __call__(self, logits: Tensor, drawing: Tensor | None = None) -> Tensor:
-        """Tokens (B,) int64 from logits (B, V); `drawing` (B,) bool marks the rows whose token will be used."""
+        """Draw one token a row, on the device.
+
+        Args:
+            logits: (B, V). -inf bans a token.
+            drawing: (B,) bool, the rows whose token will be used; None: all.
+
+        Returns:
+            (B,) int64; -1 for a row without a distribution: one of its logits is NaN or +inf, or all are -inf.
+        """
         logits = self._adjusted(logits)
         token = logits.argmax(dim=-1)
+        greatest = logits.gather(-1, token.unsqueeze(-1)).squeeze(-1).float()  # NaN where there is one
         if not self.all_greedy:
+            greatest = greatest / self.temperature  # may overflow as the division below does
             drawn = self._draw(self.probabilities(logits))
             token = drawn if self.greedy is None else torch.where(self.greedy, token, drawn)
         if self.seen is not None:
@@ -97,13 +107,16 @@ class Sampler:
             used = torch.ones_like(where, dtype=torch.bool) if drawing is None else drawing.unsqueeze(-1)
             self.seen.scatter_(-1, where, used | self.seen.gather(-1, where))
         self.made += 1 if drawing is None else drawing
-        return token
+        return torch.where(greatest.isfinite(), token, -1)
 
     def _draw(self, probs: Tensor) -> Tensor:
+        # The greatest of probs / exponential noise is a draw from probs. torch.multinomial does the same for one token,
+        # but waits for the device to check the probabilities, and one bad row fails all of them.
         if self.seeds is None:
-            return torch.multinomial(probs, 1).squeeze(-1)
-        # the most probable of probs / exponential noise is a draw from probs
-        return (probs / exponential(self.seeds, self.made, probs.size(-1))).argmax(dim=-1)
+            noise = torch.empty_like(probs).exponential_()
+        else:
+            noise = exponential(self.seeds, self.made, probs.size(-1))
+        return (probs / noise).argmax(dim=-1)
 
     def _adjusted(self, logits: Tensor) -> Tensor:
         """Logits after repetition penalty, and without the tokens that would end a row too early."""

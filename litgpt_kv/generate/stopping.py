@@ -1,153 +1,62 @@
-"""What is asked for a prompt, and the row that answers it: when it ends, and what of it is certain. Floor 5."""
+"""Stop sequences, of tokens or of characters, found as their elements come."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
-
-from torch import Tensor
-
-from litgpt_kv.config import SamplingArgs
-from litgpt_kv.generate.text import TextStream
-
-ANSWER = ("tokens", "text", "reason", "began", "first", "ended", "_logprobs")
+from collections.abc import Hashable, Iterable, Sequence
 
 
-@dataclass(frozen=True)
-class Request:
-    """A prompt and what is asked for it.
+class StopMatcher:
+    """Follows several stop sequences at once; the work is linear in what is pushed, however long they are.
+
+    This is the algorithm of Knuth, Morris and Pratt. The table of a stop is made only as far as it was ever matched.
 
     Args:
-        prompt: Token ids, 1-D.
-        max_new_tokens: The most new tokens.
-        min_new_tokens: A stop sequence or stop text only counts after so many new tokens.
-        sampling: How tokens are chosen; one value each.
-        stop: Token sequences that end the row; they are not part of the output.
-        past: Tokens that the cache has before the prompt, for the repetition penalty.
+        stops: The sequences, none of them empty: texts, or lists of tokens.
     """
 
-    prompt: Tensor | Sequence[int]
-    max_new_tokens: int = 50
-    min_new_tokens: int = 0
-    sampling: SamplingArgs = field(default_factory=SamplingArgs)
-    stop: Sequence[Sequence[int]] = ()
-    past: Sequence[int] = ()
+    def __init__(self, stops: Iterable[Sequence[Hashable]]) -> None:
+        self.stops = list(stops)
+        # of each prefix of a stop, as far as needed: the length of the longest shorter prefix that it ends with
+        self._borders: list[list[int]] = [[] for _ in self.stops]
+        self._first: dict[Hashable, list[int]] = {}
+        for i, stop in enumerate(self.stops):
+            self._first.setdefault(stop[0], []).append(i)
+        self._matched: dict[int, int] = {}  # stop: how many of its elements stand at the end of what was pushed
 
-    def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "min_new_tokens"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise ValueError(f"{name} must be a whole number, got {value!r}.")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}.")
-        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
-            most = self.max_new_tokens
-            raise ValueError(f"min_new_tokens must be 0 to {most} (max_new_tokens), got {self.min_new_tokens}.")
-        if many := [name for name, value in vars(self.sampling).items() if isinstance(value, (list, tuple))]:
-            raise ValueError(f"A request has one value of each sampling setting, got a list for {many[0]}.")
-        if any(not isinstance(one, Sequence) or isinstance(one, str) or not one for one in self.stop):
-            raise ValueError(
-                f"stop must be a list of stop sequences of at least one token, [[2], [5, 7]], got {self.stop}."
-            )
-
-
-@dataclass(eq=False)
-class Row:
-    """One row's output: holds back tokens that may turn out to begin a stop sequence, which itself is never shown.
-
-    Attributes:
-        request: What it answers, number `index` of its run.
-        stream: Makes its text and finds stop texts in it; None where only tokens are wanted.
-        read: How many tokens of the prompt were read.
-        tokens: All tokens released so far, and `new` those of the last push. A stop text takes back the tokens in which
-            it began; the text itself is held back until it is certain.
-        text: All text released so far, and `piece` that of the last push.
-        last: The last token pushed, shown or not; it is the one that no cache has read yet.
-        reason: Why the row ended, "stop" or "length"; None while it runs.
-        elsewhere: Whether another process answered it.
-        began, first, ended: Seconds (`time.perf_counter`) when it was admitted, had its first token, and ended.
-    """
-
-    request: Request
-    index: int = 0
-    stream: TextStream | None = None
-    read: int = 0
-    tokens: list[int] = field(default_factory=list)
-    new: list[int] = field(default_factory=list)
-    text: str = ""
-    piece: str = ""
-    last: int = -1
-    reason: str | None = None
-    began: float = 0.0
-    first: float = 0.0
-    ended: float = 0.0
-    elsewhere: bool = False
-    _held: list[int] = field(default_factory=list)
-    _logprobs: list[float] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._stop = [list(one) for one in self.request.stop]
+    def __bool__(self) -> bool:
+        return bool(self.stops)
 
     @property
-    def answer(self) -> dict[str, Any]:
-        """What it came to, for another process' row of the same request."""
-        return {name: getattr(self, name) for name in ANSWER}
+    def begun(self) -> int:
+        """How many of the last elements may still turn out to begin a stop."""
+        return max(self._matched.values(), default=0)
 
-    @answer.setter
-    def answer(self, values: Mapping[str, Any]) -> None:
-        for name in ANSWER:
-            setattr(self, name, values[name])
-        self.new, self.piece, self.elsewhere = list(self.tokens), self.text, True
+    def reset(self) -> None:
+        """Forget what was pushed."""
+        self._matched = {}
 
-    @property
-    def sees(self) -> int:
-        """The most tokens that a cache has to take for it; the last new one is never read."""
-        return len(self.request.prompt) + self.request.max_new_tokens - 1
+    def push(self, element: Hashable) -> list[int]:
+        """The lengths of the stops that this element completes."""
+        starts = self._first.get(element, ())
+        if not self._matched and not starts:
+            return []
+        complete, matched = [], {}
+        for i in dict.fromkeys((*self._matched, *starts)):
+            stop, borders = self.stops[i], self._borders[i]
+            n = _longer(stop, borders, self._matched.get(i, 0), element)
+            if n > len(borders):
+                borders.append(_longer(stop, borders, borders[-1], element) if borders else 0)
+            if n == len(stop):
+                complete.append(n)
+                n = borders[-1]
+            if n:
+                matched[i] = n
+        self._matched = matched
+        return complete
 
-    @property
-    def ready(self) -> bool:
-        """Whether its whole prompt was read."""
-        return self.read >= len(self.request.prompt)
 
-    @property
-    def logprobs(self) -> list[float]:
-        """Of each token in `tokens` its log-probability, if it was asked for."""
-        return self._logprobs[: len(self.tokens)]
-
-    def push(self, token: int, logprob: float | None = None) -> list[int]:
-        """Takes the next token; returns those that are now certain to belong to the output."""
-        self.last = token
-        if logprob is not None:
-            self._logprobs.append(logprob)
-        held = [*self._held, token]
-        made = len(self.tokens) + len(held)
-        found = [len(stop) for stop in self._stop if held[-len(stop) :] == stop]
-        ended = [n for n in found if made - n >= self.request.min_new_tokens]
-        if ended:
-            self.reason, cut, held = "stop", len(held) - max(ended), held[: -max(ended)]
-        elif made >= self.request.max_new_tokens:
-            self.reason, cut = "length", len(held)
-        else:  # a match may restart inside a partial one: of all begun stops, the longest is held back
-            begun = [n for stop in self._stop for n in range(1, len(stop)) if held[-n:] == stop[:n]]
-            cut = len(held) - max(begun, default=0)
-        self.new, self._held = held[:cut], held[cut:]
-        self.tokens = self.tokens + self.new
-        if self.stream is not None:
-            self._read_text(self.stream)
-        return self.new
-
-    def _read_text(self, stream: TextStream) -> None:
-        before = len(self.tokens) - len(self.new)
-        free = max(0, self.request.min_new_tokens - before)
-        self.piece = stream.push(self.new[:free], watch=False) if free and self.new else ""
-        if self.new[free:] or self.reason:
-            self.piece += stream.push(self.new[free:], last=self.reason is not None)
-        self.text += self.piece
-        if stream.stopped:  # of the tokens stay those whose text lies wholly before the stop
-            self.reason = "stop"
-            context = stream.ids[: len(stream.ids) - len(self.tokens)][-8:]
-            room = len(stream.decode(context)) + len(self.text)
-            while self.tokens and len(stream.decode([*context, *self.tokens])) > room:
-                self.tokens.pop()
-            self.new = self.tokens[before:]
+def _longer(stop: Sequence[Hashable], borders: list[int], n: int, element: Hashable) -> int:
+    """The length of the longest prefix that ends with `element`, after one of `n` elements."""
+    while n and stop[n] != element:
+        n = borders[n - 1]
+    return n + 1 if stop[n] == element else 0

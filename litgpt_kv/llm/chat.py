@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections import abc
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from litgpt.prompts import PromptStyle
 from litgpt_kv.arguments import RunArgs, StoppingArgs, check_count, grouped
 from litgpt_kv.config import KVCacheArgs, SamplingArgs
-from litgpt_kv.generate import Request, Stats
-from litgpt_kv.generate.base import run_rows, runner
-from litgpt_kv.generate.stopping import Row
-from litgpt_kv.generate.text import TextStream
+from litgpt_kv.generate import Engine, Request, Sequence, Stats
+from litgpt_kv.generate.limits import Limits
+from litgpt_kv.llm.text_model import TextModel
 from litgpt_kv.llm.text_request import TextRequest
-
-if TYPE_CHECKING:
-    from litgpt_kv.llm.llm import LLM
 
 ROOM = 8192  # tokens: what a conversation may have unless more is asked for
 
@@ -38,11 +35,13 @@ class Chat:
 
     Attributes:
         cache: Everything the model remembers. stats: The last turn's. turns: How many there were.
+        interrupted: Whether a step of the last reply failed or was interrupted: it may be half in the cache, so that
+            the conversation goes on only after `reset`.
     """
 
     def __init__(
         self,
-        llm: LLM,
+        llm: TextModel,
         sys_prompt: str | None = None,
         *,
         kv_cache: str | KVCacheArgs = "dense",
@@ -51,7 +50,7 @@ class Chat:
         prefill: str = "min-length",
         **settings: Any,
     ) -> None:
-        if llm.parallel is not None and llm.parallel.divides_rows:
+        if llm.parallel is not None and llm.parallel.divides_prompts:
             raise ValueError("A conversation has one row: nothing is to be divided among the processes.")
         self.llm, self.sys_prompt, self.prefill = llm, sys_prompt, prefill
         stopping, sampling = grouped("chat", {"max_new_tokens": 256, **settings}, StoppingArgs, SamplingArgs)
@@ -60,19 +59,20 @@ class Chat:
         args = KVCacheArgs.of(kv_cache, budget)
         if args is None:
             raise ValueError("Without a cache nothing is kept between turns: choose a strategy.")
+        RunArgs(prefill=prefill)  # raises for an unknown one
         if max_tokens is not None:
             check_count("max_tokens", max_tokens, 1, 2**31 - 1)
         room = min(ROOM, llm.model.max_seq_length) if max_tokens is None else max_tokens
         self.cache = llm.build_cache(args, 1, room)
-        runner(llm.model, self.cache, 1, prefill, None, None)  # raises for an unknown prefill
-        self.stats, self.turns = Stats(), 0
-        self._row: Row | None = None
+        self.limit = Limits.of(llm.model, args, prefill, room).limit  # a cache for compiled steps may be larger
+        self.stats, self.turns, self.interrupted = Stats(), 0, False
+        self._reply: Sequence | None = None
         self._text: list[int] = []  # all tokens of the conversation, for the repetition penalty
 
     def reset(self) -> None:
         """Forgets everything."""
         self.cache.reset()
-        self.turns, self._row, self._text = 0, None, []
+        self.turns, self._reply, self._text, self.interrupted = 0, None, [], False
 
     def say(self, text: str) -> Iterator[str]:
         """The reply to a turn, piece by piece as it is made. One that is not read to its end stays as it is.
@@ -80,47 +80,60 @@ class Chat:
         The turn is read when the first piece is asked for; finish or drop a reply before the next turn.
 
         Raises:
-            ValueError: If the turn is empty or no longer fits; the conversation can then go on with another one.
+            ValueError: If the turn is empty or no longer fits; the conversation can then go on with another one. If a
+                step was interrupted: it can go on after `reset`.
         """
+        if self.interrupted:
+            raise ValueError(
+                "The last reply was interrupted in the middle of a step, which may be half in the cache: reset() "
+                "starts anew (/reset in the chat command)."
+            )
         ids = self.turn(text)
-        if self._row is not None and self._row.last >= 0:
-            last = self._row.last  # drawn, but not read yet; a style that ends the reply itself need not do so twice
+        if self._reply is not None and self._reply.last >= 0:
+            last = self._reply.last  # drawn, but not read yet; a style that ends the reply itself need not do so twice
             ids = ids if ids[0] == last and [last] in self.llm.ends() else [last, *ids]
         room = self.asked.stopping.max_new_tokens
-        if self.cache.limit is not None:
-            room = min(room, self.cache.limit + 1 - self.cache.seen[0] - len(ids))
+        if self.limit is not None:
+            room = min(room, self.limit + 1 - self.cache.seen[0] - len(ids))
             if room < 1:
                 raise ValueError(
-                    f"After {self.cache.seen[0]:,} tokens, {len(ids)} more do not fit the {self.cache.limit:,} of this "
+                    f"After {self.cache.seen[0]:,} tokens, {len(ids)} more do not fit the {self.limit:,} of this "
                     f"conversation: {self.cache.why}. Start anew (/reset in the chat command)."
                 )
-        return self._reply(ids, room)
+        return self._pieces(ids, room)
 
-    def _reply(self, ids: list[int], room: int) -> Iterator[str]:
-        stopping, sampling = self.asked.stopping, self.asked.sampling.shifted(self.turns)
-        ends = () if stopping.ignore_eos else self.llm.ends()
-        request = Request(ids, room, min(stopping.min_new_tokens, room), sampling, ends, self._text)
-        row, self.stats = Row(request, 0, TextStream(self.llm.decode, list(ids), stopping.stops)), Stats()
-        if self.llm.parallel is not None:
-            self.llm.parallel.own_rows([row])  # all processes draw alike
-        run = runner(self.llm.model, self.cache, 1, self.prefill, None, self.llm.decoder)
-        self.turns += 1
-        self._text = [*self._text, *ids]
+    def _pieces(self, ids: list[int], room: int) -> Iterator[str]:
+        stopping, sampling, llm = self.asked.stopping, self.asked.sampling.shifted(self.turns), self.llm
+        ends = () if stopping.ignore_eos else llm.ends()
+        least = min(stopping.min_new_tokens, room)
+        request = Request(ids, room, least, sampling, ends, past=self._text, stop_texts=stopping.stops, id=0)
+        if llm.parallel is not None:
+            (request,) = llm.parallel.own_requests([request])  # all processes draw alike
+        engine = Engine(llm.model, self.cache, prefill=self.prefill, decoder=llm.decoder, decode_text=llm.decode)
+        self.turns, self.stats, self._text = self.turns + 1, engine.stats, [*self._text, *ids]
+        engine.add(request, row=0)
+        reply = self._reply = engine.sequence(0)
         drawn: int | None = None
-        self._row = row
-        for _ in run_rows(run, [row], (), self.stats):
-            if drawn is not None:
-                self._text.append(drawn)  # it is read by now
-            drawn = row.last
-            yield row.piece
-            if self._row is not row:
-                raise ValueError("This reply was dropped: another turn began before it ended.")
+        while engine.unfinished:
+            try:
+                outputs = engine.step()
+            except BaseException:
+                self.interrupted = self._reply is reply
+                raise
+            for output in outputs:
+                if drawn is not None:
+                    self._text.append(drawn)  # it is read by now
+                drawn = reply.last
+                yield output.text
+                if self._reply is not reply:
+                    raise ValueError("This reply was dropped: another turn began before it ended.")
+        if reply.error is not None:
+            raise ValueError(f"{reply.error} Start anew (/reset in the chat command).")
 
     @property
     def full(self) -> bool:
         """Whether the last reply ended because no more tokens fit."""
-        limit = self.cache.limit
-        return limit is not None and self.cache.seen[0] >= limit
+        return self.limit is not None and self.cache.seen[0] >= self.limit
 
     def ask(self, text: str) -> str:
         """The whole reply to a turn."""
@@ -129,7 +142,7 @@ class Chat:
     def turn(self, text: str) -> list[int]:
         """The tokens of a turn in the model's prompt style: the first one with system prompt and beginning of text."""
         first = self.llm.encode(text, self.sys_prompt).tolist()
-        if self._row is None:
+        if self._reply is None:
             return first
         ids = self.llm.tokenizer.encode(later_turn(self.llm.prompt_style, text), bos=False).tolist()
         if not ids:
@@ -156,7 +169,9 @@ def later_turn(style: PromptStyle, text: str) -> str:
     return style.apply(text)
 
 
-def conversation_text(style: PromptStyle, messages: Sequence[Mapping[str, str]], sys_prompt: str | None = None) -> str:
+def conversation_text(
+    style: PromptStyle, messages: abc.Sequence[Mapping[str, str]], sys_prompt: str | None = None
+) -> str:
     """A conversation in a prompt style, up to where the model's next reply begins.
 
     Args:

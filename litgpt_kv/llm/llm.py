@@ -17,15 +17,12 @@ from litgpt.tokenizer import Tokenizer
 from litgpt_kv.arguments import DeviceArgs, RunArgs, StoppingArgs, check_count, check_flag, grouped
 from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.compat.input_pos import GPT
-from litgpt_kv.config import KVCacheArgs, SamplingArgs, shown
-from litgpt_kv.generate import Request, Stats, serve
-from litgpt_kv.generate.base import check
-from litgpt_kv.generate.runners import Limits
-from litgpt_kv.generate.stopping import Row
-from litgpt_kv.generate.text import TextStream
+from litgpt_kv.config import KVCacheArgs, SamplingArgs, check_type, shown
+from litgpt_kv.generate import Request, Stats, raise_failed
 from litgpt_kv.llm import checkpoint
 from litgpt_kv.llm.chat import Chat, conversation_text
 from litgpt_kv.llm.check_weights import check_finite, check_fit
+from litgpt_kv.llm.run import OpenRun, Pieces, Run
 from litgpt_kv.llm.text_request import TextRequest, check_text
 from litgpt_kv.parallel import DeviceRequest, ParallelStrategy, find_parallel_strategy
 
@@ -36,8 +33,7 @@ class LLM:
     Attributes:
         model: The `GPT`, in inference mode. tokenizer, prompt_style, config, checkpoint_dir: as in litgpt's `LLM`.
         fabric: The device and precision.
-        stats: What the last run did, in tokens and seconds.
-        cache: The last run's cache, None without one.
+        last_run: The last run that ended, None before the first.
         decoder: Runs the one-token steps: the model, or what `compile` made of it.
         parallel: How several devices share the work; None on one.
     """
@@ -53,9 +49,19 @@ class LLM:
     ) -> None:
         self.model, self.tokenizer, self.prompt_style = model, tokenizer, prompt_style
         self.config, self.checkpoint_dir, self.fabric = config, checkpoint_dir, fabric
-        self.stats, self.cache = Stats(), None
+        self.last_run: Run | None = None
         self.decoder = model
         self.parallel: ParallelStrategy | None = None
+
+    @property
+    def stats(self) -> Stats:
+        """What the last run that ended did, in tokens and seconds."""
+        return Stats() if self.last_run is None else self.last_run.stats
+
+    @property
+    def cache(self) -> KVCache | None:
+        """The cache of the last run that ended; None without one."""
+        return None if self.last_run is None else self.last_run.cache
 
     @classmethod
     def load(
@@ -152,7 +158,7 @@ class LLM:
         if self.checkpoint_dir is None:
             raise ValueError("A model with random weights cannot be distributed: each process would draw its own.")
         request = DeviceRequest(accelerator, devices, num_nodes, checkpoint.precision_for(precision, accelerator))
-        self.model = self.decoder = self.cache = None  # what one device has makes room
+        self.model = self.decoder = self.last_run = None  # what one device has makes room
         path, weights = self.checkpoint_dir / checkpoint.WEIGHTS, checkpoint.load_weights(self.checkpoint_dir)
         check_fit(path, self.config, weights)  # before any process is started
         self.parallel = strategy(self.config, weights, request)
@@ -212,7 +218,8 @@ class LLM:
             max_new_tokens: The most new tokens of each prompt.
             temperature, top_k, top_p: See `SamplingArgs`; one value, or one a prompt.
             return_as_token_ids: Return 1-D int64 tensors instead of text.
-            stream: Return an iterator over pieces of text as they are made; of lists of pieces for a list of prompts.
+            stream: Return an iterator over pieces of text as they are made, with `stats` of its own; over lists of
+                pieces for a list of prompts.
             kv_cache: A strategy's name, or all of `KVCacheArgs`; None or "none" computes the whole text again at
                 every step.
             budget: Tokens kept, instead of that of `kv_cache`.
@@ -224,7 +231,8 @@ class LLM:
             The new text, without the prompt; a list for a list of prompts.
 
         Raises:
-            ValueError: If a prompt is empty, does not fit the model's context, or an argument is out of range.
+            ValueError: If a prompt is empty, does not fit the model's context, or an argument is out of range; at the
+                end if the model's logits were not finite for one of them.
             TypeError: For an unknown argument or one of the wrong type.
         """
         if not isinstance(prompt, (str, list, tuple)):
@@ -235,45 +243,43 @@ class LLM:
             raise ValueError("stream=True gives text; for tokens as they are made see litgpt_kv.generate.stream.")
         args = KVCacheArgs.of(kv_cache, budget)
         settings |= {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        stopping, sampling, run = grouped("generate", settings, StoppingArgs, SamplingArgs, RunArgs)
+        stopping, sampling, batching = grouped("generate", settings, StoppingArgs, SamplingArgs, RunArgs)
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
-        rows = [
-            self.row(TextRequest(text, sys_prompt=sys_prompt, stopping=stopping, sampling=own), b)
+        requests = [
+            self.request(TextRequest(text, sys_prompt=sys_prompt, stopping=stopping, sampling=own), b)
             for b, (text, own) in enumerate(zip(texts, sampling.rows(len(texts))))
         ]
-        steps = self.run(rows, args, run.batch_size, run.prefill, run.prefill_chunk, run.logprobs)
+        options = [getattr(batching, name) for name in ("batch_size", "prefill", "prefill_chunk", "logprobs")]
+        run = self.run(requests, args, *options)
         if stream:
-            pieces = ([row.piece if row in drew else "" for row in rows] for drew in steps)
-            return (one for (one,) in pieces) if isinstance(prompt, str) else pieces
-        for _ in steps:
-            pass
-        out = [torch.tensor(row.tokens, dtype=torch.int64) if return_as_token_ids else row.text for row in rows]
+            return Pieces(run, single=isinstance(prompt, str))
+        sequences = run.sequences()
+        raise_failed(sequences)
+        out = [torch.tensor(s.tokens, dtype=torch.int64) if return_as_token_ids else s.text for s in sequences]
         return out[0] if isinstance(prompt, str) else out
 
-    def row(self, asked: TextRequest | str, index: int = 0) -> Row:
+    def request(self, asked: TextRequest | str, id: int | None = None) -> Request:
         """A prompt and its settings, as `run` takes them.
 
         Args:
-            asked: The request, or a prompt alone.
-            index: Its number in the run.
+            asked: What is asked, or a prompt alone.
+            id: The request's number in a run; None: its place among the requests.
 
         Raises:
             ValueError: If the prompt is empty or no text.
         """
         asked = TextRequest(asked) if isinstance(asked, str) else asked
-        if not isinstance(asked, TextRequest):
-            raise TypeError(f"A prompt is a text or a TextRequest, got {shown(asked)}.")
+        check_type("asked", asked, TextRequest, "a TextRequest or a text")
         if asked.messages is not None:
-            text = conversation_text(self.prompt_style, asked.messages, asked.sys_prompt)
-            ids = self.encode_text(text)
+            ids = self.encode_text(conversation_text(self.prompt_style, asked.messages, asked.sys_prompt))
         else:
             ids = self.encode(asked.prompt, asked.sys_prompt)
         stopping, sampling = asked.stopping, asked.sampling
         if sampling.temperature is None:
             sampling = sampling.resolved(self.temperature)
         ends = () if stopping.ignore_eos else self.ends()
-        request = Request(ids, stopping.max_new_tokens, stopping.min_new_tokens, sampling, ends)
-        return Row(request, index, TextStream(self.decode, ids.tolist(), stopping.stops))
+        limits = stopping.max_new_tokens, stopping.min_new_tokens
+        return Request(ids, *limits, sampling, ends, stop_texts=stopping.stops, id=id)
 
     @property
     def temperature(self) -> float:
@@ -284,105 +290,20 @@ class LLM:
         """The token sequences with which the model ends its text, by its prompt style."""
         return [list(stop) for stop in self.prompt_style.stop_tokens(self.tokenizer) if None not in stop]
 
-    def run(
-        self,
-        rows: Sequence[Row],
-        args: KVCacheArgs | None,
-        batch_size: int | None = None,
-        prefill: str = "min-length",
-        prefill_chunk: int | None = None,
-        logprobs: bool = False,
-        tokens: int | None = None,
-    ) -> Iterator[list[Row]]:
-        """Builds a cache of the right size and answers rows, as many at a time as `batch_size` says.
-
-        `tokens` are what the longest row will see, prompt and new ones, if that is not to be taken from these rows.
-        With "data_parallel" a process answers some of the rows, and at the end has the others from the other processes.
-
-        Yields:
-            For each draw the rows that took part in it, see `litgpt_kv.generate.serve`. `stats` and `cache` are this
-            run's.
-        """
-        if self.model is None:
-            raise ValueError("No weights are loaded: call distribute() first, or load without distribute=None.")
-        RunArgs(batch_size, prefill, prefill_chunk, logprobs)  # raises for what is out of range
-        self.stats, self.cache = Stats(), None
-        tokens = tokens or max((row.sees for row in rows), default=1)
-        mine = rows
-        if self.parallel is not None:
-            if self.parallel.divides_rows:  # what one process would refuse, all refuse
-                limits = Limits.of(self.model, args, prefill, tokens)
-                for row in rows:
-                    check(row.request, limits, f"Prompt {row.index}")
-            mine = self.parallel.own_rows(rows)
-        size = max(1, min(len(mine), batch_size or len(mine)))
-        if args is not None:
-            self.cache = self.build_cache(args, size, tokens)
-        if mine or not rows:
-            steps = self._serve(mine, size, prefill, prefill_chunk, logprobs)
-        else:  # a process may have nothing to do
-            steps = iter(())
-        return self._noted(steps, rows, mine)
+    def run(self, requests: Sequence[Request], args: KVCacheArgs | None, *options: Any, **named: Any) -> Run:
+        """Answers requests; see `Run` for the options, and for what it gives."""
+        return Run(self, requests, args, *options, **named)
 
     def answer(
-        self,
-        rows: Iterator[Row],
-        args: KVCacheArgs | None,
-        batch_size: int,
-        tokens: int,
-        prefill: str = "min-length",
-        prefill_chunk: int | None = None,
-        logprobs: bool = False,
-    ) -> Iterator[list[Row]]:
-        """Answer any number of rows, each of which is taken from the iterator only when there is room for it.
-
-        Args:
-            tokens: what the longest row will see, prompt and new tokens.
-            args, batch_size, prefill, prefill_chunk, logprobs: see `run`. Processes that divide the rows need `run`.
-
-        Yields:
-            As `run`; `stats` counts, but has nothing of single rows.
-        """
-        self.stats, self.cache = Stats(), None
-        if args is not None:
-            self.cache = self.build_cache(args, batch_size, tokens)
-        if self.parallel is not None:
-            rows = (row for each in rows for row in self.parallel.own_rows([each]))
-        return self._serve(rows, batch_size, prefill, prefill_chunk, logprobs)
-
-    def _serve(
-        self, rows: Iterable[Row], batch_size: int, prefill: str, prefill_chunk: int | None, logprobs: bool
-    ) -> Iterator[list[Row]]:
-        return serve(
-            self.model,
-            rows,
-            self.cache,
-            rows=batch_size,
-            prefill=prefill,
-            prefill_chunk=prefill_chunk,
-            decoder=self.decoder,
-            stats=self.stats,
-            logprobs=logprobs,
-        )
-
-    def _noted(self, steps: Iterator[list[Row]], rows: Sequence[Row], mine: Sequence[Row]) -> Iterator[list[Row]]:
-        stats = self.stats
-        stats.reasons, stats.logprobs = [None] * len(rows), [[] for _ in rows]
-        try:
-            for drew in steps:
-                _note(stats, drew)
-                yield drew
-        except BaseException as error:
-            if self.parallel is not None and self.parallel.divides_rows:
-                self.parallel.synchronize(f"{type(error).__name__}: {error}")
-            raise
-        if self.parallel is not None and (others := self.parallel.exchange_answers(rows, mine, stats)):
-            _note(stats, others)
-            yield others
+        self, requests: Iterable[Request], args: KVCacheArgs | None, batch_size: int, tokens: int, **options: Any
+    ) -> OpenRun:
+        """Answers any number of requests, each taken from the iterator only when a row is free; see `OpenRun`."""
+        return OpenRun(self, requests, args, batch_size, tokens, **options)
 
     def build_cache(self, args: KVCacheArgs, batch_size: int, tokens: int) -> KVCache:
         """A cache in the dtype of this model's keys and values; `tokens` are what a row will see."""
         if self.decoder is not self.model and tokens <= self.model.max_seq_length:
+            args = args.resolved(tokens)  # a share of what a row will see, not of the rounded number
             tokens = min(-(-tokens // 128) * 128, self.model.max_seq_length)  # few sizes: each is compiled once
         mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # what autocast makes of keys and values
         return KVCache.build(self.model, args, batch_size, tokens, mixed.get(self.fabric._precision.precision))
@@ -424,9 +345,3 @@ class LLM:
             single = isinstance(kwargs.get("prompt"), str)
             out = "".join(pieces) if single else ["".join(row) for row in zip(*pieces)]
         return out, table
-
-
-def _note(stats: Stats, rows: Sequence[Row]) -> None:
-    for row in rows:
-        if row.reason is not None:
-            stats.reasons[row.index], stats.logprobs[row.index] = row.reason, row.logprobs

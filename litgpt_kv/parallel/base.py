@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections import abc
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
@@ -12,8 +13,7 @@ import lightning as L
 from torch import Tensor
 
 from litgpt.config import Config
-from litgpt_kv.generate import Stats
-from litgpt_kv.generate.stopping import Row
+from litgpt_kv.generate import Request, Sequence, Stats
 from litgpt_kv.model.gpt import GPT
 from litgpt_kv.parallel.collectives import Collectives
 
@@ -51,21 +51,23 @@ class ParallelStrategy(Protocol):
 
     Attributes:
         fabric: This process' device and precision. model: What it runs. collectives: The processes.
-        divides_rows: Whether each process answers prompts of its own; otherwise all answer all of them together.
+        divides_prompts: Whether each process answers prompts of its own; otherwise all answer all of them together.
     """
 
-    divides_rows: ClassVar[bool]
+    divides_prompts: ClassVar[bool]
     fabric: L.Fabric
     model: GPT
     collectives: Collectives
 
     def __init__(self, config: Config, weights: Weights, request: DeviceRequest) -> None: ...
 
-    def own_rows(self, rows: Sequence[Row]) -> list[Row]:
-        """Those of the rows that this process answers."""
+    def own_requests(self, requests: abc.Sequence[Request]) -> list[Request]:
+        """Those of the requests that this process answers; all have an id."""
 
-    def exchange_answers(self, rows: Sequence[Row], own: Sequence[Row], stats: Stats) -> list[Row]:
-        """When its own rows have ended: fills the others', and returns them; `stats` then count all."""
+    def exchange_answers(
+        self, requests: abc.Sequence[Request], answered: abc.Sequence[Sequence], stats: Stats
+    ) -> list[Sequence]:
+        """When its own requests were answered: the answers of the other processes; `stats` then count all."""
 
     def synchronize(self, failure: str | None = None) -> None:
         """Waits for the other processes, or tells them that this one failed."""
@@ -74,10 +76,11 @@ class ParallelStrategy(Protocol):
         """Ends the run; all processes must call it."""
 
 
-def seed_rows(collectives: Collectives, rows: Sequence[Row]) -> list[Row]:
-    """With a seed all processes draw alike; rows without one get a seed that process 0 draws."""
-    free = [row for row in rows if row.request.sampling.seed is None]
-    drawn = collectives.broadcast_object([random.SystemRandom().randrange(2**63) for _ in free]) if free else []
-    for row, seed in zip(free, drawn):
-        row.request = replace(row.request, sampling=replace(row.request.sampling, seed=seed))
-    return list(rows)
+def seed_requests(collectives: Collectives, requests: abc.Sequence[Request]) -> list[Request]:
+    """With a seed all processes draw alike; requests without one get a seed that process 0 draws."""
+    free = [request for request in requests if request.sampling.seed is None]
+    seeds = [random.SystemRandom().randrange(2**63) for _ in free]
+    drawn = iter(collectives.broadcast_object(seeds) if free else [])
+    return [
+        replace(r, sampling=replace(r.sampling, seed=next(drawn))) if r.sampling.seed is None else r for r in requests
+    ]

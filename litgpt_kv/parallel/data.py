@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import abc
 from typing import Any
 
 from litgpt.config import Config
-from litgpt_kv.generate import Stats
-from litgpt_kv.generate.stopping import Row
-from litgpt_kv.parallel.base import DeviceRequest, Weights, seed_rows
+from litgpt_kv.generate import Request, Sequence, Stats
+from litgpt_kv.parallel.base import DeviceRequest, Weights, seed_requests
 from litgpt_kv.parallel.collectives import Collectives
 from litgpt_kv.parallel.launch import launch
 from litgpt_kv.parallel.tensor import load_tensor_parallel
@@ -17,7 +16,7 @@ from litgpt_kv.parallel.tensor import load_tensor_parallel
 class DataParallel:
     """The whole model on every device, and some of the prompts."""
 
-    divides_rows = True
+    divides_prompts = True
 
     def __init__(self, config: Config, weights: Weights, request: DeviceRequest) -> None:
         run = launch(request)
@@ -25,21 +24,25 @@ class DataParallel:
         with run.fabric.init_tensor():
             self.model = load_tensor_parallel(config, Collectives(), weights, device=run.fabric.device)
 
-    def own_rows(self, rows: Sequence[Row]) -> list[Row]:
-        rows = seed_rows(self.collectives, rows)
-        return [rows[b] for b in assign_rows([row.sees for row in rows], self.collectives.size)[self.collectives.rank]]
+    def own_requests(self, requests: abc.Sequence[Request]) -> list[Request]:
+        requests = seed_requests(self.collectives, requests)
+        shares = assign_prompts([request.sees for request in requests], self.collectives.size)
+        return [requests[b] for b in shares[self.collectives.rank]]
 
-    def exchange_answers(self, rows: Sequence[Row], own: Sequence[Row], stats: Stats) -> list[Row]:
+    def exchange_answers(
+        self, requests: abc.Sequence[Request], answered: abc.Sequence[Sequence], stats: Stats
+    ) -> list[Sequence]:
         self.synchronize()  # however long the others take: a collective would give up
-        parts = self.collectives.all_gather_object(([(row.index, row.answer) for row in own], vars(stats)))
+        parts = self.collectives.all_gather_object(([(s.index, s.answer) for s in answered], vars(stats)))
         _total(stats, [theirs for _, theirs in parts])
-        by_index = {row.index: row for row in rows}
+        by_id = {request.id: request for request in requests}
         others = []
         for rank, (answers, _) in enumerate(parts):
-            for index, answer in answers if rank != self.collectives.rank else ():
-                by_index[index].answer = answer
-                others.append(by_index[index])
-        return sorted(others, key=lambda row: row.index)
+            for number, answer in answers if rank != self.collectives.rank else ():
+                sequence = Sequence(by_id[number], number)
+                sequence.answer = answer
+                others.append(sequence)
+        return sorted(others, key=lambda sequence: sequence.index)
 
     def synchronize(self, failure: str | None = None) -> None:
         self._run.synchronize(failure)
@@ -53,7 +56,7 @@ def _total(stats: Stats, parts: list[dict[str, Any]]) -> None:
         setattr(stats, name, max(part[name] for part in parts))
 
 
-def assign_rows(lengths: Sequence[int], processes: int) -> list[list[int]]:
+def assign_prompts(lengths: abc.Sequence[int], processes: int) -> list[list[int]]:
     """Which rows each process takes: the longest first, each to the one that has least to read so far."""
     out: list[list[int]] = [[] for _ in range(processes)]
     load = [(0, r) for r in range(processes)]

@@ -8,7 +8,8 @@ B rows · T tokens · V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import abc
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -19,8 +20,7 @@ from torch import Tensor, nn
 from litgpt.config import Config
 from litgpt_kv.attention.rope import RopeTables
 from litgpt_kv.cache.kv_cache import KVCache
-from litgpt_kv.generate import Stats
-from litgpt_kv.generate.stopping import Row
+from litgpt_kv.generate import Request, Sequence, Stats
 from litgpt_kv.model.gpt import GPT
 from litgpt_kv.parallel.base import DeviceRequest, Weights
 from litgpt_kv.parallel.collectives import Collectives
@@ -31,7 +31,7 @@ from litgpt_kv.parallel.weights import full_shapes, load_weights
 class Sequential:
     """Layers over the devices of one process."""
 
-    divides_rows = False
+    divides_prompts = False
 
     def __init__(self, config: Config, weights: Weights, request: DeviceRequest) -> None:
         if request.num_nodes != 1:
@@ -43,10 +43,12 @@ class Sequential:
         with self.fabric.init_tensor():
             self.model = load_sequential(config, devices, weights)
 
-    def own_rows(self, rows: Sequence[Row]) -> list[Row]:
-        return list(rows)
+    def own_requests(self, requests: abc.Sequence[Request]) -> list[Request]:
+        return list(requests)
 
-    def exchange_answers(self, rows: Sequence[Row], own: Sequence[Row], stats: Stats) -> list[Row]:
+    def exchange_answers(
+        self, requests: abc.Sequence[Request], answered: abc.Sequence[Sequence], stats: Stats
+    ) -> list[Sequence]:
         return []
 
     def synchronize(self, failure: str | None = None) -> None:
@@ -74,7 +76,7 @@ class SequentialGPT(GPT):
         pieces: In how many pieces of rows a batch with a cache runs.
     """
 
-    def __init__(self, config: Config, devices: Sequence[torch.device], pieces: int | None = None) -> None:
+    def __init__(self, config: Config, devices: abc.Sequence[torch.device], pieces: int | None = None) -> None:
         super().__init__(config)
         self.devices, self.pieces = list(devices), len(devices) if pieces is None else pieces
         self.layer_devices = layer_devices(config.n_layer, len(devices))
@@ -127,7 +129,7 @@ class SequentialGPT(GPT):
 
 def load_sequential(
     config: Config,
-    devices: Sequence[torch.device],
+    devices: abc.Sequence[torch.device],
     weights: Mapping[str, Tensor],
     *,
     dtype: torch.dtype | None = None,

@@ -13,7 +13,8 @@ H query heads · G key/value heads · D head size · C embedding size · V vocab
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections import abc
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -22,11 +23,10 @@ from torch import Tensor, nn
 
 import litgpt.model as base
 from litgpt.config import Config
-from litgpt_kv.generate import Stats
-from litgpt_kv.generate.stopping import Row
+from litgpt_kv.generate import Request, Sequence, Stats
 from litgpt_kv.model.gpt import GPT
 from litgpt_kv.model.linear import Linear, speed_up
-from litgpt_kv.parallel.base import DeviceRequest, Weights, seed_rows
+from litgpt_kv.parallel.base import DeviceRequest, Weights, seed_requests
 from litgpt_kv.parallel.collectives import Collectives
 from litgpt_kv.parallel.heads import Heads, Sharing, divide_heads, split_range
 from litgpt_kv.parallel.launch import launch
@@ -36,7 +36,7 @@ from litgpt_kv.parallel.weights import full_shapes, load_weights
 class TensorParallel:
     """Every layer over all devices."""
 
-    divides_rows = False
+    divides_prompts = False
 
     def __init__(self, config: Config, weights: Weights, request: DeviceRequest) -> None:
         if isinstance(request.devices, int):  # said before anything is started
@@ -46,10 +46,12 @@ class TensorParallel:
         with run.fabric.init_tensor():
             self.model = load_tensor_parallel(config, run.collectives, weights, device=run.fabric.device)
 
-    def own_rows(self, rows: Sequence[Row]) -> list[Row]:
-        return seed_rows(self.collectives, rows)
+    def own_requests(self, requests: abc.Sequence[Request]) -> list[Request]:
+        return seed_requests(self.collectives, requests)
 
-    def exchange_answers(self, rows: Sequence[Row], own: Sequence[Row], stats: Stats) -> list[Row]:
+    def exchange_answers(
+        self, requests: abc.Sequence[Request], answered: abc.Sequence[Sequence], stats: Stats
+    ) -> list[Sequence]:
         return []
 
     def synchronize(self, failure: str | None = None) -> None:

@@ -19,7 +19,7 @@ from litgpt_kv.cli import prompt_files
 from litgpt_kv.cli.answers import Answers
 from litgpt_kv.cli.file_run import answer_file
 from litgpt_kv.cli.prompt_files import PromptFile
-from litgpt_kv.generate.stopping import Row
+from litgpt_kv.generate import Request, Sequence, Stats
 from litgpt_kv.llm.text_request import TextRequest
 from tests.cli.test_answers import COMMAND, texts
 from tests.cli.test_prompt_files import records_of, run, write
@@ -59,12 +59,21 @@ def peak(llm: LLM, folder: Path, count: int) -> int:
 
 
 def test_memory_does_not_grow_with_the_lines(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def at_once(self: LLM, rows: Iterator[Row], *_: object, **__: object) -> Iterator[list[Row]]:
-        for row in rows:  # the model's part, which is constant, takes no time
-            row.text, row.tokens, row.reason = "some text" * 20, [1, 2], "stop"
-            yield [row]
+    class AtOnce:
+        """The model's part, which is constant, takes no time."""
 
-    monkeypatch.setattr(LLM, "answer", at_once)
+        stats, cache = Stats(), None
+
+        def __init__(self, _: LLM, requests: Iterator[Request], *__: object, **___: object) -> None:
+            self.requests = requests
+
+        def __iter__(self) -> Iterator[list[Sequence]]:
+            for request in self.requests:
+                sequence = Sequence(request, request.id, tokens=[1, 2], reason="stop")
+                sequence.text = "some text" * 20
+                yield [sequence]
+
+    monkeypatch.setattr(LLM, "answer", AtOnce)
     few, many = peak(llm, tmp_path, 300), peak(llm, tmp_path, 6000)
     assert (many - few) / 5700 < 100, "an index of the answers is all that is kept"
     assert [r["line"] for r in records_of(tmp_path / "6000.out")] == [n for n in range(1, 6001) if n % 3 != 2]

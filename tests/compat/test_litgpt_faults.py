@@ -24,7 +24,7 @@ from litgpt_kv import GPT, LLM, KVCache, KVCacheArgs, SamplingArgs
 from litgpt_kv.attention.rope import theta_of
 from litgpt_kv.attention.yarn import yarn_theta
 from litgpt_kv.generate import generate
-from litgpt_kv.generate.stopping import Request, Row
+from litgpt_kv.generate.request import Request, Sequence
 from tests.oracle.reference import lift, logits_of, tokens_of
 from tests.oracle.shrink import LLAMA, SYNTHETIC, WINDOW, YARN, shrink, twins
 
@@ -165,7 +165,7 @@ def test_g_a_stop_sequence_may_begin_inside_a_failed_one() -> None:
     options = dict(temperature=0.0, stop_tokens=([1, 2],), include_prompt=False, include_eos=False)
     theirs = litgpt_generate.generate_fn(Says(), torch.tensor([0, 0]), 2 + len(made), **options)
     assert [int(t) for t in theirs] == made, "litgpt runs past its stop sequence"
-    row, out = Row(Request([0], 20, stop=[[1, 2]])), []
+    row, out = Sequence(Request([0], 20, stop=[[1, 2]])), []
     for token in made[:4]:
         out += row.push(token)
     assert row.reason == "stop" and out == [7, 1]

@@ -128,19 +128,25 @@ def test_a_stopped_row_keeps_what_it_had(model, prompts, name):
         assert cache.tokens()["seen"][b] == alone.tokens()["seen"][0]
         for both, single in zip(cache.slots, alone.slots):
             assert torch.equal(both.pos[:, b], single.pos[:, 0])
-            for name, statistic in both.statistics.items():
-                assert torch.allclose(statistic[:, b], single.statistics[name][:, 0])
+            for of, statistic in both.statistics.items():
+                assert torch.allclose(statistic[:, b], single.statistics[of][:, 0])
 
 
 def test_statistics_count_prompt_and_new_tokens(model, prompts):
-    stats = Stats()
-    generate(model, prompts, max_new_tokens=9, sampling=GREEDY, stats=stats)
-    assert stats.new_tokens == 9 * len(prompts)
-    assert stats.decode_tokens == 8 * len(prompts)
-    assert stats.prompt_tokens == sum(LENGTHS)
-    assert stats.prefill_tokens == len(prompts)  # the shortest prompt has one token
-    assert stats.prefill_seconds > 0
-    assert stats.decode_seconds > 0
+    read = {"dense": sum(LENGTHS), "sink": sum(LENGTHS), "h2o": sum(min(n, 12) for n in LENGTHS)}
+    read["h2o"] += 36 - 12 - 9  # of the longest, what is left when the other rows have ended after nine steps
+    for name, tokens in read.items():
+        stats = Stats()
+        generate(model, prompts, args_of(name), max_new_tokens=9, sampling=GREEDY, stats=stats)
+        assert stats.new_tokens == 9 * len(prompts)
+        assert stats.decode_tokens == 8 * len(prompts)
+        assert stats.prompt_tokens == sum(LENGTHS)
+        assert stats.prefill_tokens == tokens
+        assert stats.prefill_seconds > 0
+        assert stats.decode_seconds > 0
+    stats = Stats()  # a prompt alone: all of it is prefill, however it is read
+    generate(model, prompts[-1:], args_of("h2o"), max_new_tokens=9, sampling=GREEDY, stats=stats)
+    assert stats.prefill_tokens == stats.prompt_tokens == LENGTHS[-1]
 
 
 def test_prefill_and_decode_are_the_pieces_of_generate(model, prompts):

@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from litgpt_kv import SamplingArgs
+from litgpt_kv.generate.request import Request
 from litgpt_kv.generate.sampling import Sampler, exponential, logprobs_of
-from litgpt_kv.generate.stopping import Request
 
 
 def sampler_of(args: SamplingArgs, count: int, vocabulary: int, **request) -> Sampler:
     sampler = Sampler(count, vocabulary, torch.device("cpu"))
     prompt = request.pop("prompt", [0])
-    sampler.place({b: Request(prompt, sampling=one, **request) for b, one in enumerate(args.rows(count))})
+    sampler.assign({b: Request(prompt, sampling=one, **request) for b, one in enumerate(args.rows(count))})
     return sampler
 
 
@@ -52,7 +52,7 @@ def test_a_row_without_a_seed_beside_one_with_it_draws_at_random():
     sampler = sampler_of(SamplingArgs(seed=[7, None]), 2, 1000)
     runs = []
     for _ in range(3):
-        sampler.place({b: Request([0], sampling=SamplingArgs(seed=s)) for b, s in enumerate((7, None))})
+        sampler.assign({b: Request([0], sampling=SamplingArgs(seed=s)) for b, s in enumerate((7, None))})
         runs.append([sampler(logits).tolist() for _ in range(4)])
     assert len({tuple(step[0] for step in run) for run in runs}) == 1
     assert len({tuple(step[1] for step in run) for run in runs}) == 3
@@ -63,12 +63,12 @@ def test_repetition_penalty_against_a_loop_over_tokens():
     penalties, prompts = [1.0, 1.3, 0.5], [[1, 2], [3, 3, 9], [4]]
     sampler = Sampler(3, 12, torch.device("cpu"))
     settings = [SamplingArgs(temperature=0, repetition_penalty=p) for p in penalties]
-    sampler.place({b: Request(prompts[b], sampling=settings[b]) for b in range(3)})
+    sampler.assign({b: Request(prompts[b], sampling=settings[b]) for b in range(3)})
     texts = [list(p) for p in prompts]
     for step in range(30):
         if step == 12:  # another prompt takes the place of the second row
             texts[1] = [0, 5]
-            sampler.place({1: Request(texts[1], sampling=settings[1])})
+            sampler.assign({1: Request(texts[1], sampling=settings[1])})
         logits = torch.randn(3, 12, generator=g)
         drawing = torch.tensor([True, step % 3 != 1, True])
         token = sampler(logits, drawing).tolist()
@@ -85,9 +85,9 @@ def test_a_stop_token_is_not_drawn_before_the_least_number_of_tokens():
     logits = torch.tensor([[0.0, 5.0, 1.0]]).expand(2, 3)
     sampler = Sampler(2, 3, torch.device("cpu"))
     greedy = SamplingArgs(temperature=0)
-    sampler.place({0: Request([0], 9, 2, greedy, [[1], [2, 1]]), 1: Request([0], 9, 0, greedy, [[1]])})
+    sampler.assign({0: Request([0], 9, 2, greedy, [[1], [2, 1]]), 1: Request([0], 9, 0, greedy, [[1]])})
     assert [sampler(logits).tolist() for _ in range(3)] == [[2, 1], [2, 1], [1, 1]]
-    sampler.place({0: Request([0], 9, 0, greedy, [[1]]), 1: Request([0], 9, 1, greedy, [[1]])})
+    sampler.assign({0: Request([0], 9, 0, greedy, [[1]]), 1: Request([0], 9, 1, greedy, [[1]])})
     assert [sampler(logits).tolist() for _ in range(2)] == [[1, 2], [1, 1]]
 
 
@@ -120,8 +120,8 @@ def test_a_temperature_near_zero_is_greedy():
 def test_the_ban_of_a_row_before_does_not_stay():
     logits = torch.tensor([[0.0, 5.0, 1.0]]).expand(2, 3)
     sampler, greedy = Sampler(2, 3, torch.device("cpu")), SamplingArgs(temperature=0)
-    sampler.place({b: Request([0], 9, 9, greedy, [[1]]) for b in range(2)})
-    sampler.place({0: Request([0], 9, 9, greedy)})
+    sampler.assign({b: Request([0], 9, 9, greedy, [[1]]) for b in range(2)})
+    sampler.assign({0: Request([0], 9, 9, greedy)})
     assert sampler(logits).tolist() == [1, 2]
 
 

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from litgpt_kv import SamplingArgs
-from litgpt_kv.generate.stopping import Request, Row
+from litgpt_kv.generate.request import Request, Sequence
+from litgpt_kv.generate.stopping import StopMatcher
 from litgpt_kv.generate.text import TextStream
 
 
 def row_of(stop, most, least=0, stream=None):
-    return Row(Request([0], most, least, stop=stop), stream=stream)
+    return Sequence(Request([0], most, least, stop=stop), stream=stream)
 
 
 def pushed(row, tokens):
@@ -145,3 +146,89 @@ def test_text_never_breaks_inside_a_character():
     assert not any("\ufffd" in piece for piece in pieces)
     cut = TextStream(lambda ids: bytes(ids).decode("utf-8", errors="replace"))
     assert cut.push(list(data[:4])) + cut.push([], last=True) == data[:4].decode(errors="replace")
+
+
+class Counted(list):
+    """A list that counts how often an element is read."""
+
+    reads = 0
+
+    def __getitem__(self, at):
+        Counted.reads += 1
+        return super().__getitem__(at)
+
+
+def test_the_matcher_against_a_search_at_every_element():
+    rng = random.Random(2)
+    for trial in range(500):
+        text = [rng.randrange(2 + trial % 2) for _ in range(60)]
+        stops = [[rng.randrange(2) for _ in range(rng.randrange(1, 9))] for _ in range(1 + trial % 4)]
+        matcher = StopMatcher(stops)
+        for n, element in enumerate(text, 1):
+            ends = [len(stop) for stop in stops if text[:n][-len(stop) :] == stop]
+            assert sorted(matcher.push(element)) == sorted(ends)
+            begun = [k for stop in stops for k in range(1, min(n + 1, len(stop))) if text[n - k : n] == stop[:k]]
+            assert matcher.begun == max(begun, default=0)
+            if trial % 5 == 0 and n == 30:
+                matcher.reset()
+                text[:n] = [9] * n  # what was before does not count
+
+
+def test_the_work_is_linear_in_the_text():
+    stops = [Counted([0] * 20_000 + [1]), Counted([0, 1] * 10_000), Counted([0] * 5_000 + [2])]
+    matcher, rng = StopMatcher(stops), random.Random(0)
+    Counted.reads, pushed = 0, 0
+    for _ in range(8):
+        for element in [0] * rng.randrange(10_000) + [1, 0] * rng.randrange(3_000) + [2]:
+            pushed += 1
+            assert not [n for n in matcher.push(element) if n > 5_001]
+    assert pushed > 20_000 and Counted.reads < 20 * pushed
+
+
+def test_stop_texts_of_ten_million_characters():
+    alphabet = ["ab" * 20, "ab", "c"]
+    decode = lambda ids: "".join(alphabet[i] for i in ids)  # noqa: E731
+    long, short = "ab" * 5_000_000, "ab" * 30_000 + "cc"
+    row = row_of([], 10_000, stream=TextStream(decode, stops=[long, short]))
+    for token in [0] * 3_000 + [2, 1] + [0] * 2_000:
+        row.push(token)
+    assert row.text == "ab" * 60_000 + "c" and row.reason is None, "the rest may yet be the long one"
+    for token in (2, 2):
+        row.push(token)
+    assert row.reason == "stop" and len(row.text) == 2 * 60_000 + 1 + 2 * (1 + 40_000 - 30_000)
+    assert decode(row.tokens) == row.text[: len(decode(row.tokens))] and len(row.text) - len(decode(row.tokens)) < 40
+
+
+@pytest.mark.parametrize("stops", [[], ["zz"]])
+@pytest.mark.parametrize("data", [b"words " * 500, "漢字".encode() * 500, b"\xff\xfe" * 1500])
+def test_text_is_decoded_a_few_tokens_at_a_time(data, stops):
+    sizes = []
+
+    def decode(ids):
+        sizes.append(len(ids))
+        return bytes(ids).decode("utf-8", errors="replace")
+
+    row = row_of([], len(data) + 1, stream=TextStream(decode, list(b"prompt" * 900), stops=stops))
+    tokens = row.tokens
+    for byte in data:
+        row.push(byte)
+    assert row.tokens is tokens and len(tokens) == len(data), "no copy at every token"
+    row.push(32)
+    assert row.text == data.decode(errors="replace") + " "
+    assert max(sizes) <= 40 and len(sizes) < 1.3 * len(data)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"max_new_tokens": 10**5000}, "max_new_tokens must be at most 2,147,483,647, got a value of type int"),
+        ({"max_new_tokens": -(10**400)}, "max_new_tokens must be at least 1, got -1000"),
+        ({"min_new_tokens": 10**5000}, "min_new_tokens must be 0 to 50"),
+        ({"stop": [[10**400], [True]]}, "stop sequences of at least one token"),
+        ({"stop": 5}, "stop sequences of at least one token"),
+        ({"stop": None}, "stop sequences of at least one token"),
+    ],
+)
+def test_huge_and_strange_values_are_refused_in_our_words(given, message):
+    with pytest.raises(ValueError, match=message):
+        Request([1], **given)

@@ -95,9 +95,9 @@ def test_each_turn_has_its_seed_and_stop_texts_end_a_reply(llm: LLM) -> None:
     two.ask("x")
     assert llm.chat(max_tokens=300, max_new_tokens=12, seed=5).ask("x") != llm.chat(seed=4, max_new_tokens=12).ask("x")
     assert one.turns == 1
-    assert one._row.request.sampling.seed == 4
+    assert one._reply.request.sampling.seed == 4
     one.ask("y")
-    assert one._row.request.sampling.seed == 5
+    assert one._reply.request.sampling.seed == 5
     whole = llm.chat(max_new_tokens=30, temperature=0.0).ask("def fib(n):\n")
     stop = whole[10:13]
     assert llm.chat(max_new_tokens=30, temperature=0.0, stop=stop).ask("def fib(n):\n") == whole[: whole.index(stop)]
@@ -106,13 +106,13 @@ def test_each_turn_has_its_seed_and_stop_texts_end_a_reply(llm: LLM) -> None:
 def test_a_reply_that_ends_itself_has_its_end_in_the_cache_once(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     free = llm.chat(max_new_tokens=12, temperature=0.0, max_tokens=300)
     free.ask("def fib(n):\n")
-    made = list(free._row.tokens)
+    made = list(free._reply.tokens)
     end = made[5]
     monkeypatch.setattr(llm, "ends", lambda: [[end]])
     chat = llm.chat(max_new_tokens=12, temperature=0.0, max_tokens=300)
     reply = chat.ask("def fib(n):\n")
     first = made.index(end)
-    assert reply == llm.decode(made[:first]) and chat._row.reason == "stop"
+    assert reply == llm.decode(made[:first]) and chat._reply.reason == "stop"
     before = chat.cache.seen[0]
     later = llm.encode("x = 1").tolist()[1:]
     chat.ask("x = 1")
@@ -135,7 +135,7 @@ def test_the_repetition_penalty_remembers_earlier_turns(llm: LLM) -> None:
         cache = llm.build_cache(KVCacheArgs(), 1, 300)
         greedy = SamplingArgs(temperature=0, repetition_penalty=1.5)
         (made,) = generate(llm.model, [text], cache, max_new_tokens=8, sampling=greedy)
-        assert chat._row.tokens == made.tolist()
+        assert chat._reply.tokens == made.tolist()
         text += made.tolist()
 
 
@@ -158,6 +158,35 @@ def test_an_interrupt_ends_a_reply_and_not_the_conversation(llm: LLM, capsys: py
     chat.say = real
     assert chat.ask("x")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("call", [0, 3])
+def test_an_interrupt_in_a_step_is_said_and_the_conversation_starts_anew(
+    llm: LLM, capsys: pytest.CaptureFixture, call: int
+) -> None:
+    chat, calls = llm.chat(max_new_tokens=12, temperature=0.0), []
+    expected = chat.ask("def f(x):")
+    chat.reset()
+
+    def interrupt(*_: object) -> None:
+        calls.append(1)
+        if len(calls) == call + 1:
+            raise KeyboardInterrupt
+
+    hook = llm.model.transformer.h[2].mlp.register_forward_pre_hook(interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            chat.ask("def f(x):")
+        with pytest.raises(ValueError, match=r"interrupted in the middle of a step.*reset\(\) starts anew"):
+            chat.ask("x")
+        chat.reset()
+        calls.clear()
+        _reply(chat, "def f(x):")
+        assert "Interrupted in the middle of a step: the conversation is forgotten." in capsys.readouterr().err
+        assert chat.turns == 0 and chat.cache.seen == [0]
+    finally:
+        hook.remove()
+    assert chat.ask("def f(x):") == expected
 
 
 def test_two_replies_at_once_are_refused(llm: LLM) -> None:

@@ -63,9 +63,15 @@ def test_a_seed_repeats(llm):
 
 def test_compiled_decoding_gives_the_same_text():
     llm = LLM.load("demo", accelerator="cpu")
-    plain = llm.generate(PROMPTS[1], max_new_tokens=24, temperature=0.0, kv_cache="h2o", budget=16)
+    settings = dict(max_new_tokens=24, temperature=0.0, kv_cache="h2o")
+    seen = len(llm.encode(PROMPTS[1])) + 23
+    share = f"{100 * 16 / seen:.2f}%"  # of the tokens that the row will see, not of a rounded number
+    plain = [llm.generate(PROMPTS[1], **settings, budget=budget) for budget in (16, share, [share] * 6)]
+    assert plain == [plain[0]] * 3 and max(llm.cache.tokens()["kept"]) == 16
     llm.compile()
-    assert llm.generate(PROMPTS[1], max_new_tokens=24, temperature=0.0, kv_cache="h2o", budget=16) == plain
+    for budget in (16, share, [share] * 6):
+        assert llm.generate(PROMPTS[1], **settings, budget=budget) == plain[0]
+        assert max(llm.cache.tokens()["kept"]) == 16
 
 
 def test_precisions():

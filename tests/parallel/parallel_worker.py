@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from litgpt.config import Config
 from litgpt_kv import GPT, KVCache, KVCacheArgs, SamplingArgs, Strategy, Tokens, register, registry
 from litgpt_kv.generate import generate
-from litgpt_kv.generate.stopping import Request, Row
+from litgpt_kv.generate.request import Request
 from litgpt_kv.parallel import tensor
-from litgpt_kv.parallel.base import DeviceRequest, seed_rows
+from litgpt_kv.parallel.base import DeviceRequest, seed_requests
 from litgpt_kv.parallel.collectives import Collectives
 from litgpt_kv.parallel.launch import launch
 from litgpt_kv.parallel.tensor import load_tensor_parallel
@@ -239,8 +239,8 @@ def extras(collectives: Collectives, pair: Whole) -> dict[str, Any]:
     """What is asked once."""
     found = {"gqa": passes(pair, GRID["gqa"]), "latent": passes(pair, LATENT["latent"])}
     free = SamplingArgs(top_k=5)  # without a seed
-    rows = [[Row(Request([1], sampling=free), b) for b in range(3)] for _ in range(2)]
-    drawn = [tuple(row.request.sampling.seed for row in seed_rows(collectives, some)) for some in rows]
+    rows = [[Request([1], sampling=free, id=b) for b in range(3)] for _ in range(2)]
+    drawn = [tuple(request.sampling.seed for request in seed_requests(collectives, some)) for some in rows]
     found["unseeded"] = dict(alike=len(set(collectives.all_gather_object(drawn[0]))) == 1, fresh=drawn[0] != drawn[1])
     found["unseeded"]["by_row"] = len(set(drawn[0])) == 3
     return found

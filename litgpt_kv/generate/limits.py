@@ -1,0 +1,106 @@
+"""What a request must fit, checked before it is admitted."""
+
+from __future__ import annotations
+
+from collections import abc
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from litgpt_kv.arguments import PREFILLS
+from litgpt_kv.cache.kv_cache import KVCache
+from litgpt_kv.cache.plan import LayerPlan, check_prompt_kept, limit_of, resolve
+from litgpt_kv.compat.input_pos import GPT
+from litgpt_kv.config import KVCacheArgs, shown
+from litgpt_kv.generate.request import Request
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def vocabulary_of(model: abc.Callable[..., Tensor]) -> int:
+    """How many tokens a model knows."""
+    if not (callable(model) and hasattr(model, "lm_head")):
+        raise TypeError(f"model must be a litgpt_kv.GPT, plain, compiled or wrapped, got {shown(model)}.")
+    return model.lm_head.out_features
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request must fit.
+
+    Attributes:
+        vocabulary: Token ids are below it.
+        limit: The most tokens that a row may see, None for no end; `why` it is so.
+        one_pass: The most tokens of a prompt that is read in one pass; None for no limit of its own.
+        plans: What each layer keeps, to see whether a prompt that is never evicted leaves room.
+    """
+
+    vocabulary: int
+    limit: int | None
+    why: str
+    one_pass: int | None
+    plans: abc.Sequence[LayerPlan] = ()
+
+    @classmethod
+    def of(cls, model: GPT, args: KVCacheArgs | None, prefill: str, tokens: int | None = None) -> Limits:
+        """Those of a cache for rows of so many tokens, or of the largest that the arguments allow."""
+        context = model.max_seq_length
+        limit, why, plans = context, "the model's context", []
+        if args is not None:
+            plans = resolve(model.config, args, tokens or context, context)
+            limit, why = limit_of(plans, context)
+        return cls(vocabulary_of(model), limit, why, context if prefill == "full" else None, plans)
+
+    @classmethod
+    def of_cache(cls, model: GPT, cache: KVCache, prefill: str) -> Limits:
+        """Those of a cache that is there."""
+        one_pass = model.max_seq_length if prefill == "full" else None
+        return cls(vocabulary_of(model), cache.limit, cache.why, one_pass, cache.plans)
+
+    def check(self, request: Request, name: str = "The prompt", seen: int = 0) -> None:
+        """Raises ValueError if a request cannot be run in a row that has `seen` tokens already."""
+        prompt, new = check_prompt(request.prompt, self.vocabulary, name), request.max_new_tokens
+        tokens = seen + len(prompt)
+        if self.limit is not None and tokens + new - 1 > self.limit:  # the last new token is never read
+            raise ValueError(
+                f"{name} has {tokens} tokens; with {new} new ones it is over the limit of {self.limit}: {self.why}."
+            )
+        if len(request.past):
+            check_prompt(request.past, self.vocabulary, f"What came before {name[0].lower()}{name[1:]}")
+        if self.one_pass is not None and len(prompt) > self.one_pass and not seen:
+            raise ValueError(
+                f"{name} has {len(prompt)} tokens; prefill 'full' reads it in one pass and the model's context is "
+                f"{self.one_pass}. The min-length prefill reads longer prompts into a cache that evicts."
+            )
+        if not seen:
+            try:
+                check_prompt_kept(self.plans, len(prompt))
+            except ValueError as error:
+                raise ValueError(f"{name} does not fit: {error}") from error
+
+
+def check_prompt(prompt: Any, vocabulary: int, name: str = "The prompt") -> Tensor:
+    """A prompt as a 1-D int64 tensor.
+
+    Raises:
+        ValueError: If it is empty, not one list of integers, or has a token outside the vocabulary.
+    """
+    try:
+        tokens = torch.as_tensor(prompt)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{name} must be a list of token ids of this vocabulary, got {shown(prompt)}.") from error
+    if tokens.dim() != 1 or tokens.numel() == 0:
+        raise ValueError(f"{name} must be a list of at least one token, got shape {tuple(tokens.shape)}.")
+    if tokens.dtype not in INTEGERS:
+        raise ValueError(f"{name} must be integer token ids, got {tokens.dtype}.")
+    if not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
+        raise ValueError(f"{name} has a token outside the vocabulary of {vocabulary}.")
+    return tokens.to(torch.int64)
+
+
+def check_prefill(method: str) -> None:
+    """Raises ValueError for an unknown way to read prompts."""
+    if method not in PREFILLS:
+        raise ValueError(f"prefill must be one of {', '.join(PREFILLS)}, got {shown(method)}.")

@@ -1,0 +1,207 @@
+"""One run of an `LLM`: its steps, statistics and cache."""
+
+from __future__ import annotations
+
+from collections import abc
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from litgpt_kv.arguments import RunArgs
+from litgpt_kv.cache.kv_cache import KVCache
+from litgpt_kv.config import KVCacheArgs, check_type
+from litgpt_kv.generate import Request, Sequence, Stats, raise_failed, serve
+from litgpt_kv.generate.limits import Limits
+from litgpt_kv.llm.text_model import TextModel
+
+
+class Run:
+    """Answers requests, as many at a time as the cache has rows; iterate over it for the sequences that drew a token.
+
+    With "data_parallel" a process answers some of the requests, and its last step has the answers of the others.
+
+    Args:
+        llm: The model and its tokenizer.
+        requests: What to answer; one without an id gets its place in this list.
+        args: What the cache keeps; None: no cache.
+        batch_size: The most rows; None: one a request.
+        tokens: What the longest row will see, prompt and new ones; None: as these requests ask.
+        prefill, prefill_chunk, logprobs: See `litgpt_kv.generate.stream`.
+
+    Attributes:
+        stats: What the run did. cache: What it keeps, None without one.
+
+    Raises:
+        ValueError: Before the first step, if an argument is out of range or a first request does not fit.
+    """
+
+    def __init__(
+        self,
+        llm: TextModel,
+        requests: abc.Sequence[Request],
+        args: KVCacheArgs | None,
+        batch_size: int | None = None,
+        prefill: str = "min-length",
+        prefill_chunk: int | None = None,
+        logprobs: bool = False,
+        tokens: int | None = None,
+    ) -> None:
+        check_run(llm, batch_size, prefill, prefill_chunk, logprobs)
+        check_type("requests", requests, abc.Sequence, "a list of Requests")
+        for request in requests:
+            check_type("requests", request, Request, "a list of Requests")
+        requests = [r if r.id is not None else replace(r, id=number) for number, r in enumerate(requests)]
+        self.llm, self.requests, self.stats = llm, requests, Stats()
+        tokens = tokens or max((request.sees for request in requests), default=1)
+        mine = requests
+        if llm.parallel is not None:
+            if llm.parallel.divides_prompts:  # what one process would refuse, all refuse
+                limits = Limits.of(llm.model, args, prefill, tokens)
+                for request in requests:
+                    limits.check(request, f"Prompt {request.id}")
+            mine = llm.parallel.own_requests(requests)
+        rows = max(1, min(len(mine), batch_size or len(mine)))
+        self.cache: KVCache | None = None if args is None else llm.build_cache(args, rows, tokens)
+        self._steps: Iterator[list[Sequence]] = iter(())
+        if mine or not requests:  # a process may have nothing to do
+            options = dict(prefill=prefill, prefill_chunk=prefill_chunk, logprobs=logprobs, stats=self.stats)
+            self._steps = _served(llm, mine, self.cache, rows, **options)
+        self._steps = self._noted(self._steps)
+
+    def __iter__(self) -> Run:
+        return self
+
+    def __next__(self) -> list[Sequence]:
+        return next(self._steps)
+
+    def close(self) -> None:
+        """Breaks the run off."""
+        self._steps.close()
+
+    def sequences(self) -> list[Sequence]:
+        """All answers, in the order of the requests."""
+        ended = {sequence.index: sequence for step in self for sequence in step if sequence.reason is not None}
+        return [ended[request.id] for request in self.requests]
+
+    def pieces(self) -> Iterator[list[str]]:
+        """For each step the text that it added to each answer."""
+        failed: list[Sequence] = []
+        for step in self:
+            made = {sequence.index: sequence.piece for sequence in step}
+            failed += [sequence for sequence in step if sequence.error is not None]
+            yield [made.get(request.id, "") for request in self.requests]
+        raise_failed(failed)
+
+    def _noted(self, steps: Iterator[list[Sequence]]) -> Iterator[list[Sequence]]:
+        parallel, stats, answered = self.llm.parallel, self.stats, []
+        number = {request.id: n for n, request in enumerate(self.requests)}
+        stats.reasons, stats.logprobs = [None] * len(number), [[] for _ in number]
+
+        def note(sequences: abc.Sequence[Sequence]) -> None:
+            for sequence in sequences:
+                if sequence.reason is not None:
+                    answered.append(sequence)
+                    at = number[sequence.index]
+                    stats.reasons[at], stats.logprobs[at] = sequence.reason, sequence.logprobs
+
+        try:
+            try:
+                for step in steps:
+                    note(step)
+                    yield step
+            except BaseException as error:
+                if parallel is not None and parallel.divides_prompts:
+                    parallel.synchronize(f"{type(error).__name__}: {error}")
+                raise
+            if parallel is not None and (others := parallel.exchange_answers(self.requests, answered, stats)):
+                note(others)
+                yield others
+        finally:
+            self.llm.last_run = self
+
+
+class OpenRun:
+    """Answers any number of requests, each taken from an iterator only when a row is free; iterate over it as a `Run`.
+
+    Processes that divide the requests need `Run`, which knows all of them.
+
+    Args:
+        llm: The model and its tokenizer.
+        requests: What to answer; those without an id are numbered as they come.
+        args: What the cache keeps; None: no cache.
+        batch_size: Rows.
+        tokens: What the longest row will see, prompt and new tokens.
+        prefill, prefill_chunk, logprobs: See `litgpt_kv.generate.stream`.
+
+    Attributes:
+        stats: What the run did, nothing of single requests. cache: What it keeps, None without one.
+
+    Raises:
+        ValueError: Before the first step, if an argument is out of range or a first request does not fit.
+    """
+
+    def __init__(
+        self,
+        llm: TextModel,
+        requests: abc.Iterable[Request],
+        args: KVCacheArgs | None,
+        batch_size: int,
+        tokens: int,
+        prefill: str = "min-length",
+        prefill_chunk: int | None = None,
+        logprobs: bool = False,
+    ) -> None:
+        check_run(llm, batch_size, prefill, prefill_chunk, logprobs)
+        if llm.parallel is not None and llm.parallel.divides_prompts:
+            raise ValueError("Processes that divide the requests need all of them at once: use run().")
+        self.stats = Stats()
+        self.cache: KVCache | None = None if args is None else llm.build_cache(args, batch_size, tokens)
+        if llm.parallel is not None:
+            requests = (request for each in requests for request in llm.parallel.own_requests([each]))
+        options = dict(prefill=prefill, prefill_chunk=prefill_chunk, logprobs=logprobs, stats=self.stats)
+        self._steps = _served(llm, requests, self.cache, batch_size, **options)
+        llm.last_run = self
+
+    def __iter__(self) -> OpenRun:
+        return self
+
+    def __next__(self) -> list[Sequence]:
+        return next(self._steps)
+
+    def close(self) -> None:
+        """Breaks the run off."""
+        self._steps.close()
+
+
+def check_run(llm: TextModel, batch_size: int | None, prefill: str, prefill_chunk: int | None, logprobs: bool) -> None:
+    """Raises ValueError if there is no model, or an argument of a run is out of range."""
+    if llm.model is None:
+        raise ValueError("No weights are loaded: call distribute() first, or load without distribute=None.")
+    RunArgs(batch_size, prefill, prefill_chunk, logprobs)
+
+
+def _served(
+    llm: TextModel, requests: abc.Iterable[Request], cache: KVCache | None, rows: int, **options: Any
+) -> Iterator[list[Sequence]]:
+    options |= dict(decoder=llm.decoder, decode_text=llm.decode)
+    return serve(llm.model, requests, cache, rows=rows, **options)
+
+
+class Pieces(Iterator):
+    """Text of a run, piece by piece as it is made.
+
+    Attributes:
+        stats: What the run did so far. cache: What it keeps.
+    """
+
+    def __init__(self, run: Run, single: bool) -> None:
+        self.stats, self.cache = run.stats, run.cache
+        self._pieces, self._single = run.pieces(), single
+
+    def __next__(self) -> str | list[str]:
+        pieces = next(self._pieces)
+        return pieces[0] if self._single else pieces
+
+    def close(self) -> None:
+        """Breaks the run off."""
+        self._pieces.close()
