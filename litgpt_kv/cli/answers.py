@@ -72,7 +72,7 @@ class Answers:
     A file gets each one at once, so that an interrupted run loses none; at the end they are brought into the order of
     the prompts. Standard output gets each one as soon as all before it are there. One run at a time writes a file.
 
-    Where several processes divide the prompts (`ParallelStrategy.divides_rows`), process 0 writes the file and each
+    Where several processes divide the prompts (`ParallelStrategy.divides_prompts`), process 0 writes the file and each
     other one a part beside it, which is emptied whenever process 0 has taken over what is in it (`merge`).
 
     Args:
@@ -132,7 +132,7 @@ class Answers:
 
     @property
     def divided(self) -> bool:
-        return self.parallel is not None and self.parallel.divides_rows
+        return self.parallel is not None and self.parallel.divides_prompts
 
     @property
     def rank(self) -> int:

@@ -116,13 +116,12 @@ def digest_of(
 ) -> str:
     """A digest of the settings that change answers: those of another digest are not continued."""
     how = [run.prefill, run.prefill_chunk, run.logprobs, num_samples > 1, device.precision, device.quantize]
-    files = sorted(registry.IMPORTED.values())
-    made = [checkpoint_dir, asdict(asked), None if args is None else asdict(args), *how, files]
+    made = [checkpoint_dir, asdict(asked), None if args is None else asdict(args), *how]
     return hashlib.sha256(json.dumps(made).encode()).hexdigest()[:8]
 
 
 def show(llm: LLM, run: Run) -> list[Sequence]:
-    """Print prompts and their continuations, one as it is made, several when all are; return the answers."""
+    """Prints prompts and their continuations, one as it is made, several when all are; returns the answers."""
     output, texts = Output.of(llm), [llm.decode(request.prompt.tolist()) for request in run.requests]
     if len(texts) > 1:
         sequences = run.sequences()
@@ -175,8 +174,7 @@ class _Telling:
     read slowly."""
 
     def __init__(self, output: Output, run: RunArgs) -> None:
-        self.output, self.run = output, run
-        self.bad_lines, self.failed_lines, self.announced = 0, 0, False
+        self.output, self.run, self.bad_lines, self.failed_lines, self.announced = output, run, 0, 0, False
 
     def bad(self, line: Line) -> None:
         self.bad_lines += 1

@@ -69,7 +69,7 @@ def answer_file(
         run.compare(prompts)
     tokens = run.longest(prompts.repeatable()) if run.needs_longest else None
     options = {name: getattr(run_args, name) for name in ("prefill", "prefill_chunk", "logprobs")}
-    divided = llm.parallel is not None and llm.parallel.divides_rows
+    divided = llm.parallel is not None and llm.parallel.divides_prompts
     steps = (run.divided if divided else run.streamed)(run.requests(prompts, tokens), tokens, options)
     hidden = None if llm.fabric.is_global_zero else True  # None: a bar on terminals only
     with tqdm(initial=len(answers), unit="prompt", disable=hidden) as bar:

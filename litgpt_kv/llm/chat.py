@@ -50,7 +50,7 @@ class Chat:
         prefill: str = "min-length",
         **settings: Any,
     ) -> None:
-        if llm.parallel is not None and llm.parallel.divides_rows:
+        if llm.parallel is not None and llm.parallel.divides_prompts:
             raise ValueError("A conversation has one row: nothing is to be divided among the processes.")
         self.llm, self.sys_prompt, self.prefill = llm, sys_prompt, prefill
         stopping, sampling = grouped("chat", {"max_new_tokens": 256, **settings}, StoppingArgs, SamplingArgs)

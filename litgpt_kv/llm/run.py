@@ -55,7 +55,7 @@ class Run:
         tokens = tokens or max((request.sees for request in requests), default=1)
         mine = requests
         if llm.parallel is not None:
-            if llm.parallel.divides_rows:  # what one process would refuse, all refuse
+            if llm.parallel.divides_prompts:  # what one process would refuse, all refuse
                 limits = Limits.of(llm.model, args, prefill, tokens)
                 for request in requests:
                     limits.check(request, f"Prompt {request.id}")
@@ -105,16 +105,17 @@ class Run:
                     stats.reasons[at], stats.logprobs[at] = sequence.reason, sequence.logprobs
 
         try:
-            for step in steps:
-                note(step)
-                yield step
+            try:
+                for step in steps:
+                    note(step)
+                    yield step
+            except BaseException as error:
+                if parallel is not None and parallel.divides_prompts:
+                    parallel.synchronize(f"{type(error).__name__}: {error}")
+                raise
             if parallel is not None and (others := parallel.exchange_answers(self.requests, answered, stats)):
                 note(others)
                 yield others
-        except BaseException as error:
-            if parallel is not None and parallel.divides_rows:
-                parallel.synchronize(f"{type(error).__name__}: {error}")
-            raise
         finally:
             self.llm.last_run = self
 
@@ -151,7 +152,7 @@ class OpenRun:
         logprobs: bool = False,
     ) -> None:
         check_run(llm, batch_size, prefill, prefill_chunk, logprobs)
-        if llm.parallel is not None and llm.parallel.divides_rows:
+        if llm.parallel is not None and llm.parallel.divides_prompts:
             raise ValueError("Processes that divide the requests need all of them at once: use run().")
         self.stats = Stats()
         self.cache: KVCache | None = None if args is None else llm.build_cache(args, batch_size, tokens)

@@ -51,10 +51,10 @@ class ParallelStrategy(Protocol):
 
     Attributes:
         fabric: This process' device and precision. model: What it runs. collectives: The processes.
-        divides_rows: Whether each process answers prompts of its own; otherwise all answer all of them together.
+        divides_prompts: Whether each process answers prompts of its own; otherwise all answer all of them together.
     """
 
-    divides_rows: ClassVar[bool]
+    divides_prompts: ClassVar[bool]
     fabric: L.Fabric
     model: GPT
     collectives: Collectives
@@ -79,8 +79,8 @@ class ParallelStrategy(Protocol):
 def seed_requests(collectives: Collectives, requests: abc.Sequence[Request]) -> list[Request]:
     """With a seed all processes draw alike; requests without one get a seed that process 0 draws."""
     free = [request for request in requests if request.sampling.seed is None]
-    seeds = collectives.broadcast_object([random.SystemRandom().randrange(2**63) for _ in free]) if free else []
-    drawn = iter(seeds)
+    seeds = [random.SystemRandom().randrange(2**63) for _ in free]
+    drawn = iter(collectives.broadcast_object(seeds) if free else [])
     return [
         replace(r, sampling=replace(r.sampling, seed=next(drawn))) if r.sampling.seed is None else r for r in requests
     ]

@@ -16,7 +16,7 @@ from litgpt_kv.parallel.tensor import load_tensor_parallel
 class DataParallel:
     """The whole model on every device, and some of the prompts."""
 
-    divides_rows = True
+    divides_prompts = True
 
     def __init__(self, config: Config, weights: Weights, request: DeviceRequest) -> None:
         run = launch(request)
@@ -26,8 +26,8 @@ class DataParallel:
 
     def own_requests(self, requests: abc.Sequence[Request]) -> list[Request]:
         requests = seed_requests(self.collectives, requests)
-        parts = assign_rows([request.sees for request in requests], self.collectives.size)
-        return [requests[b] for b in parts[self.collectives.rank]]
+        shares = assign_prompts([request.sees for request in requests], self.collectives.size)
+        return [requests[b] for b in shares[self.collectives.rank]]
 
     def exchange_answers(
         self, requests: abc.Sequence[Request], answered: abc.Sequence[Sequence], stats: Stats
@@ -56,7 +56,7 @@ def _total(stats: Stats, parts: list[dict[str, Any]]) -> None:
         setattr(stats, name, max(part[name] for part in parts))
 
 
-def assign_rows(lengths: abc.Sequence[int], processes: int) -> list[list[int]]:
+def assign_prompts(lengths: abc.Sequence[int], processes: int) -> list[list[int]]:
     """Which rows each process takes: the longest first, each to the one that has least to read so far."""
     out: list[list[int]] = [[] for _ in range(processes)]
     load = [(0, r) for r in range(processes)]

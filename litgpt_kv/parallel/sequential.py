@@ -31,7 +31,7 @@ from litgpt_kv.parallel.weights import full_shapes, load_weights
 class Sequential:
     """Layers over the devices of one process."""
 
-    divides_rows = False
+    divides_prompts = False
 
     def __init__(self, config: Config, weights: Weights, request: DeviceRequest) -> None:
         if request.num_nodes != 1:

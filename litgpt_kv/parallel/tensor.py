@@ -36,7 +36,7 @@ from litgpt_kv.parallel.weights import full_shapes, load_weights
 class TensorParallel:
     """Every layer over all devices."""
 
-    divides_rows = False
+    divides_prompts = False
 
     def __init__(self, config: Config, weights: Weights, request: DeviceRequest) -> None:
         if isinstance(request.devices, int):  # said before anything is started

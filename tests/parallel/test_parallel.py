@@ -20,7 +20,7 @@ from litgpt_kv import GPT, LLM
 from litgpt_kv.__main__ import main
 from litgpt_kv.llm.checkpoint import DEMO
 from litgpt_kv.parallel import PARALLEL_STRATEGIES, DeviceRequest, find_parallel_strategy
-from litgpt_kv.parallel.data import assign_rows
+from litgpt_kv.parallel.data import assign_prompts
 from litgpt_kv.parallel.heads import divide_heads, split_range
 from litgpt_kv.parallel.tensor import slice_parameter
 from tests.oracle.shrink import LLAMA, shrink
@@ -155,11 +155,11 @@ def test_bounds_cover_everything(parts: int) -> None:
 
 def test_rows_are_balanced_by_length() -> None:
     lengths = [900, 10, 20, 880, 500, 400, 30]
-    found = assign_rows(lengths, 2)
+    found = assign_prompts(lengths, 2)
     assert sorted(b for rows in found for b in rows) == list(range(7))
     loads = [sum(lengths[b] for b in rows) for rows in found]
     assert max(loads) - min(loads) <= 30
-    assert assign_rows([5], 3) == [[0], [], []]
+    assert assign_prompts([5], 3) == [[0], [], []]
 
 
 # -- the command line and the API --------------------------------------------------------------------------------------

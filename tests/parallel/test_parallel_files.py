@@ -37,9 +37,6 @@ from litgpt_kv import LLM
 from litgpt_kv.arguments import StoppingArgs
 from litgpt_kv.llm.text_request import TextRequest
 
-def request(text):
-    return TextRequest(text, stopping=StoppingArgs(max_new_tokens=9))
-
 def say(*words):  # in one piece: two processes write here
     os.write(1, (" ".join(map(str, words)) + "\\n").encode())
 
@@ -52,7 +49,8 @@ try:  # what one process would refuse, all do
 except ValueError as error:
     say("refused", rank, "over the limit of 1024" in str(error))
 try:  # one process fails on its own; the other one hears of it
-    for n, drew in enumerate(llm.run([llm.request(request(t), b) for b, t in enumerate(texts)], None)):
+    asked = [TextRequest(text, stopping=StoppingArgs(max_new_tokens=9)) for text in texts]
+    for n, drew in enumerate(llm.run([llm.request(each, b) for b, each in enumerate(asked)], None)):
         if rank and n == 3:
             raise OSError("no space")
 except (OSError, RuntimeError) as error:
@@ -113,7 +111,7 @@ def test_a_file_over_two_processes_is_that_of_one_and_survives_a_killed_one(tmp_
             time.sleep(0.01)
         began = time.monotonic()
         os.kill(children(process.pid)[1], signal.SIGKILL)
-        _, err = process.communicate(timeout=240)
+        _, err = process.communicate(timeout=60)
         assert process.returncode == 1 and "process 1 of 2" in err and time.monotonic() - began < 30
     kept = [r for p in tmp_path.glob("two.jsonl*") for r in map(json.loads, p.read_text().splitlines()[:-1])]
     assert len(kept) >= 2
