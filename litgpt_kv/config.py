@@ -1,4 +1,4 @@
-"""What the user chooses (`KVCacheArgs`, `SamplingArgs`) and what a layer of litgpt's `Config` needs. Floor 0."""
+"""What the user chooses: `KVCacheArgs` and `SamplingArgs`."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
-from litgpt.config import Config
-from litgpt.model import yarn_get_mscale
-
 T = TypeVar("T")
+SELECTS = (None, "head", "layer", "pool")
+PATTERNS = (None, "pyramid", "funnel")
+OptionValue = bool | int | float | str | None  # of a strategy; Any would let a YAML file name code to run
 HOTTEST = 1e30  # temperature: well within float32
 
 
@@ -27,14 +27,6 @@ def check_type(name: str, value: Any, kinds: type | tuple[type, ...], what: str)
     """Raises TypeError in our words if a value is not what it should be."""
     if not isinstance(value, kinds):
         raise TypeError(f"{name} must be {what}, got {shown(value)}.")
-
-
-def check_whole(name: str, value: Any, least: int | None = 1) -> None:
-    """Raises ValueError if a value is no whole number, or below the least one."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name} must be a whole number, got {shown(value)}.")
-    if least is not None and value < least:
-        raise ValueError(f"{name} must be at least {least}, got {shown(value)}.")
 
 
 def check_callable(name: str, value: Any) -> None:
@@ -55,9 +47,20 @@ class KVCacheArgs:
         recent: The last so many tokens, the one being decoded included, are never evicted. None: the strategy's
             own default.
         storage: How keys and values are stored: a registered name.
+        interval: Evict so many tokens at once when a row is full, so that a costly score runs once in so many steps;
+            a row then holds between `budget - interval + 1` and `budget` tokens.
+        keep_prompt: Never evict a row's prompt; it must leave room in the budget.
+        select: Who chooses what stays: "head" (each key/value head), "layer" (one choice for all heads of a layer) or
+            "pool" (the heads of a layer compete for the slots of all of them). None: the strategy's own default.
+        floor: With select "pool", the share of the budget that every head is sure to keep.
+        pools: With select "pool", into how many pools of neighbouring heads those of a layer are divided.
+        budget_pattern: Spread the budget over the layers with its total kept: "pyramid" (most in the first layers) or
+            "funnel" (most in the last ones). None: the same for all.
+        attention: The kernel that decodes: a registered name. None: the best one for the device and the storage.
         positions: "absolute" (a token keeps its position in the text) or "cache" (positions count the kept tokens,
             so that a stream may run past the model's context). None: the strategy's own default.
         options: The strategy's own parameters, by name.
+        storage_options: The storage's own parameters, by name.
 
     `strategy`, `budget`, `sinks`, `recent` and `storage` may each be a list with one value a layer.
     """
@@ -67,16 +70,32 @@ class KVCacheArgs:
     sinks: int | None | Sequence[int | None] = None
     recent: int | None | Sequence[int | None] = None
     storage: str | Sequence[str] = "plain"
+    interval: int = 1
+    keep_prompt: bool = False
+    select: str | None = None
+    floor: float = 0.2
+    pools: int = 1
+    budget_pattern: str | None = None
+    attention: str | None = None
     positions: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, OptionValue | list[OptionValue]] = field(default_factory=dict)
+    storage_options: dict[str, OptionValue | list[OptionValue]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, kv_cache: str | KVCacheArgs | None, budget: int | str | None = None) -> KVCacheArgs | None:
-        """From a strategy's name or themselves, with another budget if one is given; None for None and "none"."""
-        args = cls(strategy=kv_cache) if isinstance(kv_cache, str) and kv_cache != "none" else kv_cache
-        args = None if args == "none" else args
+        """From a strategy's name or themselves, with another budget if one is given; None for None and "none".
+
+        Raises:
+            TypeError: If `kv_cache` is something else.
+            ValueError: If "none", which keeps nothing, comes with options or a budget.
+        """
+        args = cls(strategy=kv_cache) if isinstance(kv_cache, str) else kv_cache
         if not (args is None or isinstance(args, KVCacheArgs)):
-            raise ValueError(f"kv_cache must be a strategy's name, KVCacheArgs or None, got {shown(kv_cache)}.")
+            raise TypeError(f"kv_cache must be a strategy's name, KVCacheArgs or None, got {shown(kv_cache)}.")
+        if args is not None and args.strategy == "none":
+            if args != cls(strategy="none"):
+                raise ValueError("kv_cache 'none' takes no options.")
+            args = None
         if budget is not None and args is None:
             raise ValueError(f"Without a cache there is no budget, got {shown(budget)}.")
         return args if budget is None else replace(args, budget=budget)
@@ -89,14 +108,32 @@ class KVCacheArgs:
     def __post_init__(self) -> None:
         if self.positions not in (None, "absolute", "cache"):
             raise ValueError(f"positions must be 'absolute' or 'cache', got {shown(self.positions)}.")
-        check_type("options", self.options, dict, "a dictionary of the strategy's options")
         for name in ("strategy", "storage"):
-            for one in _each(getattr(self, name)):
-                check_type(name, one, str, "a registered name, or a list with one a layer")
-        for name in ("budget", "sinks", "recent"):
+            if not all(isinstance(one, str) for one in _each(getattr(self, name))) or not getattr(self, name):
+                raise TypeError(f"{name} must be a name, or a list of names, got {shown(getattr(self, name))}.")
+        for name in ("options", "storage_options"):
             value = getattr(self, name)
-            for one in _each(value):
-                _check_count(name, one)
+            if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+                raise TypeError(f"{name} must be values by name, got {shown(value)}.")
+        for name in ("budget", "sinks", "recent"):
+            for value in _each(getattr(self, name)):
+                _check_count(name, value)
+        for name in ("interval", "pools"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+                raise ValueError(f"{name} must be a whole number from 1 to 2**31 - 1, got {shown(value)}.")
+        if not isinstance(self.keep_prompt, bool):
+            raise ValueError(f"keep_prompt must be true or false, got {shown(self.keep_prompt)}.")
+        if self.select not in SELECTS:
+            raise ValueError(f"select must be 'head', 'layer' or 'pool', got {shown(self.select)}.")
+        if isinstance(self.floor, bool) or not isinstance(self.floor, (int, float)) or not 0 <= self.floor <= 1:
+            raise ValueError(f"floor must be between 0 and 1, got {shown(self.floor)}.")
+        if self.budget_pattern not in PATTERNS:
+            raise ValueError(f"budget_pattern must be 'pyramid' or 'funnel', got {shown(self.budget_pattern)}.")
+        if self.budget_pattern is not None and (self.budget is None or _each(self.budget) is self.budget):
+            raise ValueError(f"A budget_pattern spreads one budget over the layers, got budget {shown(self.budget)}.")
+        if not (self.attention is None or isinstance(self.attention, str)):
+            raise TypeError(f"attention must be a kernel's name, got {shown(self.attention)}.")
 
 
 def _check_count(name: str, value: Any) -> None:
@@ -108,6 +145,8 @@ def _check_count(name: str, value: Any) -> None:
         raise ValueError(f"{name} is a count of tokens, got {shown(value)}.")
     elif value < (1 if name == "budget" else 0):
         raise ValueError(f"{name} must be at least {1 if name == 'budget' else 0}, got {shown(value)}.")
+    elif value >= 2**31:
+        raise ValueError(f"{name} must be less than 2**31 tokens, got {shown(value)}.")
 
 
 def percent(text: str, of: int) -> int:
@@ -149,44 +188,47 @@ class SamplingArgs:
     """How the next token is chosen from the logits; the names and their meaning are litgpt's.
 
     Args:
-        temperature: Divides the logits; 0 takes the most probable token (greedy).
-        top_k: Sample among the so many most probable tokens; None: among all.
+        temperature: Divides the logits; higher is more random, 0 takes the most probable token (greedy). None: what the
+            checkpoint's generation_config.json says, else 0.8; without a checkpoint 1.0.
+        top_k: Sample among the so many most probable tokens; null (None) for all.
         top_p: Sample among the smallest set of tokens whose probabilities sum to more than this; 1.0: among all,
             0.0: greedy.
         seed: Makes the run repeatable, and a row independent of its partners; None: torch's global generator.
         repetition_penalty: Divides the positive logits of tokens that the prompt or the text has, and multiplies the
             negative ones, before all else (Keskar et al. 2019, arXiv 1909.05858; as in Hugging Face's generate).
+        min_p: Sample among the tokens that have at least this share of the most probable token's probability, after
+            temperature (Nguyen et al. 2024, arXiv 2407.01082; as in vLLM and Hugging Face's generate); 0.0: among all.
 
     Each may be one value for all rows, or a list with one a row.
     """
 
-    temperature: float | Sequence[float] = 1.0
+    temperature: float | None | Sequence[float | None] = 1.0
     top_k: int | None | Sequence[int | None] = None
     top_p: float | Sequence[float] = 1.0
     seed: int | None | Sequence[int | None] = None
     repetition_penalty: float | Sequence[float] = 1.0
+    min_p: float | Sequence[float] = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_p", "repetition_penalty", "top_k", "seed"):
-            kind = int if name in ("top_k", "seed") else (int, float)
+        for name, (kind, least, most, says) in SAMPLING_LIMITS.items():
             for value in _each(getattr(self, name)):
-                if isinstance(value, bool) or not (isinstance(value, kind) or (value is None and kind is int)):
-                    raise ValueError(f"{name} must be a {'whole ' if kind is int else ''}number, got {shown(value)}.")
-        for value in _each(self.temperature):
-            if not 0 <= value <= HOTTEST:
-                raise ValueError(f"temperature must be 0 or greater, and at most {HOTTEST:.0e}, got {shown(value)}.")
-        for value in _each(self.top_k):
-            if value is not None and value < 1:
-                raise ValueError(f"top_k must be at least 1, got {shown(value)}.")
-        for value in _each(self.top_p):
-            if not 0.0 <= value <= 1.0:
-                raise ValueError(f"top_p must be between 0 and 1, got {shown(value)}.")
-        for value in _each(self.seed):
-            if value is not None and not 0 <= value < 2**63:
-                raise ValueError(f"seed must be 0 to 2**63 - 1, got {shown(value)}.")
-        for value in _each(self.repetition_penalty):
-            if not 0.01 <= value <= 100:
-                raise ValueError(f"repetition_penalty must be between 0.01 and 100, got {shown(value)}.")
+                if value is None and name in ("temperature", "top_k", "seed"):
+                    continue
+                if isinstance(value, bool) or not isinstance(value, kind):
+                    what = "whole number" if kind is int else "number"
+                    raise ValueError(f"{name} must be a {what}, got {shown(value)}.")
+                if not least <= value <= most:  # NaN is refused, too
+                    raise ValueError(f"{name} must be {says}, got {shown(value)}.")
+
+    def resolved(self, temperature: float) -> SamplingArgs:
+        """The same with a checkpoint's own temperature where none is given."""
+        values = [temperature if value is None else value for value in _each(self.temperature)]
+        return replace(self, temperature=values if isinstance(self.temperature, (list, tuple)) else values[0])
+
+    def shifted(self, number: int) -> SamplingArgs:
+        """The same with another seed: that of sample (or turn) `number`, counted from 0; after 2**63 - 1 comes 0."""
+        seeds = [None if seed is None else (seed + number) % 2**63 for seed in _each(self.seed)]
+        return replace(self, seed=seeds if isinstance(self.seed, (list, tuple)) else seeds[0])
 
     def rows(self, count: int) -> list[SamplingArgs]:
         """The same for each of `count` rows, with one value each."""
@@ -194,48 +236,11 @@ class SamplingArgs:
         return [SamplingArgs(*row) for row in zip(*(per_row(name, getattr(self, name), count) for name in names))]
 
 
-@dataclass(frozen=True)
-class LayerFacts:
-    """The static facts of one attention layer that a cache, a strategy and the attention share.
-
-    `key_size` and `value_size` are the widths of a cached key and value; `rope_size` is how many leading elements
-    of a key are rotated; `scale` multiplies the scores; `window` is the sliding window in tokens or None.
-
-    With `latent`, multi-head latent attention, a token's cached key is the rotary part that all heads share and its
-    value the latent that their keys and values are made of: queries meet both, and there is one group.
-    """
-
-    index: int
-    heads: int
-    groups: int
-    key_size: int
-    value_size: int
-    rope_size: int
-    scale: float
-    softcap: float | None
-    window: int | None
-    latent: bool = False
-
-
-def layer_facts(config: Config, index: int) -> LayerFacts:
-    """Reads `LayerFacts` of layer `index` (0-based) off litgpt's `Config`."""
-    adjust = config.rope_adjustments or {}
-    factor, mscale_all_dim = adjust.get("factor"), adjust.get("mscale_all_dim")
-    mscale = yarn_get_mscale(factor, mscale_all_dim) if factor and mscale_all_dim else 1.0
-    latent = bool(config.latent_attention)
-    width = config.qk_head_dim if latent else config.head_size
-    sliding = config.sliding_window_size is not None and config.sliding_window_indices is not None
-    sliding = sliding and not latent  # litgpt's latent attention knows no window
-    return LayerFacts(
-        index=index,
-        heads=config.n_head,
-        groups=1 if latent else config.n_query_groups,
-        # litgpt's rope table keeps two columns for a single rotated element, and its keys grow by one
-        key_size=(config.qk_rope_head_dim if latent else width) + (config.rope_n_elem == 1),
-        value_size=config.kv_lora_rank if latent else width,
-        rope_size=config.rope_n_elem,
-        scale=1.0 / math.sqrt(config.attention_scores_scalar or width) * mscale * mscale,  # in litgpt's order
-        softcap=config.attention_logit_softcapping,
-        window=config.sliding_window_size if sliding and config.sliding_window_indices[index] else None,
-        latent=latent,
-    )
+SAMPLING_LIMITS: dict[str, tuple[Any, float, float, str]] = {  # type, least, most, in words
+    "temperature": ((int, float), 0, HOTTEST, f"0 or greater, and at most {HOTTEST:.0e}"),
+    "top_k": (int, 1, 2**63 - 1, "at least 1"),
+    "top_p": ((int, float), 0, 1, "between 0 and 1"),
+    "seed": (int, 0, 2**63 - 1, "0 to 2**63 - 1"),
+    "repetition_penalty": ((int, float), 0.01, 100, "between 0.01 and 100"),
+    "min_p": ((int, float), 0, 1, "between 0 and 1"),
+}

@@ -1,4 +1,4 @@
-"""Where strategies, storages and layer caches are found by name. Floor 0: imports nothing of ours.
+"""Strategies, storages and attention kernels by name. Imports nothing of ours.
 
 A name is registered by decorating its class; packages outside this one do it through the entry point
 ``litgpt_kv.strategies``, which is read the first time a name is looked up::
@@ -12,12 +12,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import importlib.util
+import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 ENTRY_POINT = "litgpt_kv.strategies"
-_KINDS: dict[str, dict[str, Any]] = {"strategy": {}, "storage": {}, "cache": {}}
+_KINDS: dict[str, dict[str, Any]] = {"strategy": {}, "storage": {}, "kernel": {}}
 
 C = TypeVar("C", bound=type)
 
@@ -26,7 +31,7 @@ def register(kind: str, name: str) -> Callable[[C], C]:
     """Class decorator: make a class known as ``name`` among the things of one ``kind``.
 
     Args:
-        kind: ``"strategy"`` (what is kept), ``"storage"`` (how it is stored) or ``"cache"`` (a whole layer cache).
+        kind: ``"strategy"`` (what is kept), ``"storage"`` (how it is stored) or ``"kernel"`` (decode attention).
         name: What users write on the command line and in YAML: lower case, no spaces.
 
     Raises:
@@ -66,13 +71,16 @@ def get(kind: str, name: str) -> Any:
 
 
 def options(kind: str, name: str) -> list[str]:
-    """The names of the options that the class registered under a name takes."""
+    """The names of the options that the class registered under a name takes: the fields of a dataclass, or what a
+    class says in `options`."""
     cls = get(kind, name)
-    return [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+    return (
+        [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else [*getattr(cls, "options", ())]
+    )
 
 
-def build(kind: str, name: str, **given: Any) -> Any:
-    """An instance of the class registered under a name, made with its own options.
+def build(kind: str, name: str, *args: Any, **given: Any) -> Any:
+    """An instance of the class registered under a name, made with `args` and its own options.
 
     Raises:
         ValueError: For an unknown name, or for options that the class does not take.
@@ -81,13 +89,67 @@ def build(kind: str, name: str, **given: Any) -> Any:
     if unknown := sorted(set(given) - set(known)):
         takes = f"It takes {', '.join(sorted(known))}." if known else "It takes no options."
         raise ValueError(f"Unknown option {', '.join(map(repr, unknown))} for the {kind} {name!r}. {takes}")
-    return get(kind, name)(**given)
+    return get(kind, name)(*args, **given)
 
 
 def _table(kind: str) -> dict[str, Any]:
     if kind not in _KINDS:
         raise ValueError(f"Unknown kind {kind!r}. Available: {', '.join(_KINDS)}.")
     return _KINDS[kind]
+
+
+def import_file(path: str) -> ModuleType:
+    """Run a Python file, whose classes register themselves, as a package's entry point would.
+
+    Args:
+        path: The file, `my_file.py`. One that was run already is not run again.
+
+    Raises:
+        ValueError: If there is no such file, or running it fails.
+    """
+    file = Path(path).resolve()
+    if file.suffix != ".py" or not file.is_file():
+        raise ValueError(f"There is no Python file {path!r} to import.")
+    name = f"litgpt_kv_file_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up while it is run
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # a user's code: say whose
+        del sys.modules[name]
+        raise ValueError(f"{path} cannot be imported: {error!r}") from error
+    return module
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a strategy is given as `my_file.py:MyStrategy` (or as the file alone)."""
+    return name.partition(":")[0].endswith(".py")
+
+
+def import_named(name: str) -> str:
+    """The registered name of a strategy; one that is given as `my_file.py:MyStrategy` is imported first.
+
+    A class that has not registered itself is registered under its own name in lower case.
+
+    Raises:
+        ValueError: If the file cannot be imported, or has no such class.
+    """
+    if not is_file_name(name):
+        return name
+    path, _, attribute = name.rpartition(":")
+    if not path:
+        raise ValueError(f"{name!r} needs the name of its strategy's class: {name}:MyStrategy.")
+    cls = getattr(import_file(path), attribute, None)
+    if not isinstance(cls, type):
+        raise ValueError(f"{path} has no class {attribute!r}.")
+    for known, registered in _KINDS["strategy"].items():
+        if registered is cls:
+            return known
+    register("strategy", attribute.lower())(cls)
+    return attribute.lower()
 
 
 @functools.cache

@@ -10,7 +10,8 @@ import pytest
 import litgpt.model as base
 from litgpt.config import Config, name_to_config
 from litgpt_kv import KVCacheArgs, SamplingArgs
-from litgpt_kv.config import layer_facts, per_layer, percent
+from litgpt_kv.cache.spec import layer_spec
+from litgpt_kv.config import per_layer, percent
 from tests.oracle.shrink import LATENT, SYNTHETIC, YARN, shrink
 
 # -- KVCacheArgs -------------------------------------------------------------------------------------------------------
@@ -105,7 +106,7 @@ def test_facts_are_what_litgpts_attention_uses(name: str) -> None:
     config = SYNTHETIC[name] if name in SYNTHETIC else shrink(name)
     model = base.GPT(config)
     for index, block in enumerate(model.transformer.h):
-        facts, attn = layer_facts(config, index), block.attn
+        facts, attn = layer_spec(config, index), block.attn
         assert facts.index == index
         assert (facts.heads, facts.latent) == (config.n_head, bool(config.latent_attention))
         if facts.latent:  # litgpt's cache holds what each head makes of them
@@ -127,18 +128,18 @@ def test_facts_are_what_litgpts_attention_uses(name: str) -> None:
 
 def test_facts_by_hand() -> None:
     gemma = Config.from_name("Gemma-3-27b-it")
-    local, far = layer_facts(gemma, 0), layer_facts(gemma, 5)
+    local, far = layer_spec(gemma, 0), layer_spec(gemma, 5)
     assert (local.window, far.window) == (1024, None)
     assert (local.heads, local.groups, local.key_size, local.rope_size) == (32, 16, 128, 128)
     assert local.scale == pytest.approx(168**-0.5)
-    pythia = layer_facts(Config.from_name("pythia-14m"), 0)
+    pythia = layer_spec(Config.from_name("pythia-14m"), 0)
     assert (pythia.key_size, pythia.rope_size, pythia.window) == (32, 8, None)
-    assert layer_facts(Config.from_name("Gemma-2-2b"), 0).softcap == 50.0
-    yarn = layer_facts(shrink("Llama-3.2-1B", rope_adjustments=YARN), 0)
+    assert layer_spec(Config.from_name("Gemma-2-2b"), 0).softcap == 50.0
+    yarn = layer_spec(shrink("Llama-3.2-1B", rope_adjustments=YARN), 0)
     assert yarn.scale == pytest.approx((0.1 * 0.8 * math.log(4) + 1) ** 2 / 4)  # head size 16
-    latent = layer_facts(SYNTHETIC["latent"], 0)
+    latent = layer_spec(SYNTHETIC["latent"], 0)
     assert (latent.key_size, latent.value_size, latent.groups) == (8, LATENT["kv_lora_rank"], 1)
     assert (latent.heads, latent.rope_size, latent.scale) == (4, 8, 1 / math.sqrt(18))
-    assert layer_facts(shrink("Mistral-7B-v0.1", latent_attention=LATENT, n_query_groups=4), 0).window is None
-    one = layer_facts(SYNTHETIC["rope-one"], 0)
+    assert layer_spec(shrink("Mistral-7B-v0.1", latent_attention=LATENT, n_query_groups=4), 0).window is None
+    one = layer_spec(SYNTHETIC["rope-one"], 0)
     assert (one.key_size, one.value_size, one.rope_size) == (5, 4, 1)  # litgpt's keys grow by one

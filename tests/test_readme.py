@@ -63,7 +63,7 @@ def test_command(command, monkeypatch, capsys, tmp_path):
     if "--resume" in words:  # there is something to go on with
         main([word for word in words[1:] if word != "--resume"])
     if words[1] == "generate" and "--devices" in words:  # starts the script again: not from inside of pytest
-        done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, timeout=240)
+        done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, timeout=600)
         assert done.returncode == 0 and done.stdout, done.stderr
         return
     with contextlib.suppress(SystemExit) if "--help" in words else contextlib.nullcontext():

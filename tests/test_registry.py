@@ -42,7 +42,7 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
     "call", [registry.names, lambda kind: registry.get(kind, "x"), lambda kind: register(kind, "x")]
 )
 def test_an_unknown_kind_lists_the_known_ones(call) -> None:
-    with pytest.raises(ValueError, match=r"Unknown kind 'strategies'\. Available: strategy, storage, cache"):
+    with pytest.raises(ValueError, match=r"Unknown kind 'strategies'\. Available: strategy, storage, kernel"):
         call("strategies")
 
 
@@ -82,7 +82,7 @@ def test_a_taken_name_is_refused_and_a_reloaded_class_is_not() -> None:
         class Other(Strategy):
             pass
 
-    again = type("H2O", (Strategy,), {"__module__": "litgpt_kv.cache.strategies.base", "__qualname__": "H2O"})
+    again = type("H2O", (Strategy,), {"__module__": "litgpt_kv.cache.strategies.h2o", "__qualname__": "H2O"})
     register("strategy", "h2o")(again)  # what importlib.reload does
     assert registry.get("strategy", "h2o") is again
 
@@ -113,8 +113,8 @@ LATEST_AND_ODD = """
 
         bonus: float = 1000.0
 
-        def enter(self, seen):
-            return (seen.pos + self.bonus * (seen.pos % 2)).float()
+        def score(self, tokens):
+            return tokens.pos + self.bonus * (tokens.pos % 2)
 """
 
 USE = """
@@ -151,7 +151,7 @@ def outside(code: str, site: Path) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(site), str(Path(litgpt_kv.__file__).parents[1])])
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", textwrap.dedent(code)]
-    return subprocess.run(command, env=env, cwd=site, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=env, cwd=site, capture_output=True, text=True, timeout=600)
 
 
 def test_a_strategy_of_another_package_is_listed_and_used_by_name(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Attention as pure functions: no cache, no module, no state. Floor 1.
+"""Attention as pure functions: no cache, no module, no state.
 
 B rows · T new tokens · S slots · H query heads · G key/value heads · R = H/G query heads a group · D head size ·
 P sets of kept tokens (1, or one a key/value head).
@@ -6,17 +6,19 @@ P sets of kept tokens (1, or one a key/value head).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from litgpt.model import do_softcapping
-from litgpt_kv.attention.rope import visible
+from litgpt_kv.attention.masks import visible
 
 MASS_BLOCK = 128  # queries a block: small blocks stay in the processor's cache (302 ms against 480 ms with 256)
 
 
-class Masks:
+class CausalMasks:
     """The masks of one pass over whole sequences, each made once and shared by all layers that ask for the same."""
 
     def __init__(self) -> None:
@@ -39,7 +41,7 @@ class Masks:
         return self._made[key]
 
 
-def attend(
+def causal_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -47,7 +49,7 @@ def attend(
     scale: float,
     softcap: float | None,
     window: int | None,
-    masks: Masks | None = None,
+    masks: CausalMasks | None = None,
 ) -> Tensor:
     """Causal attention of a whole sequence to itself: training and prefill, the same numbers as litgpt's to the bit.
 
@@ -64,7 +66,7 @@ def attend(
     per_group = q.size(1) // k.size(1)
     if per_group > 1:
         k, v = k.repeat_interleave(per_group, dim=1), v.repeat_interleave(per_group, dim=1)  # (B, H, T, D)
-    mask = (masks or Masks()).of(q, softcap, window)
+    mask = (masks or CausalMasks()).of(q, softcap, window)
     if softcap is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
     scores = do_softcapping(q @ k.mT * scale, softcap) + mask
@@ -76,15 +78,15 @@ def queries_at(q: Tensor, pos: Tensor) -> Tensor:
     return q.gather(2, pos.view(-1, 1, 1, 1).expand(-1, q.size(1), 1, q.size(-1)))
 
 
-def attend_last(
+def last_token_attention(
     q: Tensor, k: Tensor, v: Tensor, last: Tensor, *, scale: float, softcap: float | None, window: int | None
 ) -> Tensor:
-    """What `attend` gives at one token a row: q (B, H, 1, D) at the positions last (B,), to (B, H, 1, Dv)."""
+    """What `causal_attention` gives at one token a row: q (B, H, 1, D) at the positions last (B,), to (B, H, 1, Dv)."""
     mask = visible(last.view(-1, 1, 1), torch.arange(k.size(2), device=k.device), window)  # (B, 1, 1, T)
-    return attend_mass(q, k, v, mask, scale=scale, softcap=softcap)[0]
+    return slot_attention(q, k, v, mask, scale=scale, softcap=softcap)[0]
 
 
-def attend_mass(
+def slot_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -92,44 +94,49 @@ def attend_mass(
     *,
     scale: float,
     softcap: float | None = None,
-    far: tuple[Tensor, Tensor] | None = None,
-    want_mass: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Attention of a few new queries to cached slots, and how much attention each slot received.
+    sink_queries: tuple[Tensor, Tensor] | None = None,
+    want: Sequence[str] = (),
+    per_group: int | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Attend from a few new queries to cached slots, and say how much attention each slot received.
 
     The R query heads of a group are folded along the query axis, so K and V are read once and never copied.
 
     Args:
         q: (B, H, T, D) queries. k, v: (B, G, S, D) and (B, G, S, Dv). Latent attention scores a token by its key and
             its value: q is then (B, H, T, D + Dv), what meets k first.
-        mask: (B, P, T, S) boolean, True where a query may attend; None where all may.
-        far: (q2, where): use the queries q2 (B, H, T, D) instead of q for those of the first n slots that are marked
-            in `where` (B, P, n).
-        want_mass: Return the mass as well.
+        mask: Boolean, True where a query may attend: (B, P, T, S), or (B, G, R*T, S) where query heads of a group see
+            different slots. None where every query sees every slot.
+        scale: Multiplies the scores. softcap: Bounds them by tanh.
+        sink_queries: (q2, where): use the queries q2 (B, H, T, D) instead of q for those of the first n slots that are
+            marked in `where` (B, P, n).
+        want: What to return besides: "mass" (attention received from all T queries), "last" (from the last of them).
+        per_group: Query heads that share a slot; None: R = H / G.
 
     Returns:
-        (B, H, T, Dv), and (B, G, S) the attention summed over the T queries and averaged over the query heads of a
-        group, in float32 (float64 for a float64 model), or None.
+        (B, H, T, Dv), and what was wanted by name, (B, G, S), averaged over the query heads that share a slot, in
+        float32 (float64 for a float64 model).
     """
     B, H, T, _ = q.shape
     G, S = k.shape[1:3]
-    fold = (B, G, H // G * T)
-    q = q.reshape(*fold, -1)  # (B, G, R*T, D)
+    R = H // G
+    q = q.reshape(B, G, R * T, -1)
     latent = q.size(-1) > k.size(-1)
-    if mask is not None and T > 1:
-        mask = mask.unsqueeze(2).expand(-1, -1, H // G, -1, -1).reshape(B, -1, H // G * T, S)
+    if mask is not None and mask.size(-2) == T and T > 1 and R > 1:
+        mask = mask.unsqueeze(2).expand(-1, -1, R, -1, -1).reshape(B, -1, R * T, S)
     # no kernel takes keys in two parts; joining them for one takes longer than the products below (CPU: up to twice)
-    if softcap is None and far is None and not want_mass and not latent:
+    if softcap is None and sink_queries is None and not want and not latent:
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-        return y.view(B, H, T, -1), None
+        return y.view(B, H, T, -1), {}
     exact = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):  # scores and masses stay float32
         keys, q = k.to(exact).mT, q.to(exact) * scale
         scores = q[..., : k.size(-1)] @ keys  # (B, G, R*T, S)
-        if far is not None:
-            n = far[1].size(-1)
-            distant = (far[0].reshape(*fold, -1).to(exact) * scale) @ keys[..., :n]
-            scores = torch.cat((torch.where(far[1].unsqueeze(2), distant, scores[..., :n]), scores[..., n:]), dim=-1)
+        if sink_queries is not None:
+            q2, where = sink_queries
+            n = where.size(-1)
+            near = (q2.reshape(B, G, R * T, -1).to(exact) * scale) @ keys[..., :n]
+            scores = torch.cat((torch.where(where.unsqueeze(2), near, scores[..., :n]), scores[..., n:]), dim=-1)
         if latent:
             scores = scores + q[..., k.size(-1) :] @ v.to(exact).mT
         if softcap is not None:
@@ -138,41 +145,56 @@ def attend_mass(
             scores = scores.masked_fill(~mask, torch.finfo(exact).min)  # finite where a row sees nothing at all
         probs = scores.softmax(dim=-1)
         y = (probs.to(v.dtype) @ v).view(B, H, T, -1)
-    return y, probs.sum(dim=2) / (H // G) if want_mass else None
+    per_group = per_group or R
+    received = {"mass": probs.sum(dim=2) / per_group} if "mass" in want or ("last" in want and T == 1) else {}
+    if "last" in want:
+        received["last"] = received["mass"] if T == 1 else probs[:, :, T - 1 :: T].sum(dim=2) / per_group
+    return y, {name: received[name] for name in want}
 
 
 @torch.no_grad()
-def mass(
-    q: Tensor, k: Tensor, length: Tensor, last: int, *, scale: float, softcap: float | None, window: int | None
+def received_attention(
+    q: Tensor,
+    k: Tensor,
+    length: Tensor,
+    last: int = -1,
+    *,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    start: int = 0,
 ) -> Tensor:
-    """How much attention each prompt token receives from the last real queries of its row, in blocks of queries.
+    """Sum the attention that each prompt token receives from the queries of its row, in blocks of queries.
 
-    Never holds a T×T tensor: the largest is (B, H, MASS_BLOCK, T).
+    Never holds a T×T tensor: the largest is (B, H, MASS_BLOCK, N).
 
     Args:
-        q, k: (B, H, T, D) and (B, G, T, D) of a right-padded prompt. length: (B,) real tokens of each row.
+        q, k: (B, H, T, D) queries and (B, G, N, D) keys of right-padded prompts; N is T but for a piece of a prompt.
+        length: (B,) real tokens of each row.
         last: How many last real queries of a row count; -1: all.
+        start: Position of the first query: a piece of a prompt attends to `start` tokens before it.
 
     Returns:
-        (B, G, T), summed over queries, averaged over the query heads of a group; float32 (float64 for a float64 model).
+        (B, G, N), summed over queries, averaged over the query heads of a group; float32 (float64 for a float64 model).
     """
     B, H, T, D = q.shape
-    G = k.size(1)
+    G, N = k.shape[1:3]
     exact = torch.promote_types(q.dtype, torch.float32)
-    k, key_pos = k.to(exact), torch.arange(T, device=q.device).expand(B, T)
-    query_pos = key_pos
-    if 0 <= last < T:  # gather each row's own last queries; rows shorter than `last` leave places at -1
+    k, key_pos = k.to(exact), torch.arange(N, device=q.device).expand(B, N)
+    in_order = not 0 <= last < T
+    query_pos = key_pos[:, start : start + T]
+    if not in_order:  # gather each row's own last queries; rows shorter than `last` leave entries below 0
         query_pos = length.unsqueeze(1) - last + torch.arange(last, device=q.device)  # (B, last)
-        index = query_pos.clamp(min=0).view(B, 1, -1, 1).expand(B, H, last, D)
+        index = (query_pos - start).clamp(0, T - 1).view(B, 1, -1, 1).expand(B, H, last, D)
         q = q.gather(2, index)
-    counts = ((query_pos >= 0) & (query_pos < length.unsqueeze(1))).to(exact) / (H // G)
-    total = torch.zeros(B, G, T, dtype=exact, device=q.device)
+    counts = ((query_pos >= start) & (query_pos < length.unsqueeze(1)) & (query_pos < start + T)).to(exact) / (H // G)
+    total = torch.zeros(B, G, N, dtype=exact, device=q.device)
     q = q.to(exact).unflatten(1, (G, H // G)) * scale  # (B, G, R, Q, D)
     with torch.autocast(q.device.type, enabled=False):
-        for start in range(0, query_pos.size(1), MASS_BLOCK):
-            rows = slice(start, start + MASS_BLOCK)
-            whole = query_pos is key_pos and window is None  # then only the last keys can be in a query's future
-            n, past = (min(start + MASS_BLOCK, T), start) if whole else (T, 0)
+        for first in range(0, query_pos.size(1), MASS_BLOCK):
+            rows = slice(first, first + MASS_BLOCK)
+            whole = in_order and window is None  # then only the last keys can be in a query's future
+            n, past = (min(start + first + MASS_BLOCK, N), start + first) if whole else (N, 0)
             weight = counts[:, rows]  # (B, b)
             scores = q[:, :, :, rows].flatten(2, 3) @ k[:, :, :n].mT  # (B, G, R*b, n)
             if softcap is not None:

@@ -7,17 +7,19 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated
 
 import torch
 from tqdm import tqdm
 
+from litgpt_kv.arguments import DeviceArgs, Without, check_count
 from litgpt_kv.cache.kv_cache import KVCache
-from litgpt_kv.cli.parser import cache_args
 from litgpt_kv.config import KVCacheArgs, SamplingArgs
 from litgpt_kv.generate import Request, Stats, generate, serve
 from litgpt_kv.llm.llm import LLM
 
+MOST = 10_000_000  # of everything that is counted
+ONE_DEVICE = Without("devices", "num_nodes", "generate_strategy", "quantize", "compile")
 GREEDY = SamplingArgs(temperature=0)
 
 
@@ -42,12 +44,10 @@ def benchmark_batches(
     answers: int = 1000,
     fewest: int = 32,
     spread: int = 10,
-    kv_cache: dict[str, Any] | str = "dense",
     repeats: int = 3,
     seed: int = 1,
-    precision: str | None = None,
-    accelerator: str = "auto",
-    threads: int | None = 1,
+    kv_cache: KVCacheArgs = KVCacheArgs(),
+    device: Annotated[DeviceArgs, ONE_DEVICE] = DeviceArgs(threads=1),
 ) -> None:
     """Measure tokens/s of many ragged prompts: one by one, in batches that wait for their longest, and with rows that
     take the next prompt when they end; once with prompts of different lengths, once with answers of different lengths.
@@ -62,26 +62,25 @@ def benchmark_batches(
         answers: Prompts of the second table, which all have the shortest length.
         fewest: New tokens of the shortest answer in the second table.
         spread: The longest answer has so many times as many; the logarithm of their number is uniform.
-        kv_cache: What to keep, as for `generate`.
         repeats: Repetitions of everything, interleaved; the table shows the best and the median.
         seed: Of lengths and tokens.
-        precision: Lightning Fabric's name; by default 32-true on a CPU and bf16-true on a GPU.
-        accelerator: cpu, cuda, mps, or auto.
-        threads: CPU threads; null is torch's own choice.
+        kv_cache: What to keep, as for `generate`.
+        device: Where to run; threads null is torch's own choice.
     """
     counts = {"prompts": prompts, "rows": rows, "shortest": shortest, "new_tokens": new_tokens, "answers": answers}
     for name, value in {**counts, "fewest": fewest, "spread": spread, "repeats": repeats}.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
+        check_count(name, value, 1, MOST)
     if longest < shortest:
         raise ValueError(f"longest must be at least shortest ({shortest}), got {longest}.")
-    args = cache_args(kv_cache)
+    check_count("longest", longest, 1, MOST)
+    args = KVCacheArgs.of(kv_cache)
     if args is None:
         raise ValueError("kv_cache 'none' has no rows to fill: choose a strategy.")
-    if threads is not None:
-        torch.set_num_threads(threads)
-    llm = LLM.load(checkpoint_dir, precision=precision, accelerator=accelerator)
-    g = torch.Generator().manual_seed(seed)
+    if device.threads is not None:
+        torch.set_num_threads(device.threads)
+    where = {"precision": device.precision, "accelerator": device.accelerator}
+    llm = LLM.load(checkpoint_dir, check_weights=device.check_weights, **where)
+    g = torch.Generator().manual_seed(SamplingArgs(seed=seed).seed)
     ragged = torch.randint(shortest, longest + 1, (prompts,), generator=g).tolist()
     new = (fewest * spread ** torch.rand(answers, generator=g)).long().tolist()
     vocabulary = llm.model.config.vocab_size

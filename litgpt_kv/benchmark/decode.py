@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -19,18 +19,24 @@ from tqdm import tqdm
 import litgpt
 from litgpt.config import Config
 from litgpt_kv import registry
+from litgpt_kv.arguments import DeviceArgs, Without, check_count
 from litgpt_kv.benchmark.parallel import compare
 from litgpt_kv.cache.kv_cache import KVCache
+from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.config import KVCacheArgs
+from litgpt_kv.disk import check_target, write_text
 from litgpt_kv.llm import checkpoint
-from litgpt_kv.model.gpt import GPT
+from litgpt_kv.llm.check_config import LIMITS
+from litgpt_kv.llm.check_weights import check_memory
 from litgpt_kv.parallel import Place
+from litgpt_kv.parallel.weights import full_shapes
 
 MB = 1_000_000
+MOST = 1_000_000  # of everything that is counted
 STATUS = Path("/proc/self/status")  # where Linux tells a process its resident memory
 
 
-@dataclass
+@dataclass(frozen=True)
 class Shape:
     """A random Llama-style model; its context is made as long as the longest run."""
 
@@ -40,6 +46,13 @@ class Shape:
     n_query_groups: int = 3
     intermediate_size: int = 2048
     vocab_size: int = 2048
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            check_count(name, value, 1, LIMITS[name])
+        if self.n_embd % self.n_head or self.n_head % self.n_query_groups:
+            sizes = f"{self.n_embd}, {self.n_head}, {self.n_query_groups}"
+            raise ValueError(f"n_embd must be a multiple of n_head, and n_head of n_query_groups, got {sizes}.")
 
     def config(self, context: int) -> Config:
         return Config(
@@ -74,7 +87,7 @@ class Contender:
 def benchmark(
     *,
     checkpoint_dir: str | None = None,
-    shape: Shape | None = None,
+    shape: Shape = Shape(),
     contexts: list[int] | None = None,
     strategies: list[str] | None = None,
     budget: int | str = "25%",
@@ -82,13 +95,8 @@ def benchmark(
     steps: int = 16,
     repeats: int = 5,
     litgpt: bool = True,
-    compile: bool = False,
-    precision: str | None = None,
-    accelerator: str = "auto",
-    devices: int | str = 1,
-    num_nodes: int = 1,
-    threads: int | None = None,
     out: str | None = None,
+    device: Annotated[DeviceArgs, Without("generate_strategy", "quantize")] = DeviceArgs(),
 ) -> None:
     """Measure prefill, decode and memory of strategies at several context lengths, litgpt's own cache beside them.
 
@@ -102,38 +110,41 @@ def benchmark(
         steps: Decode steps timed together in each repetition.
         repeats: Repetitions of everything, interleaved; the table shows the best and the median.
         litgpt: Run litgpt's own cache as well.
-        compile: Compile the decode step of our caches.
-        precision: Lightning Fabric's name; by default 32-true on a CPU and bf16-true on a GPU.
-        accelerator: cpu, cuda, mps, or auto.
-        devices: More than one measures tensor parallel processes beside one, computing and talking apart.
-        num_nodes: How many machines.
-        threads: CPU threads; by default torch's own choice.
         out: Write everything measured to this JSON file.
+        device: Where to run; more than one device measures tensor parallel processes beside one, computing and
+            talking apart.
     """
-    if min(batch_size, steps, repeats) < 1:
-        raise ValueError(f"batch_size, steps and repeats must be at least 1, got {batch_size}, {steps}, {repeats}.")
-    if threads is not None:
-        torch.set_num_threads(threads)
-    if devices != 1 or num_nodes != 1:
-        if compile:
+    for name, value in {"batch_size": batch_size, "steps": steps, "repeats": repeats}.items():
+        check_count(name, value, 1, MOST)
+    for context in contexts or ():
+        check_count("contexts", context, 1, LIMITS["block_size"])
+    if out is not None:
+        check_target(out)  # before minutes of measuring
+    if device.threads is not None:
+        torch.set_num_threads(device.threads)
+    if device.many:
+        if device.compile:
             raise ValueError("The comparison of one process with several is not compiled: leave out --compile.")
         if checkpoint_dir is None:
             contexts = contexts or [1024, 4096]
-            config, weights = (shape or Shape()).config(max(contexts) + steps + 1), None
+            config, weights = shape.config(max(contexts) + steps + 1), None
         else:
             folder = checkpoint.find(checkpoint_dir)
-            config, weights = checkpoint.load_config(folder), checkpoint.read_weights(folder)
+            config, weights = checkpoint.load_config(folder), checkpoint.load_weights(folder)
             contexts = contexts or [config.block_size // 2]
         _check_contexts(contexts, steps, config)
-        place = Place(accelerator, devices, num_nodes, checkpoint.precision_for(precision, accelerator))
-        report = compare(config, weights, place, contexts, strategies, budget, batch_size, steps, repeats, threads)
+        precision = checkpoint.precision_for(device.precision, device.accelerator)
+        place = Place(device.accelerator, device.devices, device.num_nodes, precision)
+        numbers = batch_size, steps, repeats, device.threads
+        report = compare(config, weights, place, contexts, strategies, budget, *numbers)
         if out is not None and report is not None:
-            Path(out).write_text(json.dumps(report, indent=2) + "\n")
+            write_text(out, json.dumps(report, indent=2) + "\n")
         return
-    fabric = checkpoint.fabric_for(precision, accelerator)
+    fabric = checkpoint.fabric_for(device.precision, device.accelerator)
     if checkpoint_dir is None:
         contexts = contexts or [1024, 4096]
-        config = (shape or Shape()).config(max(contexts) + steps + 1)
+        config = shape.config(max(contexts) + steps + 1)
+        check_memory(config, 4 * sum(weight.numel() for weight in full_shapes(config).values()))
         torch.manual_seed(0)
         with fabric.init_module():
             model = GPT(config).eval()
@@ -157,7 +168,7 @@ def benchmark(
     print(f"{report['machine']}, torch {torch.__version__}; memory reads at most {limit / 1e9:.1f} GB/s")
     with tqdm(total=len(contexts) * repeats, file=sys.stderr, disable=None, leave=False) as bar, torch.inference_mode():
         for context in contexts:
-            made = _contenders(model, context, steps, batch_size, strategies, budget, litgpt, compile)
+            made = _contenders(model, context, steps, batch_size, strategies, budget, litgpt, device.compile)
             tokens = torch.randint(config.vocab_size, (batch_size, context + steps), device=fabric.device)
             for i in range(repeats + 1):  # the first round warms up
                 for contender in made:
@@ -168,7 +179,7 @@ def benchmark(
             bar.clear()
             _print(rows, repeats)
     if out is not None:
-        Path(out).write_text(json.dumps(report, indent=2) + "\n")
+        write_text(out, json.dumps(report, indent=2) + "\n")
 
 
 def _check_contexts(contexts: list[int], steps: int, config: Config) -> None:

@@ -17,8 +17,8 @@ from tqdm import tqdm
 from litgpt.config import Config
 from litgpt_kv import registry
 from litgpt_kv.cache.kv_cache import KVCache
+from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.config import KVCacheArgs
-from litgpt_kv.model.gpt import GPT
 from litgpt_kv.parallel import Place, quiet
 from litgpt_kv.parallel.heads import divide
 from litgpt_kv.parallel.launch import launch

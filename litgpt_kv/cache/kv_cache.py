@@ -1,42 +1,45 @@
-"""The cache of a model: its layers, the slots their tokens are in, and a counter for every row. Floor 3.
+"""The cache of a model: its layers, the slots their tokens are in, and a counter for every row.
 
-L layers of a group · B rows · T new tokens · S slots (the budget) · N keys attended to (S, or S + T for a block) ·
-P sets of kept tokens (1, or one a key/value head) · E rotated elements.
+L layers of a group · B rows · T new tokens · S slots of a set · N keys attended to (S, or S + T for a block) ·
+P sets of kept tokens (1, one a key/value head, or one a pool) · E rotated elements.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from litgpt.config import Config
-from litgpt_kv import registry
-from litgpt_kv.attention.rope import Angles, angles_at, ranks, rows_at, visible
-from litgpt_kv.cache import serialize as saving
-from litgpt_kv.cache.layer import DecodeStep, LayerCache, PromptStep, Turn
-from litgpt_kv.cache.plan import Plan, limit_of, settle
+from litgpt_kv.attention.rope import RopeTables
+from litgpt_kv.cache import serialize
+from litgpt_kv.cache.decode import begin_decode
+from litgpt_kv.cache.door import check_prompt, check_rows, check_step
+from litgpt_kv.cache.inspection import LayerContents, inspect_row
+from litgpt_kv.cache.layer import LayerCache
+from litgpt_kv.cache.pieces import PromptReader
+from litgpt_kv.cache.plan import LayerPlan, check_prompt_kept, limit_of, resolve
+from litgpt_kv.cache.row_clock import RowClock
 from litgpt_kv.cache.slots import Slots
+from litgpt_kv.cache.views import Pass, begin_prefill
 from litgpt_kv.config import KVCacheArgs
-
-if TYPE_CHECKING:
-    from litgpt_kv.model.gpt import GPT
 
 
 class KVCache(nn.Module):
     """Everything a model remembers of a batch of sequences. Passed to `GPT.forward`, never attached to the model.
 
-    Attributes:
-        pos: (B,) int64, the tokens each row has seen, which is its next position.
-        live: (B,) bool, False for a retired row, which stays behind while the others decode.
-    """
+    A step changes it between `begin_...` and the `commit` of what that returns. A step that fails in between leaves
+    its rows marked, and later calls refuse them by name until `reset`.
 
-    row_dim: ClassVar[int] = 0
-    _model: weakref.ref[GPT] | None = None
+    Attributes:
+        args: What the user asked for. max_tokens: How many tokens a row may see. context: The model's.
+        dtype: Of the model, for which the cache was built.
+        limit: The most tokens a row may see, None without an end; why: The reason.
+        evicting: In static mode, whether the next step may find a row full; False saves it the search for victims.
+    """
 
     def __init__(
         self,
@@ -47,62 +50,57 @@ class KVCache(nn.Module):
         context: int,
         dtype: torch.dtype = torch.float32,
         devices: Sequence[torch.device] | None = None,
+        static: bool = False,
     ) -> None:
         super().__init__()
-        self.args, self.max_tokens = args, max_tokens
+        self.args, self.max_tokens, self.context = args, max_tokens, context
+        self.dtype, self.fingerprint, self.evicting = dtype, "", True
+        self.rope: RopeTables | None = None  # the model's, for `inspect` of strategies that read keys
+        self.theta: list[tuple[Tensor, Tensor, Tensor]] = []  # of each rope base, for angles beyond the tables
         devices = devices or [torch.device("cpu")] * config.n_layer
-        self.register_buffer("pos", torch.zeros(batch_size, dtype=torch.int64, device=devices[0]), persistent=False)
-        self.register_buffer("live", torch.ones(batch_size, dtype=torch.bool, device=devices[0]), persistent=False)
-        plans = settle(config, args, max_tokens, context)
-        groups: dict[tuple, list[Plan]] = {}
+        plans = self.plans = resolve(config, args, max_tokens, context)
+        groups: dict[tuple, list[LayerPlan]] = {}
         for plan in plans:
-            groups.setdefault((*plan.shared, devices[plan.facts.index]), []).append(plan)
-        exact = torch.promote_types(dtype, torch.float32)
+            groups.setdefault((*plan.stack_key, devices[plan.spec.index]), []).append(plan)
+        self.clock = RowClock(batch_size, len(groups), devices[0], static)
         self.slots = nn.ModuleList()
         layers: dict[int, LayerCache] = {}
-        for group in groups.values():
-            first, device = group[0], devices[group[0].facts.index]
-            facts = tuple(plan.facts for plan in group)
-            slots = Slots(first, facts, batch_size, exact, device)
+        self.group_of = [0] * config.n_layer
+        for number, group in enumerate(groups.values()):
+            device = devices[group[0].spec.index]
+            exact = torch.promote_types(dtype, torch.float32)
+            slots = Slots(group[0], tuple(plan.spec for plan in group), batch_size, exact, device)
             self.slots.append(slots)
             for i, plan in enumerate(group):
-                store = registry.get("storage", plan.storage)
-                layer = registry.get("cache", plan.strategy.layer_cache)
-                keys, values = (
-                    store(batch_size, plan.facts.groups, plan.slots, width, dtype, device)
-                    for width in (plan.facts.key_size, plan.facts.value_size)
-                )
-                layers[plan.facts.index] = layer(plan.facts, slots, slots.place(i), keys, values, plan.raw)
+                layers[plan.spec.index] = LayerCache(plan, args, slots, slots.stack_index(i), batch_size, dtype, device)
+                self.group_of[plan.spec.index] = number
         self.layers = nn.ModuleList(layers[i] for i in range(config.n_layer))
-        self._group = [next(g for g, s in enumerate(self.slots) if plan.facts in s.layers) for plan in plans]
-        self._plans = plans
         self.limit, self.why = limit_of(plans, context)
-        self._longest_block = max(1, min(plan.slots - plan.sinks for plan in plans))
-        self._most_slots = max(plan.slots for plan in plans)
-        self._theta: list[Angles] = []  # of each rope base, for angles beyond the model's tables
-        self._seen: list[int] | None = [0] * batch_size  # what `pos` and `live` hold, known without a device sync
-        self._alive = [True] * batch_size
-        self._lengths: list[int] = []  # of the prompts being read, between the door and the count
-        self._whole: tuple[KVCache, range] | None = None  # of a view: whose rows it shows
+        self.longest_block = max(1, min(plan.slots - plan.sinks for plan in plans))
+        self._views: dict[tuple[int, int], KVCache] = {}
+        self._source: tuple[nn.Module, ...] | None = None  # of a view: the modules whose rows it shows
+        self._moves = 0
 
     @classmethod
     def build(
         cls,
-        model: GPT,
+        model: Any,
         args: KVCacheArgs | str | None = None,
         batch_size: int = 1,
         max_tokens: int | None = None,
         dtype: torch.dtype | None = None,
+        static: bool = False,
     ) -> KVCache:
         """A cache that fits a model, on the devices of its layers.
 
         Args:
-            model: The model it is for.
+            model: The `GPT` it is for.
             args: What to keep and how, or just the name of a strategy; the default keeps everything.
             batch_size: Rows, B.
             max_tokens: How many tokens a row may see, prompt included: the size of a dense cache, and the budget where
                 none is given. None: the model's context.
             dtype: Of stored keys and values; None: that of the model's weights.
+            static: For a compiled model: shapes and branches of a decode step never depend on the rows' counters.
 
         Raises:
             ValueError: If the arguments contradict each other or ask for more than the model's context.
@@ -117,10 +115,12 @@ class KVCache(nn.Module):
         devices = [next(block.attn.proj.parameters()).device for block in model.transformer.h]
         dtype = dtype or model.transformer.wte.weight.dtype
         with torch.inference_mode(False):  # tensors made inside could not be used outside of it
-            cache = cls(model.config, args, batch_size, max_tokens, context, dtype, devices)
-            cache._model = weakref.ref(model)  # whose it is, for `save`
-            if any(plan.endless for plan in cache._plans):
-                cache._theta = model.theta()
+            cache = cls(model.config, args, batch_size, max_tokens, context, dtype, devices, static)
+            cache.fingerprint = serialize.fingerprint(model)
+            if any(plan.strategy.needs for plan in cache.plans):
+                cache.rope = model.rope()
+            if any(plan.endless for plan in cache.plans):
+                cache.theta = model.theta()
             for slots in cache.slots:
                 slots.sharing = model.sharing
             return cache
@@ -134,304 +134,251 @@ class KVCache(nn.Module):
         max_tokens: int,
         dtype: torch.dtype = torch.float32,
     ) -> dict[str, int]:
-        """Exact bytes of a cache, before anything is allocated: {"keys", "values", "positions", "ranks", "total"}."""
+        """Exact bytes of a cache before anything is allocated: keys, values, positions, statistics and total."""
         devices = [torch.device("meta")] * config.n_layer
         return cls(config, args, batch_size, max_tokens, config.block_size, dtype, devices).allocated()
 
     def allocated(self) -> dict[str, int]:
         """Bytes held by this cache's buffers, as `nbytes` names them; they never grow."""
+        statistics = sum(s.nbytes for slots in self.slots for s in slots.statistics.values())
+        statistics += sum(_bytes(layer.ring) for layer in self.layers if layer.ring is not None)
+        positions = sum(_bytes(slots) for slots in self.slots) + _bytes(self.clock)
         size = {
             "keys": sum(_bytes(layer.keys) for layer in self.layers),
             "values": sum(_bytes(layer.values) for layer in self.layers),
-            "positions": sum(slots.pos.nbytes for slots in self.slots) + self.pos.nbytes + self.live.nbytes,
-            "ranks": sum(slots.rank.nbytes for slots in self.slots if slots.rank is not None),
+            "positions": positions - sum(s.nbytes for slots in self.slots for s in slots.statistics.values()),
+            "statistics": statistics,
         }
         return {**size, "total": sum(size.values())}
 
-    def save(self, path: str | Path, model: GPT | None = None) -> None:
-        """Writes the cache to a file in safetensors' format, with its arguments and a fingerprint of its model.
+    def save(self, path: str | Path, model: Any = None) -> None:
+        """Write the cache to a file in safetensors' format, with its arguments and a fingerprint of its model.
 
         Args:
-            path: Of the file.
-            model: The cache's model; needed only by a copy or where the model it was built for is gone.
+            path: Where to write the file.
+            model: Not needed: the fingerprint was taken when the cache was built. Given, it must be the same model.
         """
-        model = model or (self._model and self._model())
-        if model is None:
-            raise ValueError("The cache's model is gone: give it, as save(path, model).")
-        saving.write(self, path, model)
+        if model is not None and serialize.fingerprint(model) != self.fingerprint:
+            raise ValueError("This cache was built for another model than the one given.")
+        self.clock.check_whole("Saving")
+        serialize.write(self, path)
 
     @classmethod
-    def load(cls, path: str | Path, model: GPT, args: KVCacheArgs | str | None = None) -> KVCache:
+    def load(cls, path: str | Path, model: Any, args: KVCacheArgs | str | None = None) -> KVCache:
         """The cache that `save` wrote, on the devices of the model's layers.
 
         Args:
-            path: Of the file.
+            path: The file.
             model: The model that it was made with.
             args: What it should be, or the name of its strategy if all else is as by default; None: not checked.
 
         Raises:
             ValueError: If the file is missing or no cache, or was made with another model or other arguments.
         """
-        return saving.read(cls, path, model, args)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_model": None}  # a weak reference can neither be copied nor pickled
+        return serialize.read(cls, path, model, args)
 
     def __repr__(self) -> str:
-        kept = dict.fromkeys(f"{type(s.strategy).__name__.lower()} {s.size}" for s in self.slots)
+        kept = dict.fromkeys(f"{type(s.strategy).__name__.lower()} {s.plan.slots}" for s in self.slots)
         return f"KVCache({', '.join(kept)} tokens a row; {len(self.layers)} layers, {self.batch_size} rows)"
+
+    # -- what it holds -----------------------------------------------------------------------------------------------
+
+    @property
+    def pos(self) -> Tensor:
+        """(B,) int64, the tokens each row has seen, which is its next position."""
+        return self.clock.pos
+
+    @property
+    def live(self) -> Tensor:
+        """(B,) bool, False for a retired row, which stays behind while the others decode."""
+        return self.clock.live
 
     @property
     def batch_size(self) -> int:
-        return self.pos.size(0)
+        return self.clock.pos.size(0)
 
     @property
     def seen(self) -> list[int]:
-        """The tokens each row has seen: `pos` as the host knows it, without waiting for the device."""
-        return list(self._host()[0])
+        """The tokens each row has seen, without waiting for the device (in static mode, a copy from it)."""
+        return self.clock.seen
 
     @property
     def first_chunk(self) -> int:
         """The most prompt tokens that every layer can keep: the first pass of the min-length prefill."""
-        return min(plan.slots for plan in self._plans)
-
-    @property
-    def longest_block(self) -> int:
-        """The most tokens that a decode step can take."""
-        return self._longest_block
+        return min(plan.slots for plan in self.plans)
 
     @property
     def exact_blocks(self) -> bool:
-        """Whether a block of tokens gives what they give one at a time: what is kept does not hang on attention."""
-        return all(plan.strategy.recency for plan in self._plans)
+        """Whether a block of tokens gives what they give one at a time: what stays does not depend on attention."""
+        return all(plan.exact_blocks for plan in self.plans)
+
+    @property
+    def static(self) -> bool:
+        """Whether shapes and branches of a step never depend on the rows' counters, as a compiled model needs it."""
+        return self.clock.static
+
+    @static.setter
+    def static(self, value: bool) -> None:
+        if self.clock.static and not value:
+            self.recount()
+        self.clock.host.static = value
+
+    @property
+    def full(self) -> bool:
+        """Whether the next token of some live row evicts another one in some layer."""
+        alive = self.clock.alive
+        fills = ((self.clock.fill(g), slots.plan.slots) for g, slots in enumerate(self.slots))
+        return any(live and n >= size for fill, size in fills for n, live in zip(fill, alive))
+
+    def tokens(self) -> dict[str, list[int]]:
+        """For each row the tokens it has "seen" and the most that any head has "kept" of them (a device sync)."""
+        kept = torch.stack([slots.kept_per_head().to(self.pos.device) for slots in self.slots]).amax(0)
+        return {"seen": self.pos.tolist(), "kept": kept.tolist()}
+
+    def inspect(self, row: int) -> list[LayerContents]:
+        """What a row holds: of each layer and key/value head the kept tokens' positions, statistics, scores, keys and
+        values (a copy on the host).
+
+        Raises:
+            ValueError: If there is no such row.
+        """
+        (row,) = check_rows([row], self.batch_size)
+        view = self.row(row)
+        return inspect_row(view.clock, view.slots, view.layers, view.group_of, self.rope)
+
+    # -- rows --------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def reset(self, rows: Sequence[int] | None = None) -> None:
-        """Empties all rows, or some; they may then be seeded again."""
-        chosen = self._checked(range(self.batch_size) if rows is None else rows)
-        where = slice(None) if rows is None else torch.tensor(chosen, device=self.pos.device).long()
+    def reset(self, rows: Sequence[int] | Tensor | None = None) -> None:
+        """Empty all rows, or some; they may then be seeded again."""
+        self._refresh()
+        chosen = check_rows(range(self.batch_size) if rows is None else rows, self.batch_size)
+        where = slice(None) if rows is None else self.clock.index(chosen)
         for module in self.modules():
-            if module is not self and hasattr(module, "reset"):
-                module.reset(where)
-        self.pos[where], self.live[where] = 0, True
-        self._note(dict.fromkeys(chosen, 0), alive=True)
+            if module is not self and module is not self.clock and hasattr(module, "reset"):
+                index = where if rows is None else where.to(next(module.buffers()).device)
+                module.reset(index)
+        self.clock.reset(chosen)
 
     @torch.no_grad()
-    def retire(self, rows: Sequence[int]) -> None:
-        """Stops rows: later steps neither advance their counter nor change what they keep."""
-        chosen = self._checked(rows)
-        self._note(dict.fromkeys(chosen), alive=False)
-        self.live[torch.tensor(chosen, dtype=torch.int64, device=self.pos.device)] = False
+    def retire(self, rows: Sequence[int] | Tensor) -> None:
+        """Stop rows: later steps neither advance their counter nor change what they keep."""
+        self._refresh()
+        self.clock.set_live(check_rows(rows, self.batch_size), False)
 
     @torch.no_grad()
     def revive(self) -> None:
-        """Lets retired rows go on where they stopped."""
-        self._note(dict.fromkeys(range(self.batch_size)), alive=True)
-        self.live.fill_(True)
+        """Let retired rows go on where they stopped."""
+        self._refresh()
+        self.clock.set_live(range(self.batch_size), True)
+
+    @torch.no_grad()
+    def set_prompt_lengths(self, lengths: dict[int, int]) -> None:
+        """Say how long rows' prompts are, before their first pass reads a part of them; `keep_prompt` protects them.
+
+        Raises:
+            ValueError: If a prompt is to be kept and does not fit the budget.
+        """
+        self._refresh()
+        check_rows(list(lengths), self.batch_size)
+        for length in lengths.values():
+            check_prompt_kept(self.plans, length)
+        self.clock.set_prompt_lengths(lengths)
 
     def row(self, b: int) -> KVCache:
         """A cache of one row that shares this one's memory: seed it to admit a request without touching the others."""
-        (b,) = self._checked([b])
+        (b,) = check_rows([b], self.batch_size)
         return self.rows(b, b + 1)
 
     def rows(self, start: int, stop: int) -> KVCache:
         """As `row`, of the rows `start` to `stop` - 1."""
-        chosen = range(start, stop)
-        self._checked(chosen)
-        view = _with_rows(self, lambda buffer, dim: buffer.narrow(dim, start, len(chosen)))
-        view._whole = (self, chosen)
-        return view
+        check_rows(range(start, stop), self.batch_size)
+        self._refresh()
+        if (start, stop) not in self._views:
+            view = _with_rows(self, lambda buffer, dim: buffer.narrow(dim, start, stop - start))
+            view.clock.rows = self.clock.rows[start:stop]
+            view._views, view._source = {}, (self.clock, self.slots, self.layers)
+            view._range = (start, stop)
+            self._views[start, stop] = view
+        return self._views[start, stop]
 
     def repeat(self, count: int) -> KVCache:
         """A cache of its own in which every row stands `count` times, side by side: one context, many questions."""
         if count < 1:
             raise ValueError(f"count must be at least 1, got {count}.")
+        self.clock.check_whole("Repeating")
+        self._refresh()
         with torch.inference_mode(False), torch.no_grad():  # see `build`
             copy = _with_rows(self, lambda buffer, dim: buffer.repeat_interleave(count, dim))
-        copy._whole = None
-        copy._seen, copy._alive = ([x for x in values for _ in range(count)] for values in self._host())
+        copy._views, copy._source = {}, None
+        copy.clock.host = self.clock.host.repeated(self.clock.rows, count)
+        copy.clock.rows = range(copy.batch_size)
         return copy
 
     def recount(self) -> None:
-        """Reads the counters off the buffers, after these were written from outside (a device sync)."""
-        self._forget()
-        self._alive = self.live.tolist()
+        """Read the counters off the buffers, after these were written from outside (a device sync)."""
+        self.clock.recount([slots.count() for slots in self.slots])
 
-    def tokens(self) -> dict[str, list[int]]:
-        """For each row the tokens it has "seen" and the most that any layer has "kept" of them (a device sync)."""
-        kept = torch.stack([(s.pos >= 0).sum(-1).amax((0, 2)).to(self.pos.device) for s in self.slots]).amax(0)
-        return {"seen": self.pos.tolist(), "kept": kept.tolist()}
+    def read_in_pieces(self, row: int, length: int) -> PromptReader:
+        """Read the prompt of an empty row in several passes that give what one pass gives.
 
-    def _checked(self, rows: Iterable[int] | Tensor) -> list[int]:
-        if isinstance(rows, Tensor):  # row numbers, or a mask of rows
-            if rows.dtype == torch.bool and rows.shape != (self.batch_size,):
-                raise ValueError(f"A mask of rows has shape ({self.batch_size},), got {tuple(rows.shape)}.")
-            rows = (rows.nonzero().flatten() if rows.dtype == torch.bool else rows).tolist()
-        if not isinstance(rows, Iterable):
-            raise ValueError(f"Rows are a list of row numbers, got {rows!r}.")
-        rows = list(rows)
-        if bad := [b for b in rows if isinstance(b, bool) or not isinstance(b, int) or not 0 <= b < self.batch_size]:
-            raise ValueError(f"The cache has rows 0 to {self.batch_size - 1}, got {bad[0]!r}.")
-        return rows
-
-    # -- one pass: begin works out slots, masks and angles once for all layers; end counts --------------------------
-
-    def begin_prompt(self, T: int, length: Tensor, angles: list[Angles], tables: list[int]) -> list[Turn]:
-        """Prepares to seed empty rows with prompts of `length` (B,) tokens, padded on the right to T."""
-        self._check_prompt(T, length)
-        pos = torch.arange(T, device=self.pos.device).expand(self.batch_size, T)
-        steps = []
-        for slots in self.slots:
-            device, kept = slots.pos.device, None
-            here = length.to(device)
-            if slots.rank is None:  # every layer of the group keeps the same: choose once
-                kept = slots.keep(pos.unsqueeze(1).to(device), here)
-            steps.append(PromptStep(slots, here, kept))
-        return [Turn(layer, steps[g], angles[t]) for layer, g, t in zip(self.layers, self._group, tables)]
-
-    def end_prompt(self, length: Tensor) -> None:
-        """Counts the tokens of a prefill that went well."""
-        self.pos.copy_(length)
-        self._note(dict(enumerate(self._lengths)))
-
-    def begin(self, T: int, rope: list[Angles], tables: list[int]) -> list[Turn]:
-        """Prepares to decode T tokens a row.
+        `model(tokens[:, a:b], reader)` reads the next piece and gives the logits (1, V) after its last token; the last
+        piece compresses the prompt and seeds the row.
 
         Args:
-            T: New tokens a row; more than one is a block, causal inside.
-            rope: The model's cos and sin tables, one pair or one for each of its rope bases.
-            tables: Which of them each layer uses.
+            row: Its number. length: Tokens of the whole prompt.
+
+        Raises:
+            ValueError: If the row is not empty or the prompt does not fit.
         """
-        extent, even = self._check_step(T)
-        pos = self.pos.unsqueeze(1) + torch.arange(T, device=self.pos.device)  # (B, T)
-        steps = [self._step(slots, pos, extent, even) for slots in self.slots]
-        angles: dict[tuple, tuple] = {}
-        turns = []
-        for layer, plan, g, t in zip(self.layers, self._plans, self._group, tables):
-            if (g, t) not in angles:
-                angles[g, t] = self._angles(plan, steps[g], extent, t, *rope[t])
-            turns.append(Turn(layer, steps[g], *angles[g, t]))
-        return turns
-
-    def _step(self, slots: Slots, pos: Tensor, extent: int, even: bool) -> DecodeStep:
-        T, device, extent = pos.size(1), slots.pos.device, min(extent, slots.size)
-        pos, live = pos.to(device), self._frozen(device)
-        slot = slots.choose(pos[:, -1], T)
-        window = slots.window
-        if T == 1:
-            slots.put(slot, pos, live)
-            seen = slots.pos[..., :extent]
-        else:
-            old = slots.pos
-            if slots.rank is None:
-                window = min(slots.size - slots.sinks, window or slots.size) if slots.strategy.evicts else window
-            else:  # which tokens the block evicts depends on data: all leave before it
-                old = old.scatter(-1, slot, -1)
-            seen = torch.cat((old[..., :extent], pos[None, :, None].expand(slot.shape)), dim=-1)
-            slots.put(slot, pos, live)
-        mask = None
-        if not even or T > 1:
-            mask = visible(pos[None, :, None], seen, window, slots.sinks if T > 1 else 0)
-        return DecodeStep(slots, pos, slot, seen, mask, live, extent)
-
-    def _frozen(self, device: torch.device) -> Tensor | None:
-        """`live` on a device; None where the host knows that every row is."""
-        known = not torch.compiler.is_compiling() and all(self._host()[1])
-        return None if known else self.live.to(device)
-
-    def _angles(self, plan: Plan, step: DecodeStep, extent: int, table: int, cos: Tensor, sin: Tensor) -> tuple:
-        """`Turn`'s angles, far and ranked, as the plan's positions ask for them."""
-        T, slots = step.pos.size(1), step.slots
-        if plan.raw:
-            rank = ranks(step.seen)  # (L, B, P, N)
-            mine = rank[..., -T:] if T > 1 else rank.gather(-1, step.slot)
-            return rows_at(cos, sin, mine[0, :, 0]), None, (rank, (cos, sin))
-        if not plan.endless:
-            return rows_at(cos, sin, step.pos), None, None
-        far = None
-        if slots.sinks and extent + T > slots.size:  # until something was evicted all distances are the text's own
-            # and inside the window they stay so: only the sinks, always in the first slots, are nearer than they were
-            first = step.seen[0, ..., : slots.sinks if T == 1 else None]
-            far = rows_at(cos, sin, step.pos.clamp(max=slots.size - 1)), (first >= 0) & (first < slots.sinks)
-        here = step.pos.device if step.pos.device.type != "mps" else "cpu"  # mps has no float64
-        theta = (x.to(here) for x in self._theta[table])
-        return angles_at(tuple(theta), step.pos, cos.dtype), far, None
-
-    def end(self, turns: list[Turn]) -> None:
-        """Counts the tokens of a decode pass that went well, and updates the ranks."""
-        T = turns[0].step.pos.size(1)
-        for step in {id(turn.step): turn.step for turn in turns}.values():
-            step.slots.rerank(step.slot, step.entered, step.masses, step.pos[:, -1], step.live)
-        self.pos.add_(self.live, alpha=T)
-        if torch.compiler.is_compiling():
-            self._forget()
-        else:
-            seen, alive = self._host()
-            self._note({b: n + T for b, n in enumerate(seen) if alive[b]})
-
-    # -- the door: what a pass may do, checked on the host without waiting for the device ---------------------------
-
-    def _check_prompt(self, T: int, length: Tensor) -> None:
-        if not isinstance(length, Tensor) or tuple(length.shape) != (self.batch_size,):
+        view = self.row(row)
+        if length > self.context:
             raise ValueError(
-                f"length must have shape ({self.batch_size},), one a row, got {getattr(length, 'shape', length)}."
+                f"A prompt of {length} tokens is over the limit of {self.context}: the model's context. "
+                "The min-length prefill reads longer prompts into a cache that evicts."
             )
-        self._lengths = lengths = length.tolist()
-        if min(lengths) < 1 or max(lengths) > T:
-            bad = min(lengths) if min(lengths) < 1 else max(lengths)
-            raise ValueError(f"Every row's prompt must have 1 to {T} tokens, got {bad}.")
-        seen, alive = self._host()
-        if any(seen) or not all(alive):
-            what = f"tokens seen are {seen}" if any(seen) else f"row {alive.index(False)} is retired"
-            raise ValueError(f"A prompt needs empty rows; {what}: call reset() first.")
-        if self.limit is not None and max(lengths) > self.limit:
-            raise ValueError(f"A prompt of {max(lengths)} tokens is over the limit of {self.limit}: {self.why}.")
+        view.check_prompt(length, torch.tensor([length], device=view.pos.device))
+        return PromptReader(view.clock, view.slots, view.layers, view.group_of, length)
 
-    def _check_step(self, T: int) -> tuple[int, bool]:
-        """Raises if T more tokens do not fit; returns how many slots can be filled, and whether all of them are."""
-        if T > self._longest_block:
-            most = self._longest_block
-            hint = "" if any(self._host()[0]) else " To read a prompt into an empty cache give its length, too."
-            raise ValueError(
-                f"A block of {T} tokens is longer than the {most} a layer can take (budget less sinks).{hint}"
-            )
-        if torch.compiler.is_compiling():
-            if self.limit is not None:
-                fits = ((self.pos + T <= self.limit) | ~self.live).all()
-                torch._assert_async(fits, f"A row is over the limit of {self.limit} tokens: {self.why}.")
-            return self._most_slots + T, False
-        seen, alive = self._host()
-        for b, n in enumerate(seen):
-            if self.limit is not None and alive[b] and n + T > self.limit:
-                raise ValueError(f"Row {b} would see {n + T} tokens, over the limit of {self.limit}: {self.why}.")
-        even = all(alive) and len(set(seen)) == 1
-        return max(seen) + T if T == 1 else max(1, *seen), even
+    # -- one pass: begin works out slots, masks and angles once for all layers; commit counts ------------------------
 
-    def _host(self) -> tuple[list[int], list[bool]]:
-        """What `pos` and `live` hold, kept on the host so that no step waits for the device; a view asks the whole."""
-        if self._whole is not None:
-            whole, rows = self._whole
-            seen, alive = whole._host()
-            return [seen[b] for b in rows], [alive[b] for b in rows]
-        if self._seen is None:
-            self._seen = self.pos.tolist()
-        return self._seen, self._alive
+    @torch.no_grad()
+    def begin_prefill(self, T: int, length: Tensor, rope: RopeTables) -> Pass:
+        """Prepare to seed empty rows with prompts of `length` (B,) tokens, padded on the right to T."""
+        self._refresh()
+        lengths = self.check_prompt(T, length)
+        return begin_prefill(self.clock, self.slots, self.layers, self.group_of, T, length, lengths, rope)
 
-    def _note(self, seen: dict[int, int | None], alive: bool | None = None) -> None:
-        """Writes down for some rows how many tokens they have seen (None: no change) and whether they are live."""
-        if self._whole is not None:
-            whole, rows = self._whole
-            whole._note({rows[b]: n for b, n in seen.items()}, alive)
+    @torch.no_grad()
+    def begin_decode(self, T: int, rope: RopeTables) -> Pass:
+        """Prepare to decode T tokens a row; more than one is a block, causal inside."""
+        self._refresh()
+        self.check_step(T)
+        return begin_decode(self.clock, self.slots, self.layers, self.group_of, self.theta, T, rope, self.evicting)
+
+    def check_prompt(self, T: int, length: Tensor) -> list[int]:
+        """The lengths (B,) of prompts (B, T), or ValueError if they cannot seed these rows."""
+        return check_prompt(self.clock, self.plans, self.limit, self.why, T, length)
+
+    def check_step(self, T: int) -> None:
+        """Raise ValueError if T more tokens do not fit, or a row is in the middle of a step that failed."""
+        check_step(self.clock, self.longest_block, self.limit, self.why, T)
+
+    # -- buffers -----------------------------------------------------------------------------------------------------
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KVCache:
+        self.clock.host.moves += 1  # views take the new buffers when they are used next
+        return super()._apply(fn, recurse)
+
+    def _refresh(self) -> None:
+        """A view takes its rows of buffers that were replaced since it was made."""
+        if self._moves == self.clock.host.moves:
             return
-        for b, n in seen.items():
-            if self._seen is not None and n is not None:
-                self._seen[b] = n
-            if alive is not None:
-                self._alive[b] = alive
-
-    def _forget(self) -> None:
-        """A compiled step counts on the device alone."""
-        (self if self._whole is None else self._whole[0])._seen = None
+        self._moves = self.clock.host.moves
+        if self._source is not None:
+            start, stop = self._range
+            for module, source in zip((self.clock, self.slots, self.layers), self._source):
+                _take_rows(module, source, start, stop)
 
 
 def _bytes(module: nn.Module) -> int:
@@ -444,5 +391,14 @@ def _with_rows(module: nn.Module, change: Callable[[Tensor, int], Tensor]) -> An
     copy.__dict__.update(module.__dict__)
     dim = getattr(module, "row_dim", 0)
     copy._buffers = {k: t if t is None else change(t, dim) for k, t in module._buffers.items()}
-    copy._modules = {k: _with_rows(m, change) for k, m in module._modules.items()}
+    copy._modules = {k: _with_rows(m, change) for k, m in module._modules.items() if m is not None}
     return copy
+
+
+def _take_rows(module: nn.Module, source: nn.Module, start: int, stop: int) -> None:
+    dim = getattr(module, "row_dim", 0)
+    for name, buffer in source._buffers.items():
+        module._buffers[name] = buffer if buffer is None else buffer.narrow(dim, start, stop - start)
+    for name, child in source._modules.items():
+        if child is not None:
+            _take_rows(module._modules[name], child, start, stop)

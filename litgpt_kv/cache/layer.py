@@ -1,141 +1,152 @@
-"""One layer's part of a cache and of a pass: seed, extend, observe. Floor 3.
+"""One layer's part of a cache: its storages, and how a prompt gets into them.
 
-L layers of a group · B rows · T new tokens · S slots (the budget) · N keys attended to (S, or S + T for a block) ·
-H query heads · G key/value heads · P sets of kept tokens (1, or G) · D head size · E rotated elements.
+B rows · T tokens of a prompt · n kept tokens · P sets of kept tokens (1, one a key/value head, or one a pool) · g heads
+of a pool · H query heads · G key/value heads · D head size.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from litgpt_kv.attention.rope import Angles, rows_at
+from litgpt_kv import registry
+from litgpt_kv.attention.eager import received_attention
+from litgpt_kv.attention.kernels import choose_kernel
+from litgpt_kv.cache.plan import LayerPlan
+from litgpt_kv.cache.readers import FreshTokens, QueryRing
 from litgpt_kv.cache.slots import Slots
-from litgpt_kv.cache.strategies.base import Seen
-from litgpt_kv.config import LayerFacts
-from litgpt_kv.registry import register
+from litgpt_kv.cache.strategies.base import RECEIVED, Tokens
+from litgpt_kv.config import KVCacheArgs
 
 
 @dataclass(eq=False)
-class PromptStep:
-    """A group of layers' part in a prefill, worked out once for all of them."""
+class PrefillMetadata:
+    """What a group of layers shares in a prefill.
+
+    Attributes:
+        slots: The group's.
+        length: (B,) real tokens of each row.
+        kept: Indices, positions and owners of what stays (`Slots.select_prompt`); None: each layer chooses.
+    """
 
     slots: Slots
-    length: Tensor  # (B,) real tokens of each row
-    kept: tuple[Tensor, Tensor] | None  # indices and positions of what stays, (B, P, n); None: each layer chooses
+    length: Tensor
+    kept: tuple[Tensor, Tensor, Tensor | None] | None
+
+    @classmethod
+    def of(cls, slots: Slots, length: Tensor, T: int) -> PrefillMetadata:
+        """For prompts (B, T) of `length` (B,) tokens; where all layers keep the same, it is chosen once."""
+        length = length.to(slots.pos.device)
+        return cls(slots, length, slots.select_prompt(None, length, T) if slots.strategy.recency else None)
 
 
-@dataclass(eq=False)
-class DecodeStep:
-    """A group of layers' part in decoding, worked out once for all of them."""
-
-    slots: Slots
-    pos: Tensor  # (B, T) positions of the new tokens
-    slot: Tensor  # (L, B, P, T) the slots that they take
-    seen: Tensor  # (L, B, P, N) positions of the keys attended to
-    mask: Tensor | None  # (L, B, P, T, N), None where every query sees every key
-    live: Tensor | None  # (B,) rows that take their token, None for all
-    extent: int  # slots from here on are empty
-    entered: list[Tensor] = field(default_factory=list)  # of each layer, the new tokens' ranks
-    masses: list[Tensor] = field(default_factory=list)  # of each layer, the attention that slots received
-
-
-@dataclass(eq=False)
-class Turn:
-    """One layer's part in a pass: what its attention needs besides the layer's own weights."""
-
-    layer: LayerCache
-    step: PromptStep | DecodeStep
-    angles: Angles  # for the new queries and keys
-    far: tuple[Angles, Tensor] | None = None  # for queries (B, T, E) from inside the cache, at the sinks (B, P, n)
-    ranked: tuple[Tensor, Angles] | None = None  # ranks (L, B, P, N) and tables, for keys stored unrotated
-
-    @property
-    def mask(self) -> Tensor | None:
-        return None if self.step.mask is None else self.step.mask[self.layer.place]
-
-    @property
-    def keys(self) -> Angles:
-        """Angles (B, P, N, E) of all keys stored unrotated; made for one layer at a time."""
-        rank, tables = self.ranked
-        return rows_at(*tables, rank[self.layer.place])
-
-
-@register("cache", "slots")
 class LayerCache(nn.Module):
-    """Stored keys and values of one layer, and its place in a group's slots."""
+    """The storages of one layer, and its place in the slots of its group.
 
-    row_dim: ClassVar[int] = 0
+    Attributes:
+        spec: The layer. stack_index: Its number in the slots' stack.
+        keys, values: Storages. ring: The last queries, for a strategy that reads them.
+        stores_unrotated: Whether keys are stored unrotated.
+        kernel: Decode attention. want: The statistics that it returns.
+    """
 
-    def __init__(self, facts: LayerFacts, slots: Slots, place: int, keys: nn.Module, values: nn.Module, raw: bool):
+    def __init__(
+        self,
+        plan: LayerPlan,
+        args: KVCacheArgs,
+        slots: Slots,
+        stack_index: int,
+        batch_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         super().__init__()
-        self.facts, self.place, self.raw = facts, place, raw
-        self.keys, self.values = keys, values
-        self.observes = slots.strategy.attention
+        spec = self.spec = plan.spec
+        self.stack_index, self.stores_unrotated = stack_index, plan.stores_unrotated
+        sets, size, options = plan.pools or spec.groups, slots.size, args.storage_options
+        self.heads = slots.heads
+        self.keys, self.values = (
+            registry.build("storage", plan.storage, role, (batch_size, sets, size, width), dtype, device, **options)
+            for role, width in (("keys", spec.key_size), ("values", spec.value_size))
+        )
+        self.window, self.ring = 0, None
+        if "queries" in plan.strategy.needs:
+            self.window = plan.strategy.window  # type: ignore[attr-defined]
+            width = spec.key_size + (spec.value_size if spec.latent else 0)
+            self.ring = QueryRing(batch_size, spec.heads, self.window, width, dtype, device)
+        self.kernel = choose_kernel(args.attention, self.keys, self.values, device)
+        self.reads_tokens = bool(plan.strategy.needs) or slots.enters
+        self.want = tuple(name for name in RECEIVED if name in plan.strategy.statistics)
 
-    def seed(self, step: PromptStep, q: Tensor, stored: Tensor, v: Tensor, mass: Tensor | None) -> None:
-        """Takes what the strategy keeps of right-padded prompts; pads are never written.
+    @property
+    def device(self) -> torch.device:
+        return next(self.keys.buffers()).device
+
+    def by_set(self, x: Tensor) -> Tensor:
+        """Tokens of all heads (B, G, T, D) as the storages hold them: (B, P, g * T, D) with pools, head by head."""
+        return x if self.heads == 1 else x.unflatten(1, (-1, self.heads)).flatten(2, 3)
+
+    def seed(self, step: PrefillMetadata, fresh: FreshTokens, received: Mapping[str, Tensor]) -> None:
+        """Take what the strategy keeps of right-padded prompts; pads are never written.
 
         Args:
-            q: (B, H, T, D) the queries, rotated at the tokens' positions.
-            stored: (B, G, T, D) the keys as this cache stores them: rotated, or not if `raw`.
-            v: (B, G, T, Dv) the values.
-            mass: (B, G, T) attention received, for a strategy that observes it.
+            step: The group's part of the prefill.
+            fresh: The prompt's keys, values and queries.
+            received: Attention that each token received, by name, (B, G, T).
         """
-        slots, rank = step.slots, None
-        q, stored, v = q.detach(), stored.detach(), v.detach()  # a cache remembers no graph
-        mass = None if mass is None else mass.detach()
-        if step.kept is None:
-            B, _, T, _ = v.shape
-            pos = torch.arange(T, device=v.device).expand(B, slots.pos.size(2), T)
-            seen = Seen(pos, step.length - 1, True, self.facts, mass, self._scored(stored, v), v, q)
-            rank = slots.prompt_rank(seen)
-            index, kept = slots.keep(rank, step.length)
-        else:
-            index, kept = step.kept
-        slots.seed(self.place, index, kept, rank)
-        target = torch.arange(index.size(-1), device=v.device).expand(index.shape)
-        for buffer, x in ((self.keys, stored), (self.values, v)):
+        slots, kept, statistics = step.slots, step.kept, {}
+        if kept is None:
+            statistics = {name: slots.per_set(mass) for name, mass in received.items()}
+            kept, own = self._choose(step, fresh, statistics)
+            statistics |= own
+        index, pos, owner = kept
+        slots.seed(self.stack_index, index, pos, owner, statistics)
+        target = torch.arange(index.size(-1), device=index.device).expand(index.shape)
+        keys = fresh.unrotated if self.stores_unrotated else fresh.rotated
+        for storage, x in ((self.keys, keys), (self.values, fresh.v)):
+            x = self.by_set(x)
             if x.size(2) > index.size(-1):
                 x = x.gather(2, index.unsqueeze(-1).expand(-1, x.size(1), -1, x.size(-1)))  # (B, G, n, D)
-            buffer.write(target, x.masked_fill((kept < 0).unsqueeze(-1), 0.0))
+            storage.write(target, x.masked_fill((pos < 0).unsqueeze(-1), 0.0))
+        if self.ring is not None:
+            self.ring.write(*fresh.last(fresh.raw_q if self.stores_unrotated else fresh.q), None)
 
-    def extend(self, step: DecodeStep, k: Tensor, v: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes new tokens (B, G, T, D) into their slots; returns the keys and values (B, G, N, D) to attend to.
+    def _choose(
+        self, step: PrefillMetadata, fresh: FreshTokens, statistics: Mapping[str, Tensor]
+    ) -> tuple[tuple[Tensor, Tensor, Tensor | None], dict[str, Tensor]]:
+        """What this layer keeps of prompts, and the strategy's own statistics."""
+        slots, T = step.slots, fresh.v.size(2)
+        sets = slots.pos.size(2) * self.heads
+        pos = torch.arange(T, device=fresh.v.device).expand(fresh.v.size(0), sets, T)
+        pos = pos.masked_fill(pos >= step.length.view(-1, 1, 1), -1)
+        zeros = dict.fromkeys(slots.names, torch.zeros_like(pos, dtype=slots.dtype))
+        tokens = Tokens(pos, step.length - 1, step.length, self.spec, {**zeros, **statistics}, fresh)
+        own = slots.strategy.enter(tokens) if slots.enters else {}
+        tokens.statistics = {**tokens.statistics, **own}
+        score = slots.prompt_score(tokens) if T > slots.plan.slots else None
+        return slots.select_prompt(score, step.length, T), own
 
-        One token finds the slots as they are after it is written. A block is attended to beside what was there
-        before it, as its first queries may still see what its last tokens evict.
-        """
-        slot, T = step.slot[self.place], k.size(2)
-        block = T > 1
-        if block:
-            old = self.keys.read(step.extent), self.values.read(step.extent)
-            keys, values = (torch.cat((o.to(n.dtype), n), dim=2) for o, n in zip(old, (k, v)))
-        q, k, v = q.detach(), k.detach(), v.detach()  # a cache remembers no graph
-        self.keys.write(slot, k, step.live)
-        self.values.write(slot, v, step.live)
-        if not block:
-            keys, values = self.keys.read(step.extent).to(k.dtype), self.values.read(step.extent).to(v.dtype)
-        if step.slots.rank is not None:
-            pos = step.pos.unsqueeze(1).expand(slot.shape)
-            seen = Seen(pos, step.pos[:, -1], False, self.facts, None, self._scored(k, v), v, q)
-            step.entered.append(step.slots.strategy.enter(seen))
-        return keys, values
 
-    def _scored(self, k: Tensor, v: Tensor) -> Tensor:
-        """What queries meet of stored tokens: their keys, and their latents too where there are any."""
-        return torch.cat((k, v), dim=-1) if self.facts.latent else k
+def prompt_statistics(
+    layer: LayerCache, q: Tensor, k: Tensor, length: Tensor, start: int = 0, final: bool = True
+) -> dict[str, Tensor]:
+    """The attention that a prompt's tokens received from the queries q, by the names that the layer's strategy keeps.
 
-    def observe(self, step: DecodeStep, mass: Tensor) -> None:
-        """Notes the attention (B, G, N) that a pass paid to each key, in the order of its slots afterwards."""
-        size, T, mass = step.slots.size, step.pos.size(1), mass.detach()
-        if T > 1:  # the block's own keys stand after the slots: bring them to theirs
-            old, new = mass[..., : step.extent], mass[..., step.extent :]
-            whole = nn.functional.pad(old, (0, size - step.extent))
-            mass = whole.scatter(-1, step.slot[self.place].expand(-1, mass.size(1), -1), new)
-        elif mass.size(-1) < size:
-            mass = nn.functional.pad(mass, (0, size - mass.size(-1)))
-        step.masses.append(mass)
+    Args:
+        q: (B, H, T, D). k: (B, G or H, N, D). length: (B,) tokens of each row.
+        start: Position of the first query. final: Whether the last query of the prompt is among them.
+
+    Returns:
+        (B, G, N) each.
+    """
+    spec, out = layer.spec, {}
+    for name in layer.want if final else [name for name in layer.want if name != "last"]:
+        received = received_attention(
+            q, k, length, -1 if name == "mass" else 1, scale=spec.scale, softcap=spec.softcap, window=spec.window,
+            start=start,
+        )  # fmt: skip
+        out[name] = received.mean(1, keepdim=True) if spec.latent else received
+    return out

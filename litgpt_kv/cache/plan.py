@@ -1,4 +1,4 @@
-"""What the user's arguments come to for each layer, settled and checked before anything is allocated. Floor 3."""
+"""What the user's arguments come to for each layer, resolved and checked before anything is allocated."""
 
 from __future__ import annotations
 
@@ -6,25 +6,41 @@ from dataclasses import dataclass, replace
 
 from litgpt.config import Config
 from litgpt_kv import registry
+from litgpt_kv.cache.spec import LayerSpec, layer_spec
 from litgpt_kv.cache.strategies.base import Strategy
-from litgpt_kv.config import KVCacheArgs, LayerFacts, layer_facts, per_layer, percent
+from litgpt_kv.config import KVCacheArgs, per_layer, percent
+
+STEEPNESS = 20  # of a pyramid: the layer with least has the mean divided by this (PyramidKV's beta, arXiv 2406.02069)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """One layer's choices, settled and checked."""
+class LayerPlan:
+    """One layer's choices, resolved and checked.
 
-    facts: LayerFacts
+    Attributes:
+        spec: The layer. strategy: What is kept. slots: Tokens a set keeps, the budget.
+        sinks, recent: First positions and last tokens that are never evicted.
+        interval: Tokens that leave together. keep_prompt: Whether prompts are never evicted.
+        select: "head", "layer" or "pool". pools: Pools of a layer, 0 without any. floor: Tokens a head of a pool keeps.
+        storage: Name of the storage. positions: "absolute" or "cache". window: Sliding window of the layer, or None.
+    """
+
+    spec: LayerSpec
     strategy: Strategy
     slots: int
     sinks: int
     recent: int
+    interval: int
+    keep_prompt: bool
+    select: str
+    pools: int
+    floor: int
     storage: str
     positions: str
     window: int | None
 
     @property
-    def raw(self) -> bool:
+    def stores_unrotated(self) -> bool:
         """Whether keys are stored unrotated: their positions change with every eviction."""
         return self.positions == "cache" and not self.strategy.recency
 
@@ -34,12 +50,17 @@ class Plan:
         return self.positions == "cache" and self.strategy.evicts
 
     @property
-    def shared(self) -> tuple:
-        facts = replace(self.facts, index=0)
-        return self.strategy, self.slots, self.sinks, self.recent, self.positions, self.window, facts
+    def exact_blocks(self) -> bool:
+        """Whether a block of tokens gives what they give one at a time: what stays does not depend on attention."""
+        return self.strategy.recency and (not self.strategy.evicts or (self.interval == 1 and not self.keep_prompt))
+
+    @property
+    def stack_key(self) -> tuple:
+        """Layers with the same key keep their books together."""
+        return (replace(self, spec=replace(self.spec, index=0), storage=""),)
 
 
-def settle(config: Config, args: KVCacheArgs, max_tokens: int, context: int) -> list[Plan]:
+def resolve(config: Config, args: KVCacheArgs, max_tokens: int, context: int) -> list[LayerPlan]:
     """One plan a layer.
 
     Args:
@@ -51,45 +72,125 @@ def settle(config: Config, args: KVCacheArgs, max_tokens: int, context: int) -> 
     """
     n = config.n_layer
     values = [per_layer(name, getattr(args, name), n) for name in ("strategy", "budget", "sinks", "recent", "storage")]
-    fields = {name: registry.options("strategy", name) for name in dict.fromkeys(values[0])}
-    if unknown := [k for k in args.options if not any(k in own for own in fields.values())]:
+    values[1] = [percent(b, max_tokens) if isinstance(b, str) else b for b in values[1]]
+    if args.budget_pattern is not None:
+        values[1] = pattern(args.budget_pattern, values[1][0], n)
+    options = {name: registry.options("strategy", name) for name in dict.fromkeys(values[0])}
+    if unknown := [k for k in args.options if not any(k in own for own in options.values())]:
         registry.build("strategy", values[0][0], **{unknown[0]: None})  # says what there is
     plans = []
-    for i, (name, budget, sinks, recent, kind) in enumerate(zip(*values)):
-        facts = layer_facts(config, i)
-        strategy = registry.build("strategy", name, **{k: v for k, v in args.options.items() if k in fields[name]})
-        budget = percent(budget, max_tokens) if isinstance(budget, str) else budget
-        slots = max_tokens if budget is None else budget
-        positions = args.positions or strategy.positions
-        if positions == "cache":
-            if facts.rope_size % 2:
-                raise ValueError(f"positions 'cache' needs an even number of rotated elements, not {facts.rope_size}.")
-            if budget is None:
-                slots = min(slots, context)
-        if slots > context:
-            what = "A dense cache" if not strategy.evicts else "A budget"
-            hint = "; other strategies keep a budget, and sink goes on past it" if not strategy.evicts else ""
-            raise ValueError(f"{what} of {slots} tokens is over the limit of {context}: the model's context{hint}.")
-        window = facts.window
-        if window is not None and slots >= window:  # nothing beyond the window is ever attended to
-            strategy, slots, sinks, recent = registry.build("strategy", "window"), window, 0, 0
-        elif window is not None and positions == "absolute":  # a sink beyond the window is never attended to either
-            sinks = 0
-        elif window is not None:  # inside the cache all tokens are nearer than the window
-            window = None
-        own = strategy.protected(slots)  # defaults, which give way to what the user says
-        if sinks is None:
-            sinks = own[0] if budget is not None else min(own[0], slots - 1)
-        recent = min(own[1], max(0, slots - sinks)) if recent is None else recent
-        if sinks >= slots:
-            raise ValueError(f"The budget must be more than the sinks: budget {slots}, sinks {sinks} ({name}).")
-        if sinks + recent > slots:
-            raise ValueError(f"sinks {sinks} + recent {recent} exceed the budget of {slots} ({name}).")
-        plans.append(Plan(facts, strategy, slots, sinks, recent, kind, positions, window))
+    for index, (name, budget, sinks, recent, storage) in enumerate(zip(*values)):
+        strategy = registry.build("strategy", name, **{k: v for k, v in args.options.items() if k in options[name]})
+        layer = _LayerArgs(name, strategy, budget, sinks, recent, storage)
+        plans.append(_resolve_layer(layer_spec(config, index), args, layer, max_tokens, context))
     return plans
 
 
-def limit_of(plans: list[Plan], context: int) -> tuple[int | None, str]:
+@dataclass(frozen=True)
+class _LayerArgs:
+    """What the user asked for one layer."""
+
+    name: str
+    strategy: Strategy
+    budget: int | None
+    sinks: int | None
+    recent: int | None
+    storage: str
+
+
+def _resolve_layer(spec: LayerSpec, args: KVCacheArgs, layer: _LayerArgs, max_tokens: int, context: int) -> LayerPlan:
+    strategy, sinks, recent = layer.strategy, layer.sinks, layer.recent
+    interval, keep_prompt = args.interval, args.keep_prompt
+    slots = max_tokens if layer.budget is None else layer.budget
+    positions = args.positions or strategy.positions
+    if positions == "cache":
+        if spec.rope_size % 2:
+            raise ValueError(f"positions 'cache' needs an even number of rotated elements, not {spec.rope_size}.")
+        if layer.budget is None:
+            slots = min(slots, context)
+    if slots > context:
+        what = "A dense cache" if not strategy.evicts else "A budget"
+        hint = "; other strategies keep a budget, and sink goes on past it" if not strategy.evicts else ""
+        raise ValueError(f"{what} of {slots} tokens is over the limit of {context}: the model's context{hint}.")
+    window = spec.window
+    if window is not None and slots >= window:  # nothing beyond the window is ever attended to
+        strategy, slots, sinks, recent = registry.build("strategy", "window"), window, 0, 0
+        interval, keep_prompt = 1, False
+    elif window is not None and positions == "absolute":  # a sink beyond the window is never attended to either
+        sinks = 0
+    elif window is not None:  # inside the cache all tokens are nearer than the window
+        window = None
+    own_sinks, own_recent = strategy.protected(slots)  # defaults, which give way to what the user says
+    if sinks is None:
+        sinks = own_sinks if layer.budget is not None else min(own_sinks, slots - 1)
+    recent = min(own_recent, max(0, slots - sinks)) if recent is None else recent
+    if sinks >= slots:
+        raise ValueError(f"The budget must be more than the sinks: budget {slots}, sinks {sinks} ({layer.name}).")
+    if sinks + recent > slots:
+        raise ValueError(f"sinks {sinks} + recent {recent} exceed the budget of {slots} ({layer.name}).")
+    most = max(1, slots - sinks - recent)
+    if strategy.evicts and interval > most:
+        raise ValueError(
+            f"interval {interval} is over the limit of {most}: budget {slots} less sinks {sinks} and recent {recent} "
+            f"({layer.name})."
+        )
+    select, pools, floor = _resolve_select(spec, args, layer.name, strategy, slots, interval)
+    keep_prompt = keep_prompt and strategy.evicts
+    return LayerPlan(
+        spec,
+        strategy,
+        slots,
+        sinks,
+        recent,
+        interval,
+        keep_prompt,
+        select,
+        pools,
+        floor,
+        layer.storage,
+        positions,
+        window,
+    )
+
+
+def _resolve_select(
+    spec: LayerSpec, args: KVCacheArgs, name: str, strategy: Strategy, slots: int, interval: int
+) -> tuple[str, int, int]:
+    """Who chooses, how many pools a layer has, and how many tokens a head of a pool is sure of."""
+    select = args.select or strategy.select
+    if args.pools > 1 and select != "pool":
+        raise ValueError(f"pools {args.pools} goes with select 'pool' only, not {select!r}.")
+    if select != "pool" or strategy.recency or spec.groups == 1:  # recency: the same for all heads anyway
+        return ("head" if select == "pool" else select), 0, 0
+    if spec.groups % args.pools:
+        raise ValueError(f"pools must divide the {spec.groups} key/value heads, got {args.pools} ({name}).")
+    floor = int(args.floor * slots)
+    if floor + interval > slots:
+        raise ValueError(
+            f"floor {args.floor:g} keeps {floor} tokens a head: with interval {interval} that is over the budget of "
+            f"{slots} ({name})."
+        )
+    return "pool", args.pools, floor
+
+
+def pattern(name: str, budget: int, layers: int) -> list[int]:
+    """Budgets of the layers, `layers` times `budget` in sum: a straight line from most to least.
+
+    "pyramid" has most in the first layer, as PyramidKV (arXiv 2406.02069, Zefan-Cai/KVCache-Factory), "funnel" in the
+    last one. The layer with least has `budget / 20`, and all have at least 1; PyramidKV adds its window on top and goes
+    back to equal budgets for short prompts, which a cache of a fixed size cannot.
+    """
+    if layers == 1:
+        return [budget]
+    least = budget / STEEPNESS
+    most = 2 * budget - least
+    line = [most - (most - least) * layer / (layers - 1) for layer in range(layers)]
+    budgets = [max(1, round(x)) for x in line]
+    budgets[0] += layers * budget - sum(budgets)  # what rounding lost or won
+    return budgets if name == "pyramid" else budgets[::-1]
+
+
+def limit_of(plans: list[LayerPlan], context: int) -> tuple[int | None, str]:
     """The most tokens a row may see, and why; None if there is no end."""
     limits = [
         (p.slots, "a dense cache keeps every token; other strategies keep a budget")
@@ -102,3 +203,17 @@ def limit_of(plans: list[Plan], context: int) -> tuple[int | None, str]:
         if not p.endless
     ]
     return min(limits, default=(None, ""))
+
+
+def check_prompt_kept(plans: list[LayerPlan], length: int) -> None:
+    """Refuse a prompt that is to be kept and does not leave room to evict.
+
+    Raises:
+        ValueError: With the numbers.
+    """
+    for plan in plans:
+        if plan.keep_prompt and max(length, plan.sinks) + plan.recent + plan.interval > plan.slots:
+            raise ValueError(
+                f"keep_prompt needs a budget of at least {max(length, plan.sinks) + plan.recent + plan.interval}: "
+                f"prompt {length} + recent {plan.recent} + interval {plan.interval}; the budget is {plan.slots}."
+            )

@@ -1,7 +1,8 @@
-"""The command line's grammar: litgpt's argument names, dashes or underscores, strategies and YAML. Floor 6.
+"""The command line's grammar: a command is a function, and its signature is its options.
 
-`--kv-cache h2o --kv-cache.budget 256` and the YAML `kv_cache: h2o` or `kv_cache: {strategy: h2o, budget: 256}` all
-become one mapping, whose keys are `KVCacheArgs`' fields and the strategy's own options.
+A parameter whose type is a dataclass of arguments stands for all of its fields: as flat options (`--temperature`) for
+the classes in `FLAT`, with the parameter's name before them (`--kv-cache.budget`) for others. A new field of such a
+class is a new option, YAML key and line of help in every command that takes the class.
 """
 
 from __future__ import annotations
@@ -9,22 +10,68 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-import json
 import re
 import sys
-from collections import deque
-from collections.abc import Callable, Collection
-from pathlib import Path
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, NoReturn, get_args, get_origin
 
 import yaml
-from jsonargparse import CLI, ArgumentParser, DefaultHelpFormatter, set_loader, set_parsing_settings
+from jsonargparse import (
+    ActionConfigFile,
+    ArgumentParser,
+    DefaultHelpFormatter,
+    Namespace,
+    set_loader,
+    set_parsing_settings,
+)
 
 from litgpt_kv import __version__, registry
-from litgpt_kv.config import KVCacheArgs
+from litgpt_kv.arguments import DeviceArgs, RunArgs, StoppingArgs, Without
+from litgpt_kv.cli.options import PROG, fail, load_yaml, normalise
+from litgpt_kv.config import KVCacheArgs, SamplingArgs, shown
+from litgpt_kv.llm.safe_load import one_line
 
-PROG = "litgpt_kv"
-_FIELDS = [f.name for f in dataclasses.fields(KVCacheArgs) if f.name != "options"]
+FLAT = (SamplingArgs, StoppingArgs, RunArgs, DeviceArgs)
+
+
+@dataclass(frozen=True)
+class Group:
+    """A parameter of a command that stands for the fields of a class of arguments."""
+
+    parameter: str
+    cls: type
+    default: Any
+    without: tuple[str, ...] = ()
+
+    @property
+    def prefix(self) -> str:
+        return "" if self.cls in FLAT else f"{self.parameter}."
+
+    @property
+    def names(self) -> list[str]:
+        return [f.name for f in dataclasses.fields(self.cls) if f.name not in self.without]
+
+    def build(self, given: Mapping[str, Any]) -> Any:
+        """The arguments that the parser found; `options` of a strategy get the types of its fields."""
+        values = {name: given[self.prefix + name] for name in self.names}
+        if self.cls is KVCacheArgs:
+            values["options"] = typed_options(values["strategy"], values["options"])
+        return dataclasses.replace(self.default, **values)
+
+
+def groups_of(command: Callable[..., Any]) -> list[Group]:
+    """The parameters of a command that are classes of arguments."""
+    found = []
+    for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
+        cls, without = parameter.annotation, ()
+        if get_origin(cls) is Annotated:
+            cls, *markers = get_args(cls)
+            without = next((marker.names for marker in markers if isinstance(marker, Without)), ())
+        if dataclasses.is_dataclass(cls):
+            default = cls() if parameter.default is inspect.Parameter.empty else parameter.default
+            found.append(Group(name, cls, default, without))
+    return found
 
 
 class _Help(DefaultHelpFormatter):
@@ -48,107 +95,88 @@ class Parser(ArgumentParser):
         super().__init__(*args, **{**options, "formatter_class": _Help})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        fail(message)
+        message = " ".join(message.split())
+        if found := re.search(r'[Kk]ey "([^"]+)".*?Expected a.*Given value(?: type: .*? Given value)?: (.*)$', message):
+            name, value = found.groups()
+            message = f"--{name.replace('_', '-')} cannot be {value[:200]}; --help says what it takes."
+        fail(message[:900])
 
 
-def fail(message: str) -> NoReturn:
-    """One clear line on standard error and exit code 2."""
-    print(f"{PROG}: error: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(2)
+def add_command(parser: ArgumentParser, command: Callable[..., Any]) -> None:
+    """Give a parser the options of a command."""
+    groups = groups_of(command)
+    parser.add_argument("--config", action=ActionConfigFile, help="Options from a YAML file.")
+    skip = {group.parameter for group in groups}
+    parser.add_function_arguments(command, as_group=False, as_positional=True, fail_untyped=True, skip=skip)
+    for group in groups:
+        nested = group.prefix.removesuffix(".") or None
+        parser.add_class_arguments(group.cls, nested, skip=set(group.without), instantiate=False)
+        parser.set_defaults({group.prefix + name: getattr(group.default, name) for name in group.names})
 
 
-def normalise(args: list[str], flags: Collection[str] = ()) -> list[str]:
-    """Dashes in option names to underscores, `--kv_cache X` to `.strategy X`, several `--prompt` or `--stop` to a list.
-
-    Those of `flags` that stand without a value get "true".
-    """
-    out: list[str] = []
-    texts: dict[str, list[str]] = {"--prompt": [], "--stop": []}
-    rest = deque(args)
-    while rest:
-        token = rest.popleft()
-        if token == "--":
-            return [*out, token, *rest]
-        if not token.startswith("--"):
-            out.append(token)
-            continue
-        name, equals, value = token.partition("=")
-        name = "--" + name[2:].replace("-", "_")
-        if name in ("--kv_cache.help", *texts) and not equals:
-            if not rest:
-                fail(f"{token} needs a value.")
-            value = rest.popleft()
-        if name == "--kv_cache.help":
-            show_strategy(value)
-        elif name in texts:
-            if any("\ud800" <= c <= "\udfff" for c in value):
-                fail(f"{token} is no valid text in this terminal's encoding.")
-            texts[name].append(value)
-        elif name[2:] in flags and not equals and (not rest or rest[0] not in ("true", "false")):
-            out.append(name + "=true")
-        elif name in ("--config", "--prompts"):
-            out.append(f"{name}={shipped(value if equals else rest.popleft() if rest else '')}")
-        elif name == "--kv_cache" and not (value or (rest[0] if rest and not equals else "")).startswith("{"):
-            out.append("--kv_cache.strategy" + equals + value)
-        else:
-            out.append(name + equals + value)
-    return [*out, *(f"{name}={json.dumps(given, ensure_ascii=False)}" for name, given in texts.items() if given)]
+def call(command: Callable[..., Any], found: Namespace) -> Any:
+    """Call a command with what its parser found."""
+    given = {name: value for name, value in found.items() if name != "config"}  # nested names with dots
+    groups = groups_of(command)
+    arguments = {group.parameter: group.build(given) for group in groups}
+    for name in inspect.signature(command).parameters:
+        if name not in arguments:
+            arguments[name] = found[name]
+    return command(**arguments)
 
 
-def shipped(path: str) -> str:
-    """A file's path; what starts with `config_hub/` is found beside the package from anywhere."""
-    if path.startswith("config_hub/") and not Path(path).exists():
-        package = Path(__file__).parents[1]  # a wheel has config_hub inside of the package, a checkout beside it
-        path = next((str(p) for p in (package / path, package.parent / path) if p.exists()), path)
-    return path
-
-
-def load_yaml(text: str) -> Any:
-    """YAML as jsonargparse reads it, with `kv_cache: h2o` brought to the form that command-line options can add to."""
-    value = yaml.safe_load(text)
-    for level in (value, *(v for v in value.values() if isinstance(v, dict))) if isinstance(value, dict) else ():
-        if isinstance(level.get("kv_cache"), str):
-            level["kv_cache"] = {"strategy": level["kv_cache"]}
-    return value
-
-
-def cache_args(value: str | dict[str, Any]) -> KVCacheArgs | None:
-    """`KVCacheArgs` from what the parser gathered; None for "none", which computes the whole text at every step.
+def typed_options(strategy: str | list[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The own options of strategies, with the types of their fields.
 
     Raises:
         ValueError: For an unknown strategy or option, or a value of the wrong type.
     """
-    given = {"strategy": value} if isinstance(value, str) else dict(value)
-    given = {k: yaml.safe_load(v) if isinstance(v, str) else v for k, v in given.items()}
-    options = {**given.pop("options", {}), **{k: given.pop(k) for k in list(given) if k not in _FIELDS}}
-    strategy = given.get("strategy") or "dense"
-    if strategy == "none":
-        if options or len(given) > 1:
-            raise ValueError("kv_cache 'none' takes no options.")
-        return None
-    names = strategy if isinstance(strategy, list) else [strategy]
-    if not all(isinstance(name, str) for name in names):
-        raise ValueError(f"kv_cache needs a strategy's name, got {strategy!r}.")
+    names = strategy if isinstance(strategy, (list, tuple)) else [strategy]
+    if strategy == "none" or not options:
+        return dict(options)
     takes = {name: registry.options("strategy", name) for name in names}
-    if unknown := [k for k in options if not any(k in own for own in takes.values())]:
-        every = f"Every strategy takes {', '.join(_FIELDS[1:])}"
+    if unknown := [key for key in options if not any(key in own for own in takes.values())]:
+        fields = [f.name for f in dataclasses.fields(KVCacheArgs) if f.name not in ("strategy", "options")]
         own = "; ".join(f"{name!r} {'also ' + ', '.join(t) if t else 'has no options'}" for name, t in takes.items())
-        raise ValueError(f"Unknown kv_cache option {', '.join(map(repr, unknown))}. {every}; {own}.")
+        every = f"Every strategy takes {', '.join(fields)}; {own}."
+        raise ValueError(f"Unknown kv_cache option {', '.join(map(shown, unknown))}. {every}")
+    out = dict(options)
     for name, own in takes.items():
-        options |= _typed(name, {k: v for k, v in options.items() if k in own})
-    return KVCacheArgs(**{**given, "strategy": strategy}, options=options)
+        out |= _typed(name, {key: value for key, value in options.items() if key in own})
+    return out
 
 
 def _typed(strategy: str, options: dict[str, Any]) -> dict[str, Any]:
-    """A strategy's own options with the types of its fields."""
     if not options:
         return {}
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(registry.get("strategy", strategy))
+    if opened := [name for name in options if is_open(parser, name)]:
+        raise ValueError(f"kv_cache {strategy!r}: {opened[0]} is no number or text; it can be given in Python only.")
     try:
         return {k: v for k, v in parser.parse_object(options).as_dict().items() if k in options}
     except Exception as error:  # argparse's and jsonargparse's error types differ between versions
-        raise ValueError(f"kv_cache {strategy!r}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"kv_cache {strategy!r}: {one_line(error)}") from error
+
+
+def is_open(parser: ArgumentParser, name: str) -> bool:
+    """Whether an option's type may make jsonargparse import code: anything but plain values and lists of them."""
+    action = next((action for action in parser._actions if action.dest == name), None)
+    return not is_plain(getattr(action, "_typehint", None) or getattr(action, "type", None) or str)
+
+
+def is_plain(hint: Any) -> bool:
+    """Whether a type has only plain values: numbers, texts, and lists and mappings of these."""
+    if hint in (bool, int, float, str, None, type(None)) or hint is Ellipsis:
+        return True
+    origin, inner = get_origin(hint), get_args(hint)
+    if getattr(origin, "__name__", "") == "Literal":
+        return True
+    return bool(inner) and origin is not type and not _is_callable(origin) and all(map(is_plain, inner))
+
+
+def _is_callable(origin: Any) -> bool:
+    return getattr(origin, "__name__", "") == "Callable"
 
 
 def describe(name: str) -> str:
@@ -177,28 +205,57 @@ def show_strategy(name: str) -> NoReturn:
     raise SystemExit(0)
 
 
-def run(commands: dict[str, Callable[..., Any]], description: str, args: list[str] | None = None) -> Any:
-    """Parses the command line and calls the command; what the user did wrong ends in one line and exit code 2."""
+def flags_of(commands: Mapping[str, Callable[..., Any]]) -> set[str]:
+    """The options of all commands that may stand without a value: those that are true or false."""
+    found = set()
+    for command in commands.values():
+        for parameter in inspect.signature(command, eval_str=True).parameters.values():
+            found |= {parameter.name} if parameter.annotation is bool else set()
+        for group in groups_of(command):
+            found |= {group.prefix + f.name for f in dataclasses.fields(group.cls) if f.type in ("bool", bool)}
+    return found
+
+
+def build_parser(commands: Mapping[str, Callable[..., Any]], description: str) -> ArgumentParser:
+    """The parser of the whole program, a subcommand for each command."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parameters = [
-        p for command in commands.values() for p in inspect.signature(command, eval_str=True).parameters.values()
-    ]
-    flags = {p.name for p in parameters if p.annotation is bool}
+    set_loader("litgpt_kv", load_yaml, exceptions=(yaml.YAMLError,))
+    parser = Parser(prog=PROG, description=description, parser_mode="litgpt_kv", default_meta=False)
+    parser.add_argument("--config", action=ActionConfigFile, help="Options of a command from a YAML file.")
+    subcommands = parser.add_subcommands(required=True)
+    for name, command in commands.items():
+        help_text = (inspect.getdoc(command) or "").partition("\n\n")[0]
+        subparser = Parser(description=help_text, parser_mode="litgpt_kv", default_meta=False)
+        add_command(subparser, command)
+        subcommands.add_subcommand(name, subparser, help=help_text)
+    return parser
+
+
+def run(commands: dict[str, Callable[..., Any]], description: str, args: list[str] | None = None) -> Any:
+    """Parse the command line and call the command; what the user did wrong ends in one line and exit code 2."""
     args = sys.argv[1:] if args is None else args
     if args == ["--version"]:
         print(f"{PROG} {__version__}")
         raise SystemExit(0)
-    args = normalise(args, flags) or ["--help"]
-    set_loader("litgpt_kv", load_yaml, exceptions=(yaml.YAMLError,))
+    with _ends_well():
+        args, shown_strategy = normalise(args, flags_of(commands))
+        if shown_strategy is not None:
+            show_strategy(shown_strategy)
+        found = build_parser(commands, description).parse_args(args or ["--help"])
+        return call(commands[found.subcommand], found[found.subcommand])
+
+
+@contextlib.contextmanager
+def _ends_well() -> Iterator[None]:
     try:
-        return CLI(
-            commands, args=args, prog=PROG, description=description, parser_class=Parser, parser_mode="litgpt_kv"
-        )
+        yield
     except BrokenPipeError:  # the reader went away, as `| head` does
         sys.stderr.close()
         raise SystemExit(0) from None
     except KeyboardInterrupt:
         print(file=sys.stderr, flush=True)
         raise SystemExit(130) from None
+    except MemoryError:
+        fail("There is not enough memory for this.")
     except (ValueError, OSError) as error:
         fail(str(error))

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from litgpt.config import Config, name_to_config
-from litgpt_kv.cli.parser import cache_args
+from litgpt_kv.arguments import check_count
 from litgpt_kv.config import KVCacheArgs
 from litgpt_kv.llm import checkpoint
 from litgpt_kv.llm.quantize import DTYPES
@@ -15,7 +13,8 @@ from litgpt_kv.parallel import WAYS
 from litgpt_kv.parallel.memory import cache_bytes, weight_bytes
 
 GB = 10**9
-CACHE = {"strategy": "h2o", "budget": "10%"}
+CACHE = KVCacheArgs("h2o", budget="10%")
+MOST_DEVICES = 65_536
 
 
 def plan(
@@ -25,7 +24,7 @@ def plan(
     memory: float = 80.0,
     context: int | None = None,
     batch_size: int = 1,
-    kv_cache: dict[str, Any] | str | None = None,
+    kv_cache: KVCacheArgs = CACHE,
     precision: str = "bf16-true",
 ) -> None:
     """Show the memory that each device needs, for every way to use several and for up to so many devices.
@@ -41,15 +40,16 @@ def plan(
     """
     if precision not in DTYPES:
         raise ValueError(f"precision must be one of {', '.join(DTYPES)}, got {precision!r}.")
-    if min(devices, batch_size) < 1 or memory <= 0:
-        raise ValueError(f"devices, batch_size and memory must be positive, got {devices}, {batch_size}, {memory}.")
-    if context is not None and context < 1:
-        raise ValueError(f"context must be at least 1, got {context}.")
+    check_count("devices", devices, 1, MOST_DEVICES)
+    check_count("batch_size", batch_size, 1, 2**31 - 1)
+    if not 0 < memory < 1e9:
+        raise ValueError(f"memory must be more than 0 and less than 1e9 GB, got {memory}.")
+    if context is not None:
+        check_count("context", context, 1, 2**31 - 1)
     named = model in name_to_config
     config = Config.from_name(model) if named else checkpoint.load_config(checkpoint.find(model))
     context, dtype = context or config.block_size, DTYPES[precision]
-    other = cache_args(CACHE if kv_cache is None else kv_cache)
-    kinds = [KVCacheArgs("dense")] + ([other] if other is not None and other.strategy != "dense" else [])
+    kinds = [KVCacheArgs("dense")] + ([] if kv_cache.strategy in ("none", "dense") else [kv_cache])
     names = [_name(args) for args in kinds]
     print(f"Computed, not measured: {config.name}, {precision}, {batch_size} rows of {context:,} tokens.")
     print(f"GB (10^9 bytes) on the device that needs most; rows: as many of that length as {memory:g} GB can hold.")

@@ -1,50 +1,23 @@
-"""Prompts from a file and answers to one: what cannot be used is named by its line, what is finished is never lost.
-
-Floor 6.
-"""
+"""Prompts from a file, read as a stream: what cannot be used is named by its line and stops no other."""
 
 from __future__ import annotations
 
-import contextlib
-import glob
 import json
-import os
-import shutil
+import stat
 import sys
 import tempfile
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import BinaryIO
 
-from tqdm import tqdm
+from litgpt_kv.llm.openai_batch import BatchLine, is_batch_line, read_batch_line
+from litgpt_kv.llm.safe_load import one_line
+from litgpt_kv.llm.text_request import TextRequest
 
-from litgpt_kv.cache.kv_cache import KVCache
-from litgpt_kv.config import KVCacheArgs, SamplingArgs
-from litgpt_kv.generate import Request
-from litgpt_kv.generate import Sequence as Answer
-from litgpt_kv.generate.limits import Limits
-from litgpt_kv.llm.llm import LLM
-from litgpt_kv.parallel import Way
-
-BEGIN = b'{"line": '  # of every answer
-Place = tuple[int, int]  # a prompt's line and the number of its sample
 JSON = (".jsonl", ".json", ".ndjson")
-NUMBER = (int, float)
-FIELDS: Mapping[str, tuple[type, ...]] = {
-    "prompt": (str,),
-    "id": (str, int),
-    "sys_prompt": (str,),
-    "max_new_tokens": (int,),
-    "min_new_tokens": (int,),
-    "temperature": NUMBER,
-    "top_k": (int, type(None)),
-    "top_p": NUMBER,
-    "repetition_penalty": NUMBER,
-    "seed": (int,),
-    "stop": (str, list),
-}
+LONGEST_LINE = 64 * 2**20  # bytes
 
 
 @dataclass
@@ -52,315 +25,111 @@ class Line:
     """One prompt of a file.
 
     Attributes:
-        number: Of its line, from 1.
-        fields: "prompt", and the settings that differ from those of the command.
-        error: Why it cannot be used, or why its answer failed; None if all is well.
-        failed: Whether it was answered, and the answer failed.
+        number: of its line, from 1.
+        request: what is asked, with the command's settings where the line says nothing; None if it cannot be used.
+        batch: what of a line in OpenAI's batch format goes into its answer; None for other lines.
+        error: why it cannot be used, None if it can.
     """
 
     number: int
-    fields: dict[str, Any]
+    request: TextRequest | None = None
+    batch: BatchLine | None = None
     error: str | None = None
-    failed: bool = False
+
+    @property
+    def prompt(self) -> str:
+        """The prompt as answers hold it: its text, or a conversation as JSON."""
+        if self.request.messages is not None:
+            return json.dumps(self.request.messages, ensure_ascii=False)
+        return self.request.prompt or ""
 
 
-def read_prompts(path: str) -> list[Line]:
-    """The prompts of a file: of `.jsonl` (or `.json`, `.ndjson`) one JSON object a line, of all others one prompt a
-    line; empty lines are left out. "-" is standard input, which is JSON if its first line is an object.
+class PromptFile:
+    """The prompts of a file, read line by line: of `.jsonl` (or `.json`, `.ndjson`) one JSON object a line, of all
+    others one prompt a line; empty lines are left out. "-" is standard input, which is JSON if its first line is an
+    object.
+
+    Args:
+        path: the file; it may be a pipe.
+        defaults: the command's settings, for what a line does not say.
+
+    Attributes:
+        is_repeatable: whether it can be read more than once.
 
     Raises:
         ValueError: If the file cannot be read or has no line.
     """
-    try:
-        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-    except OSError as error:
-        raise ValueError(f"The prompts {path!r} cannot be read: {error.strerror}.") from error
-    lines = [(n, raw) for n, raw in enumerate(data.splitlines(), 1) if raw.strip()]
-    if not lines:
-        raise ValueError(f"There are no prompts in {'standard input' if path == '-' else repr(path)}.")
-    as_json = lines[0][1].lstrip().startswith(b"{") if path == "-" else path.lower().endswith(JSON)
-    return [_line(number, raw, as_json) for number, raw in lines]
 
-
-def _line(number: int, raw: bytes, as_json: bool) -> Line:
-    try:
-        text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-        fields = json.loads(text) if as_json else {"prompt": text}
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        return Line(number, {}, f"it is no {'JSON' if as_json else 'UTF-8 text'}: {error}")
-    if not as_json and "\0" in text:
-        return Line(number, {}, "it is no text: it has NUL characters, as UTF-16 does")
-    if isinstance(fields, dict):  # null is as good as nothing, but for top_k, where it means all
-        fields = {name: value for name, value in fields.items() if value is not None or name == "top_k"}
-    if any("\ud800" <= c <= "\udfff" for c in json.dumps(fields, ensure_ascii=False)):
-        return Line(number, {}, "it has half of a surrogate pair, which is no text")
-    return Line(number, fields if isinstance(fields, dict) else {}, _fault(fields))
-
-
-def _fault(fields: Any) -> str | None:
-    if not isinstance(fields, dict):
-        return f"it is no object with a prompt but {fields!r:.60}"
-    if unknown := [name for name in fields if name not in FIELDS]:
-        return f"unknown {', '.join(map(repr, unknown))}; a line may have {', '.join(FIELDS)}"
-    if not fields.get("prompt"):
-        return "it has no prompt"
-    for name, value in fields.items():
-        if not isinstance(value, FIELDS[name]) or isinstance(value, bool):
-            return f"{name} cannot be {value!r:.60}"
-    return None
-
-
-class Answers:
-    """Where answers go: a file of JSON lines, or standard output.
-
-    A file takes each answer when it is finished, so that an interrupted run loses none; at the end they are brought
-    into the order of the prompts. Standard output gets each as soon as all before it are there.
-
-    Args:
-        path: Of the file; None or "-" is standard output.
-        resume: Go on with a file that exists.
-        run: A digest of the settings; answers made with others are not continued.
-
-    Attributes:
-        done: The answers that are there, by place.
-        way: How processes share the work, if there are several.
-        expected: The places of those that standard output still waits for, in order.
-        given: How many standard output got.
-
-    Raises:
-        ValueError: If the file exists and `resume` is not given, or it holds something else or cannot be written.
-    """
-
-    def __init__(self, path: str | None, resume: bool = False, run: str = "") -> None:
-        self.run = run
-        self.path = None if path in (None, "-") else Path(path)
-        self.done: dict[Place, dict[str, Any]] = {}
-        self.expected: deque[Place] = deque()
-        self.given = 0
-        self.way: Way | None = None
-        self._file: TextIO | None = None
-        self._torn: dict[Path, int] = {}  # bytes of a last line that was not finished
-        if self.path is None:
-            if resume:
-                raise ValueError("--resume continues a file: give it with --out.")
-            return
-        if self.path.exists() and not self.path.is_file():
-            raise ValueError(f"{path} is no file.")
-        for file in (self.path, *self.parts()):
-            if file.exists() and file.stat().st_size:
-                if not resume:
-                    raise ValueError(f"{file} exists: --resume continues it, or choose another name.")
-                self._load(file)
-        if not os.access(self.path if self.path.exists() else self.path.parent, os.W_OK):
-            raise ValueError(f"{path} cannot be written.")
-
-    def _load(self, path: Path) -> None:
+    def __init__(self, path: str, defaults: TextRequest | None = None) -> None:
+        self.path, self.defaults = path, defaults or TextRequest()
+        self._head: list[tuple[int, bytes]] = []
         try:
-            *lines, torn = path.read_bytes().split(b"\n")
-        except OSError as error:
-            raise ValueError(f"{path} cannot be continued: {error.strerror}.") from error
-        for number, line in enumerate(lines, 1):
-            try:
-                record = json.loads(line)
-                self.done[key(record)] = {"prompt": record["prompt"], **record}
-                if record.get("finish_reason") == "error":  # is tried again
-                    del self.done[key(record)]
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{path} cannot be continued: line {number} is no answer of a run before.") from error
-        if not (torn.startswith(BEGIN) or BEGIN.startswith(torn)):
-            raise ValueError(f"{path} cannot be continued: its last line is no answer of a run before.")
-        self._torn[path] = len(torn)
+            mode = stat.S_IFIFO if path == "-" else Path(path).stat().st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
+                raise ValueError(f"it is no file but a {'folder' if stat.S_ISDIR(mode) else 'device'}")
+            self._file: BinaryIO = sys.stdin.buffer if path == "-" else Path(path).open("rb")  # noqa: SIM115  (`close`)
+            self.is_repeatable = stat.S_ISREG(mode)
+            self._rest = _numbered(self._file)
+            self._head = list(islice(self._rest, 1))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"The prompts {path!r} cannot be read: {getattr(error, 'strerror', error)}.") from error
+        if not self._head:
+            raise ValueError(f"There are no prompts in {'standard input' if path == '-' else repr(path)}.")
+        first = self._head[0][1]
+        self.as_json = first.lstrip().startswith(b"{") if path == "-" else path.lower().endswith(JSON)
 
-    def parts(self) -> list[Path]:
-        """The files of the processes that divided a run."""
-        found = self.path.parent.glob(f"{glob.escape(self.path.name)}.part*")
-        return sorted(file for file in found if file.name.rpartition(".part")[2].isdigit())
+    def __iter__(self) -> Iterator[Line]:
+        lines = chain(self._head, self._rest)
+        if self.is_repeatable:
+            self._file.seek(0)
+            lines = _numbered(self._file)
+        for number, raw in lines:
+            yield _line(number, raw, self.as_json, self.defaults)
 
-    def share(self, way: Way | None) -> None:
-        """Says how processes share the work; those that divide it learn what any of them finished in a run before."""
-        self.way = way
-        if way is not None and way.divided:
-            for done in way.team.collect(self.done):
-                self.done |= done
-
-    def matches(self, number: int, sample: int, prompt: str) -> bool:
-        """Whether an answer is there already.
-
-        Raises:
-            ValueError: If it answers another prompt, or was made with other settings.
-        """
-        record = self.done.get((number, sample))
-        if record is not None and record.get("prompt") != prompt:
-            raise ValueError(
-                f"{self.path} answers other prompts than these: line {number} was {record['prompt']!r:.60}."
-            )
-        if record is not None and record.get("run", self.run) != self.run:
-            raise ValueError(f"{self.path} was made with other settings than these: give it those, or another name.")
-        return record is not None
-
-    def add(self, record: dict[str, Any], elsewhere: bool = False) -> None:
-        """Takes a finished answer; what was made `elsewhere` another process has written already."""
-        record = {**record, "run": self.run} if self.run and self.path is not None else record
-        self.done[key(record)] = record
-        if self.way is not None and self.way.team.rank and not self.way.divided:
-            return  # process 0 has the same, and writes it
-        if self.path is not None:
-            if elsewhere:
-                return
-            if self._file is None:  # not before there is something to write
-                self._file = self._open(self._mine)
-            self._file.write(_json(record) + "\n")
-            self._file.flush()
-            return
-        while self.expected and self.expected[0] in self.done:
-            print(_json(self.done.pop(self.expected.popleft())), flush=True)
-            self.given += 1
-
-    @property
-    def _mine(self) -> Path:
-        """Where this process writes: each one has a part where they divide the prompts."""
-        divided = self.way is not None and self.way.divided
-        return self.path.with_name(f"{self.path.name}.part{self.way.team.rank}") if divided else self.path
-
-    def _open(self, path: Path) -> TextIO:
-        try:
-            if torn := self._torn.get(path):
-                os.truncate(path, path.stat().st_size - torn)
-            return path.open("a", encoding="utf-8")
-        except OSError as error:
-            raise ValueError(f"{path} cannot be written: {error.strerror}.") from error
+    def repeatable(self) -> PromptFile:
+        """Make sure that it can be read more than once: a pipe is copied to a temporary file."""
+        if not self.is_repeatable:
+            spool, last = tempfile.TemporaryFile(), 0  # noqa: SIM115  (for as long as the prompts are read)
+            for number, raw in chain(self._head, self._rest):
+                spool.write(b"\n" * (number - last - 1) + raw + b"\n")
+                last = number
+            self._file, self.is_repeatable = spool, True
+        return self
 
     def close(self) -> None:
-        """Brings a file into the order of the prompts, and the processes' parts together."""
-        if self._file is not None:
+        if self.path != "-" or self.is_repeatable:
             self._file.close()
-        if self.path is None:
-            return
-        if self.done and (self.way is None or self.way.team.rank == 0):
-            self._write()
-        if self.way is not None and self.way.divided:
-            self.way.meet()  # until the whole file is there
-            self._mine.unlink(missing_ok=True)
-            if self.way.team.rank == 0:
-                for part in self.parts():  # of a run with more processes
-                    part.unlink(missing_ok=True)
-
-    def _write(self) -> None:
-        path = self.path.resolve()
-        try:
-            with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as beside:
-                beside.writelines(_json(self.done[place]) + "\n" for place in sorted(self.done))
-                beside.flush()
-                os.fsync(beside.fileno())
-            like = next((file for file in (path, *self.parts()) if file.exists()), None)
-            if like is not None:
-                shutil.copymode(like, beside.name)
-            os.replace(beside.name, path)
-        except OSError as error:  # all answers are there, in the order in which they came
-            with contextlib.suppress(OSError, NameError):
-                os.unlink(beside.name)
-            raise ValueError(f"{path} could not be put in order: {error.strerror}.") from error
 
 
-def key(record: Mapping[str, Any]) -> Place:
-    """The place of an answer."""
-    return int(record["line"]), int(record.get("sample", 0))
+def _numbered(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines of a file that are not empty, with their numbers; a line may end as on any system.
 
-
-def _json(record: dict[str, Any]) -> str:
-    return json.dumps(record, ensure_ascii=False)
-
-
-@dataclass
-class Settings:
-    """What a command says for all prompts; a line may say otherwise."""
-
-    sys_prompt: str | None = None
-    max_new_tokens: int = 50
-    min_new_tokens: int = 0
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-    stop: str | Sequence[str] = ()
-    ignore_eos: bool = False
-
-    def request(self, llm: LLM, fields: Mapping[str, Any], index: int, sample: int = 0) -> Request:
-        """A prompt as `LLM.run` takes it; its seed is that of the settings plus the number of the sample."""
-        own = replace(self, **{name: value for name, value in fields.items() if name not in ("prompt", "id")})
-        seed = None if own.seed is None else (own.seed + sample) % 2**63
-        sampling = SamplingArgs(own.temperature, own.top_k, own.top_p, seed, own.repetition_penalty)
-        ends = own.max_new_tokens, own.min_new_tokens
-        return llm.request(fields["prompt"], index, own.sys_prompt, *ends, sampling, own.stop, own.ignore_eos)
-
-
-def answer_file(
-    llm: LLM,
-    lines: Sequence[Line],
-    answers: Answers,
-    settings: Settings,
-    args: KVCacheArgs | None,
-    *,
-    num_samples: int = 1,
-    batch_size: int = 8,
-    prefill: str = "min-length",
-    prefill_chunk: int | None = None,
-    logprobs: bool = False,
-    begun: Callable[[list[Request], KVCache | None], None] = lambda requests, cache: None,
-) -> list[Line]:
-    """Answers the prompts of a file, `batch_size` at a time, and shows a progress bar on a terminal.
-
-    Calls `begun` with all that will be answered and the cache, before the first step.
-
-    Returns:
-        The lines that could not be used or whose answer failed, with their error.
+    Of a line that is too long so much is read that this can be seen.
     """
-    answers.share(llm.way)
-    usable = _checked(llm, lines, settings, Limits.of(llm.model, args, prefill))
-    # of all prompts, answered or not: a budget may be a share of it
-    tokens = max((request.sees for _, request in usable), default=1)
-    usable = _checked(llm, [line for line, _ in usable], settings, Limits.of(llm.model, args, prefill, tokens))
-    requests, places = [], []
-    for line, _ in usable:
-        for sample in range(num_samples):
-            answers.expected.append((line.number, sample))
-            if not answers.matches(line.number, sample, line.fields["prompt"]):
-                requests.append(settings.request(llm, line.fields, len(requests), sample))
-                places.append((line, sample))
-    run = llm.run(requests, args, batch_size, prefill, prefill_chunk, logprobs, tokens) if requests else ()
-    if requests:
-        begun(requests, run.cache)
-    with tqdm(total=len(requests) + len(answers.done), initial=len(answers.done), unit="prompt", disable=None) as bar:
-        for answer in (sequence for step in run for sequence in step if sequence.reason is not None):
-            line, sample = places[answer.index]
-            answers.add(_record(answer, line, sample, many=num_samples > 1), answer.elsewhere)
-            if answer.error is not None:
-                line.error, line.failed = answer.error, True
-            bar.update()
-    return [line for line in lines if line.error is not None]
+    number = 0
+    while piece := file.readline(LONGEST_LINE + 1):
+        rest = piece
+        while not rest.endswith(b"\n") and (rest := file.readline(LONGEST_LINE)):
+            pass
+        for raw in piece.splitlines() if len(piece) <= LONGEST_LINE else [piece]:
+            number += 1
+            if raw.strip():
+                yield number, raw
 
 
-def _checked(llm: LLM, lines: Sequence[Line], settings: Settings, limits: Limits) -> list[tuple[Line, Request]]:
-    """The lines that can be used, with their requests; the others are given their error."""
-    out = []
-    for line in lines:
-        if line.error is None:
-            try:
-                request = settings.request(llm, line.fields, 0)
-                limits.check(request)
-                out.append((line, request))
-            except (ValueError, TypeError) as error:
-                line.error = str(error)
-    return out
-
-
-def _record(answer: Answer, line: Line, sample: int, many: bool) -> dict[str, Any]:
-    """One answer; seconds count from when the prompt's turn came."""
-    record: dict[str, Any] = {"line": line.number, **({"sample": sample} if many else {})}
-    record |= {name: line.fields[name] for name in ("id", "prompt") if name in line.fields}
-    record |= {"text": answer.text, "prompt_tokens": len(answer.prompt), "new_tokens": len(answer.tokens)}
-    record |= {"finish_reason": answer.reason} | ({} if answer.error is None else {"error": answer.error})
-    record["first_token_seconds"] = round(answer.first - answer.began, 6)
-    record["seconds"] = round(answer.ended - answer.began, 6)
-    return record | ({"tokens": answer.tokens, "logprobs": answer.logprobs} if answer.logprobs else {})
+def _line(number: int, raw: bytes, as_json: bool, defaults: TextRequest) -> Line:
+    if len(raw) > LONGEST_LINE:
+        return Line(number, error=f"it is longer than {LONGEST_LINE:,} bytes")
+    try:
+        text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+        record = json.loads(text) if as_json else {"prompt": text}
+    except (ValueError, RecursionError) as error:
+        return Line(number, error=f"it is no {'JSON' if as_json else 'UTF-8 text'}: {error}")
+    if not as_json and "\0" in text:
+        return Line(number, error="it is no text: it has NUL characters, as UTF-16 does")
+    try:
+        if is_batch_line(record):
+            return Line(number, *read_batch_line(record, defaults))
+        return Line(number, defaults.read(record))
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        return Line(number, error=one_line(error))

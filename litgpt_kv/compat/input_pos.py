@@ -1,4 +1,4 @@
-"""The cache that litgpt's own code knows: attached to the layers, indexed by the caller's positions. Floor 3.
+"""litgpt's own way to call a model: caches attached to the layers, positions from the caller.
 
 `model.set_kv_cache(B)` and `model(idx, input_pos)` are what litgpt's generation, chat, speculative decoding and `LLM`
 are written in. A slot is a position; a query sees what is at its own position and before, in its window, whoever wrote
@@ -10,18 +10,77 @@ B rows · T new tokens · N cached positions · G key/value heads · D head size
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 import litgpt.model as base
-from litgpt_kv.attention.rope import Angles, visible
-from litgpt_kv.cache.layer import Turn
-from litgpt_kv.config import LayerFacts
+from litgpt_kv.attention.eager import CausalMasks, slot_attention
+from litgpt_kv.attention.masks import visible
+from litgpt_kv.attention.rope import Angles, rotate
+from litgpt_kv.cache import KVCache
+from litgpt_kv.cache.pieces import PromptReader
+from litgpt_kv.cache.spec import LayerSpec
+from litgpt_kv.cache.views import LatentProjection, Pass, SequenceView
+from litgpt_kv.model import gpt
 
-if TYPE_CHECKING:
-    from litgpt_kv.cache.kv_cache import KVCache
+
+class GPT(gpt.GPT):
+    """`litgpt_kv.model.GPT` that litgpt's own code can call as well: `set_kv_cache` and `model(idx, input_pos)`."""
+
+    def forward(
+        self,
+        idx: Tensor,
+        cache: KVCache | PromptReader | Tensor | None = None,
+        length: Tensor | int | None = None,
+        lm_head_chunk_size: int = 0,
+        *,
+        input_pos: Tensor | None = None,
+        input_pos_maxp1: int | None = None,
+    ) -> Tensor | list[Tensor]:
+        """Logits of the tokens `idx` (B, T) int64, as `litgpt_kv.model.GPT` gives them, or as litgpt calls it.
+
+        Args:
+            idx, cache, length, lm_head_chunk_size: As there.
+            input_pos, input_pos_maxp1: litgpt's way to call, also in the places of `cache` and `length`: the tokens'
+                positions (T,) or (B, T), and one more than the largest; after `set_kv_cache`. It gives (B, T, V).
+        """
+        if isinstance(cache, Tensor):
+            if input_pos is not None:
+                raise ValueError("Pass a cache, which counts by itself, or input_pos, not both.")
+            input_pos, cache, length, input_pos_maxp1 = cache, None, None, length
+        if input_pos is None:
+            return super().forward(idx, cache, length, lm_head_chunk_size)
+        if cache is not None:
+            raise ValueError("Pass a cache, which counts by itself, or input_pos, not both.")
+        if idx.dim() != 2:
+            raise ValueError(f"Tokens must have shape (B, T), got {tuple(idx.shape)}.")
+        step = attached_pass(self, idx, input_pos, input_pos_maxp1)
+        x = self.run_blocks(self.embed(idx), step)
+        if lm_head_chunk_size > 0:
+            return [self.head(part) for part in x.split(lm_head_chunk_size, dim=1)]
+        return self.head(x)  # (B, T, V)
+
+    def set_kv_cache(
+        self,
+        batch_size: int,
+        max_seq_length: int | None = None,
+        rope_cache_length: int | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Give every layer a cache for `model(idx, input_pos)`. Nothing else needs one.
+
+        Args:
+            batch_size: The most rows of a pass. max_seq_length: Positions; None: the model's `max_seq_length`.
+            rope_cache_length: Not needed. device, dtype: Of the buffers; None: each layer's own.
+        """
+        size = self.max_seq_length if max_seq_length is None else max_seq_length
+        for block in self.transformer.h:
+            block.attn.kv_cache = dense_cache(block.attn, batch_size, size, device, dtype)
+        device = self.transformer.h[0].attn.kv_cache.k.device
+        # what litgpt asks of it is a shape and a device: one byte and no mask
+        self.mask_cache = torch.ones((), dtype=torch.bool, device=device).expand(1, 1, size, size)
 
 
 def dense_cache(
@@ -36,129 +95,111 @@ def dense_cache(
     A sliding-window layer keeps every position as well: litgpt's ring loses what the first queries of a block, or a
     caller who goes back, still need.
     """
-    facts: LayerFacts = attn.facts
+    spec: LayerSpec = attn.spec
     weight = next(attn.parameters())
     device = weight.device if device is None and weight.device.type != "meta" else device
     dtype = weight.dtype if dtype is None and weight.is_floating_point() else dtype
-    shape = batch_size, facts.groups, max_seq_length
-    return base.KVCache((*shape, facts.key_size), (*shape, facts.value_size), device=device, dtype=dtype)
-
-
-def attach(model: base.GPT, batch_size: int, max_seq_length: int, **where: Any) -> Tensor:
-    """Gives every layer its cache. Returns what `mask_cache` is: a shape and a device, one byte and no mask."""
-    for block in model.transformer.h:
-        block.attn.kv_cache = block.attn.build_kv_cache(batch_size, max_seq_length, **where)
-    device = model.transformer.h[0].attn.kv_cache.k.device
-    return torch.ones((), dtype=torch.bool, device=device).expand(1, 1, max_seq_length, max_seq_length)
+    shape = batch_size, spec.groups, max_seq_length
+    return base.KVCache((*shape, spec.key_size), (*shape, spec.value_size), device=device, dtype=dtype)
 
 
 @dataclass(eq=False)
-class Place:
-    """Where a pass is, for the layers of one device and window."""
+class AttachedView:
+    """One layer's attached cache in one pass.
 
-    kept: ClassVar[tuple] = ()  # nothing is chosen: no layer ranks its prompt
-    pos: Tensor  # (B or 1, T)
-    extent: int  # positions from here on are not looked at
-    mask: Tensor  # (1, B, 1, T, N)
+    Attributes:
+        spec: The layer. store: Its cache. angles: Of the new tokens. pos: (B or 1, T) their positions.
+        mask: (B, 1, T, extent) what they see; None for a whole prompt, which attends to itself.
+        extent: Positions from here on are not looked at. masks: Of a whole prompt.
+    """
+
+    spec: LayerSpec
+    store: base.KVCache
+    angles: Angles
+    pos: Tensor
+    mask: Tensor | None
+    extent: int
+    masks: CausalMasks
+    last: Tensor | None = None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, latent: LatentProjection | None = None) -> Tensor:
+        spec = self.spec
+        turned_q, turned_k = (rotate(x, self.angles, spec.rope_size) for x in (q, k))
+        self._write("k", turned_k.detach())
+        self._write("v", v.detach())
+        if self.mask is None:
+            return SequenceView(spec, self.angles, self.masks).attend(q, k, v, latent)
+        keys, values = (buffer[: k.size(0), :, : self.extent] for buffer in (self.store.k, self.store.v))
+        if latent is not None:
+            turned_q = latent.absorb(turned_q)
+            values = nn.functional.pad(values, (0, 1), value=1.0) if latent.bias else values
+        y, _ = slot_attention(turned_q, keys, values, self.mask, scale=spec.scale, softcap=spec.softcap)
+        if latent is not None:
+            y = latent.output(y[..., : spec.value_size])
+        return y.transpose(1, 2)  # (B, T, H, Dv)
+
+    def _write(self, name: str, x: Tensor) -> None:
+        buffer = getattr(self.store, name)
+        if buffer.dtype != x.dtype:  # under mixed precision; litgpt's, too, takes the activations' dtype
+            buffer = buffer.to(x.dtype)
+            setattr(self.store, name, buffer)
+        if self.pos.size(0) == 1:
+            buffer[: x.size(0)].index_copy_(2, self.pos[0].to(x.device), x)
+        else:
+            buffer[: x.size(0)].scatter_(2, self.pos.to(x.device)[:, None, :, None].expand(x.shape), x)
 
 
-class AttachedLayer:
-    """A layer's attached cache with the methods of a `LayerCache`."""
+def attached_pass(model: GPT, idx: Tensor, input_pos: Tensor, end: int | None) -> Pass:
+    """A pass over the attached caches: angles and masks are made once for each device and window.
 
-    raw: ClassVar[bool] = False
-    observes: ClassVar[int] = 0
-    place: ClassVar[int] = 0
+    Raises:
+        TypeError: Without `set_kv_cache`. ValueError: If positions and tokens do not fit each other or the cache.
+    """
+    B, T = idx.shape
+    if input_pos.dim() not in (1, 2):
+        raise ValueError(f"input_pos must have 1 or 2 dimensions, input_pos.shape = {tuple(input_pos.shape)}")
+    if input_pos.size(-1) != T:
+        raise ValueError(f"input_pos.shape[-1] = {input_pos.size(-1)} != {T} = idx.shape[1], must be the same")
+    if input_pos.dim() == 2 and input_pos.size(0) != B:
+        raise ValueError(f"input_pos has {input_pos.size(0)} rows, the tokens have {B}.")
+    modules = [block.attn for block in model.transformer.h]
+    stores = [attn.kv_cache for attn in modules]
+    if any(store is None for store in stores):
+        raise TypeError("You need to call `gpt.set_kv_cache()`")
+    rows, size = stores[0].k.size(0), stores[0].k.size(2)
+    if B > rows:
+        raise ValueError(f"The cache has {rows} rows, the tokens have {B}: call set_kv_cache({B}).")
+    extent = size if end is None else end
+    if max(extent, T) > size:
+        raise ValueError(
+            f"Positions in 'input_pos' must be in [0,{size}), the size of the cache, not up to "
+            f"{max(extent, T) - 1}: call set_kv_cache with more."
+        )
+    pos, rope = input_pos.view(-1, T), model.rope()
+    fresh = T > 1 and not torch.compiler.is_compiling() and _from_start(pos, stores)
+    if fresh and T > model.max_seq_length:
+        raise ValueError(f"Cannot forward {T} tokens, the model's context is {model.max_seq_length}.")
+    masks, made, views = CausalMasks(), {}, []
+    for attn, store, table in zip(modules, stores, rope.which):
+        device, window, mask = store.k.device, attn.spec.window, None
+        if (device, table) not in made:
+            made[device, table] = tuple(_rows(x, pos).to(device) for x in rope.tables[table])
+        if not fresh and (device, "mask", window) not in made:
+            seen = visible(pos.to(device), torch.arange(extent, device=device), window)  # (B or 1, T, extent)
+            made[device, "mask", window] = seen.expand(B, -1, -1)[:, None]
+        if not fresh:
+            mask = made[device, "mask", window]
+        views.append(AttachedView(attn.spec, store, made[device, table], pos, mask, extent, masks))
+    return Pass(views, False)
 
-    def __init__(self, store: base.KVCache) -> None:
-        self.store = store
 
-    def seed(self, step: Place, q: Tensor, k: Tensor, v: Tensor, mass: None) -> None:
-        for name, x in (("k", k), ("v", v)):
-            buffer = getattr(self.store, name)
-            if buffer.dtype != x.dtype:  # under mixed precision; litgpt's, too, takes the activations' dtype
-                buffer = buffer.to(x.dtype)
-                setattr(self.store, name, buffer)
-            if step.pos.size(0) == 1:
-                buffer[: x.size(0)].index_copy_(2, step.pos[0], x.detach())
-            else:
-                buffer[: x.size(0)].scatter_(2, step.pos[:, None, :, None].expand(x.shape), x.detach())
-
-    def extend(self, step: Place, k: Tensor, v: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-        self.seed(step, q, k, v, None)
-        return tuple(buffer[: k.size(0), :, : step.extent] for buffer in (self.store.k, self.store.v))
-
-
-class Attached:
-    """One pass over the attached caches, with the methods of a `KVCache` that the model calls."""
-
-    def __init__(self, model: base.GPT, idx: Tensor, input_pos: Tensor, end: int | None) -> None:
-        B, T = self.batch_size, self.tokens = idx.shape
-        if input_pos.dim() not in (1, 2):
-            raise ValueError(f"input_pos must have 1 or 2 dimensions, input_pos.shape = {tuple(input_pos.shape)}")
-        if input_pos.size(-1) != T:
-            raise ValueError(f"input_pos.shape[-1] = {input_pos.size(-1)} != {T} = idx.shape[1], must be the same")
-        if input_pos.dim() == 2 and input_pos.size(0) != B:
-            raise ValueError(f"input_pos has {input_pos.size(0)} rows, the tokens have {B}.")
-        self.stores = [block.attn.kv_cache for block in model.transformer.h]
-        if any(store is None for store in self.stores):
-            raise TypeError("You need to call `gpt.set_kv_cache()`")
-        rows, size = self.stores[0].k.size(0), self.stores[0].k.size(2)
-        if B > rows:
-            raise ValueError(f"The cache has {rows} rows, the tokens have {B}: call set_kv_cache({B}).")
-        self.extent = size if end is None else end
-        if max(self.extent, T) > size:
-            raise ValueError(
-                f"Positions in 'input_pos' must be in [0,{size}), the size of the cache, not up to "
-                f"{max(self.extent, T) - 1}: call set_kv_cache with more."
-            )
-        self.pos = input_pos.view(-1, T)
-        self.windows = [block.attn.facts.window for block in model.transformer.h]
-        self.fresh = T > 1 and not torch.compiler.is_compiling() and self._from_start()
-
-    @classmethod
-    def of(
-        cls,
-        model: base.GPT,
-        idx: Tensor,
-        cache: KVCache | Tensor | None,
-        length: Tensor | int | None,
-        input_pos: Tensor | None,
-        end: int | None,
-    ) -> Attached:
-        """The pass that a caller means who gave `input_pos` by name or as the `cache`."""
-        if cache is not None and input_pos is not None:
-            raise ValueError("Pass a cache, which counts by itself, or input_pos, not both.")
-        return cls(model, idx, cache if input_pos is None else input_pos, length if end is None else end)
-
-    def _from_start(self) -> bool:
-        """Whether this is a whole prompt on one device: it then needs no cache and no mask to attend to itself."""
-        here = self.pos.device
-        if any(store.k.device != here for store in self.stores):
-            return False
-        return bool((self.pos == torch.arange(self.tokens, device=here)).all())
-
-    def begin_prompt(self, T: int, length: None, angles: list[Angles], tables: list[int]) -> list[Turn]:
-        step = Place(self.pos, self.extent, None)
-        return [Turn(AttachedLayer(store), step, angles[t]) for store, t in zip(self.stores, tables)]
-
-    def begin(self, T: int, rope: list[Angles], tables: list[int]) -> list[Turn]:
-        """Angles and masks are made once for each device, as a model may be spread over several."""
-        steps: dict[tuple, Place] = {}
-        angles: dict[tuple, Angles] = {}
-        turns = []
-        for store, table, window in zip(self.stores, tables, self.windows):
-            device = store.k.device
-            if (device, table) not in angles:
-                angles[device, table] = tuple(_rows(x, self.pos).to(device) for x in rope[table])
-            if (device, window) not in steps:
-                pos = self.pos.to(device)
-                mask = visible(pos, torch.arange(self.extent, device=device), window)  # (B or 1, T, N)
-                mask = mask.expand(self.batch_size, -1, -1)[None, :, None]
-                steps[device, window] = Place(pos, self.extent, mask)
-            turns.append(Turn(AttachedLayer(store), steps[device, window], angles[device, table]))
-        return turns
+def _from_start(pos: Tensor, stores: list[base.KVCache]) -> bool:
+    """Whether this is a whole prompt on one device: it then needs no cache and no mask to attend to itself."""
+    if any(store.k.device != pos.device for store in stores):
+        return False
+    return bool((pos == torch.arange(pos.size(1), device=pos.device)).all())
 
 
 def _rows(table: Tensor, pos: Tensor) -> Tensor:
-    """Rows of a rope table (S, E) at pos (B or 1, T); a position outside of it is an error."""
+    """Rows of a rope table (N, E) at pos (B or 1, T); a position outside of it is an error."""
     return table.index_select(0, pos.reshape(-1).to(table.device)).view(*pos.shape, -1)

@@ -9,8 +9,7 @@ import litgpt.adapter
 import litgpt.adapter_v2
 import litgpt.lora  # noqa: F401  (loaded, so that their classes are found)
 import litgpt.model as base
-from litgpt_kv.model.gpt import GPT, Block, CausalSelfAttention
-from litgpt_kv.model.latent import MultiheadLatentAttention
+from litgpt_kv.compat.litgpt_modules import GPT, Block, CausalSelfAttention, MultiheadLatentAttention
 
 OURS = {
     base.GPT: GPT,

@@ -14,13 +14,14 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from litgpt_kv.arguments import PREFILLS
 from litgpt_kv.cache.kv_cache import KVCache
+from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.config import KVCacheArgs, SamplingArgs, check_type, per_row, shown
 from litgpt_kv.generate.engine import Engine, Stats
-from litgpt_kv.generate.limits import PREFILLS, check_prefill, check_prompt, vocabulary_of
+from litgpt_kv.generate.limits import check_prefill, check_prompt, vocabulary_of
 from litgpt_kv.generate.request import Output, Request, Sequence
 from litgpt_kv.generate.runner import Model
-from litgpt_kv.model.gpt import GPT
 
 __all__ = [
     "PREFILLS",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from litgpt_kv.cache.kv_cache import KVCache
+from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.config import check_callable, check_type, shown
 from litgpt_kv.generate.limits import vocabulary_of
 from litgpt_kv.generate.request import Output, Request, Sequence
@@ -21,7 +22,6 @@ from litgpt_kv.generate.runner import CacheRunner, Model, RecomputeRunner, Runne
 from litgpt_kv.generate.sampling import Sampler, logprobs_of
 from litgpt_kv.generate.scheduler import Scheduler
 from litgpt_kv.generate.text import TextStream
-from litgpt_kv.model.gpt import GPT
 
 T = TypeVar("T")
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from litgpt_kv.arguments import PREFILLS
 from litgpt_kv.cache.kv_cache import KVCache
-from litgpt_kv.cache.plan import limit_of, settle
+from litgpt_kv.cache.plan import limit_of, resolve
+from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.config import KVCacheArgs, shown
 from litgpt_kv.generate.request import Request
-from litgpt_kv.model.gpt import GPT
 
-PREFILLS = ("min-length", "full")
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -47,7 +47,7 @@ class Limits:
         context = model.max_seq_length
         limit, why = context, "the model's context"
         if args is not None:
-            limit, why = limit_of(settle(model.config, args, tokens or context, context), context)
+            limit, why = limit_of(resolve(model.config, args, tokens or context, context), context)
         return cls(vocabulary_of(model), limit, why, context if prefill == "full" else None)
 
     @classmethod

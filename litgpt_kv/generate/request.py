@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from litgpt_kv.config import SamplingArgs, check_type, check_whole, shown
+from litgpt_kv.arguments import check_count, check_new_tokens
+from litgpt_kv.config import SamplingArgs, check_type, shown
 from litgpt_kv.generate.stopping import StopMatcher
 from litgpt_kv.generate.text import TextStream, stop_texts
 
 ANSWER = ("tokens", "text", "reason", "error", "began", "first", "ended", "_logprobs")
-MOST = 2**31 - 1  # new tokens
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,7 @@ class Request:
     id: int | None = None
 
     def __post_init__(self) -> None:
-        check_whole("max_new_tokens", self.max_new_tokens)
-        check_whole("min_new_tokens", self.min_new_tokens, None)
-        most = self.max_new_tokens
-        if most > MOST:
-            raise ValueError(f"max_new_tokens must be at most {MOST}, got {shown(most)}.")
-        if not 0 <= self.min_new_tokens <= most:
-            raise ValueError(f"min_new_tokens must be 0 to {most} (max_new_tokens), got {shown(self.min_new_tokens)}.")
+        check_new_tokens(self.max_new_tokens, self.min_new_tokens)
         check_type("sampling", self.sampling, SamplingArgs, "SamplingArgs")
         if many := [name for name, value in vars(self.sampling).items() if isinstance(value, (list, tuple))]:
             raise ValueError(f"A request has one value of each sampling setting, got a list for {many[0]}.")
@@ -62,9 +56,7 @@ class Request:
             if isinstance(tokens, Tensor) and tokens.dim() == 0:
                 raise ValueError(f"{name} must be a list of token ids, got {shown(tokens)}.")
         if self.id is not None:
-            check_whole("id", self.id, 0)
-            if self.id >= 2**63:
-                raise ValueError(f"id must be below 2**63, got {shown(self.id)}.")
+            check_count("id", self.id, 0, 2**63 - 1)
 
     @property
     def sees(self) -> int:

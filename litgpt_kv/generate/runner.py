@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from litgpt_kv.cache.kv_cache import KVCache
+from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.config import shown
 from litgpt_kv.generate.limits import Limits, check_prefill
 from litgpt_kv.generate.request import Sequence
-from litgpt_kv.model.gpt import GPT
 
 BLOCK = 128  # tokens; the logits of a block are (N, BLOCK, V), so a longer one would cost memory and save little
 Model = abc.Callable[..., Tensor]

@@ -66,14 +66,15 @@ class Sampler:
     def _resolve(self) -> None:
         """Brings the rows' settings to the device; None stands for what no row asks for."""
         rows, put = self.args, lambda values: torch.tensor(values, device=self.device)
-        greedy = [a.temperature < COLD or a.top_p == 0 for a in rows]
+        greedy = [cold(a) or a.top_p == 0 for a in rows]
         self.greedy, self.all_greedy = put(greedy) if any(greedy) else None, all(greedy)
         V = self.size[1]
         counts = [V if a.top_k is None else min(a.top_k, V) for a in rows]
         self.top_k = put(counts).unsqueeze(-1) if min(counts) < V else None
         self.most = max((n for n in counts if n < V), default=V)
         self.top_p = None if all(a.top_p == 1.0 for a in rows) else put([a.top_p for a in rows])
-        self.temperature = put([1.0 if a.temperature < COLD else float(a.temperature) for a in rows])
+        self.min_p = None if all(a.min_p == 0 for a in rows) else put([float(a.min_p) for a in rows])
+        self.temperature = put([1.0 if cold(a) or a.temperature is None else float(a.temperature) for a in rows])
         penalties = [float(a.repetition_penalty) for a in rows]
         self.penalty = put(penalties).unsqueeze(-1) if any(p != 1.0 for p in penalties) else None
         self.minimum = put(self.least) if any(self.least) else None
@@ -129,7 +130,7 @@ class Sampler:
         return logits
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """What is drawn from, (B, V) float32: the logits after top-k, temperature and top-p, in this order."""
+        """What is drawn from, (B, V) float32: the logits after top-k, temperature, top-p and min-p, in this order."""
         logits = logits.float()
         if self.top_k is not None:
             logits = self._crop(logits)
@@ -140,6 +141,8 @@ class Sampler:
             drop[:, -1] = False  # the most probable token always stays
             drop &= (self.top_p < 1).unsqueeze(-1)
             probs = probs.masked_fill(drop.gather(-1, index.argsort(dim=-1)), 0.0)
+        if self.min_p is not None:  # top-p keeps the most probable token, so either order keeps the same tokens
+            probs = probs.masked_fill(probs < self.min_p.unsqueeze(-1) * probs.amax(dim=-1, keepdim=True), 0.0)
         return probs
 
     def _crop(self, logits: Tensor) -> Tensor:
@@ -149,6 +152,11 @@ class Sampler:
         room = self.top_k - above.sum(dim=-1, keepdim=True)
         keep = above | (equal & (equal.cumsum(dim=-1) <= room)) | (self.top_k == self.size[1])
         return logits.masked_fill(~keep, float("-inf"))
+
+
+def cold(args: SamplingArgs) -> bool:
+    """Whether a row's temperature is so low that it takes the most probable token."""
+    return args.temperature is not None and args.temperature < COLD
 
 
 def logprobs_of(logits: Tensor, token: Tensor) -> Tensor:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections import abc
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from litgpt.prompts import PromptStyle
-from litgpt_kv.config import KVCacheArgs, SamplingArgs, check_whole
+from litgpt_kv.arguments import RunArgs, StoppingArgs, check_count, grouped
+from litgpt_kv.config import KVCacheArgs, SamplingArgs
 from litgpt_kv.generate import Engine, Request, Sequence, Stats
-from litgpt_kv.generate.limits import Limits, check_prefill
-from litgpt_kv.generate.text import stop_texts
+from litgpt_kv.generate.limits import Limits
 from litgpt_kv.llm.text_model import TextModel
+from litgpt_kv.llm.text_request import TextRequest
 
 ROOM = 8192  # tokens: what a conversation may have unless more is asked for
 
@@ -27,12 +28,10 @@ class Chat:
         budget: Tokens kept, instead of that of `kv_cache`.
         max_tokens: How many tokens the conversation may have: the size of a dense cache, and the budget where none is
             given. None: the model's context, at most 8,192.
-        max_new_tokens: The most tokens of a reply; fewer where no more fit.
-        temperature, top_k, top_p, repetition_penalty: See `SamplingArgs`.
-        seed: Of the first turn; each turn has the next one. None: torch's global generator.
-        stop: Texts that end a reply.
         prefill: How the first turn is read, "min-length" or "full"; later ones are read in blocks where that changes
             nothing (dense, window, sink), else one token at a time.
+        settings: The fields of `StoppingArgs` (of a reply, which is shorter where no more fits; 256 tokens by default)
+            and `SamplingArgs` by name; `seed` is that of the first turn, each turn has the next one.
 
     Attributes:
         cache: Everything the model remembers. stats: The last turn's. turns: How many there were.
@@ -46,27 +45,21 @@ class Chat:
         kv_cache: str | KVCacheArgs = "dense",
         budget: int | str | None = None,
         max_tokens: int | None = None,
-        max_new_tokens: int = 256,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float = 1.0,
-        repetition_penalty: float = 1.0,
-        seed: int | None = None,
-        stop: str | abc.Sequence[str] = (),
         prefill: str = "min-length",
+        **settings: Any,
     ) -> None:
         if llm.way is not None and llm.way.divided:
             raise ValueError("A conversation has one row: nothing is to be divided among the processes.")
         self.llm, self.sys_prompt, self.prefill = llm, sys_prompt, prefill
-        self.stop = stop_texts(stop)
-        self.sampling = SamplingArgs(temperature, top_k, top_p, seed, repetition_penalty)
-        self.max_new_tokens = Request((), max_new_tokens, sampling=self.sampling).max_new_tokens
+        stopping, sampling = grouped("chat", {"max_new_tokens": 256, **settings}, StoppingArgs, SamplingArgs)
+        self.asked = TextRequest(sys_prompt=sys_prompt, stopping=stopping, sampling=sampling.resolved(llm.temperature))
         args = KVCacheArgs.of(kv_cache, budget)
         if args is None:
             raise ValueError("Without a cache nothing is kept between turns: choose a strategy.")
+        RunArgs(prefill=prefill)  # raises for an unknown one
+        if max_tokens is not None:
+            check_count("max_tokens", max_tokens, 1, 2**31 - 1)
         room = min(ROOM, llm.model.max_seq_length) if max_tokens is None else max_tokens
-        check_prefill(prefill)
-        check_whole("max_tokens", room)
         self.cache = llm.build_cache(args, 1, room)
         self.limit = Limits.of(llm.model, args, prefill, room).limit  # a cache for compiled steps may be larger
         self.stats, self.turns = Stats(), 0
@@ -90,7 +83,7 @@ class Chat:
         if self._reply is not None and self._reply.last >= 0:
             last = self._reply.last  # drawn, but not read yet; a style that ends the reply itself need not do so twice
             ids = ids if ids[0] == last and [last] in self.llm.ends() else [last, *ids]
-        room = self.max_new_tokens
+        room = self.asked.stopping.max_new_tokens
         if self.limit is not None:
             room = min(room, self.limit + 1 - self.cache.seen[0] - len(ids))
             if room < 1:
@@ -101,9 +94,10 @@ class Chat:
         return self._pieces(ids, room)
 
     def _pieces(self, ids: list[int], room: int) -> Iterator[str]:
-        seed = None if self.sampling.seed is None else (self.sampling.seed + self.turns) % 2**63
-        sampling, llm = replace(self.sampling, seed=seed), self.llm
-        request = Request(ids, room, sampling=sampling, stop=llm.ends(), past=self._text, stop_texts=self.stop, id=0)
+        stopping, sampling, llm = self.asked.stopping, self.asked.sampling.shifted(self.turns), self.llm
+        ends = () if stopping.ignore_eos else llm.ends()
+        least = min(stopping.min_new_tokens, room)
+        request = Request(ids, room, least, sampling, ends, past=self._text, stop_texts=stopping.stops, id=0)
         if llm.way is not None:
             (request,) = llm.way.mine([request])  # all processes draw alike
         engine = Engine(llm.model, self.cache, prefill=self.prefill, decoder=llm.decoder, decode_text=llm.decode)
@@ -159,3 +153,28 @@ def later_turn(style: PromptStyle, text: str) -> str:
     style = copy.copy(style)
     style.system_message = None
     return style.apply(text)
+
+
+def conversation_text(
+    style: PromptStyle, messages: abc.Sequence[Mapping[str, str]], sys_prompt: str | None = None
+) -> str:
+    """A conversation in a prompt style, up to where the model's next reply begins.
+
+    Args:
+        messages: Mappings of "role" and "content": system messages first, then the user's and the assistant's in turns,
+            the user's last.
+        sys_prompt: The system prompt where no message gives one.
+
+    Raises:
+        ValueError: If the roles come in another order.
+    """
+    systems = [m["content"] for m in messages if m["role"] in ("system", "developer")]
+    turns = messages[len(systems) :]
+    if any(m["role"] != ("assistant" if n % 2 else "user") for n, m in enumerate(turns)) or not turns:
+        order = ", ".join(m["role"] for m in messages)
+        raise ValueError(f"messages must be system messages, then user and assistant in turns, got {order[:200]}.")
+    system = "\n\n".join(systems) if systems else sys_prompt
+    text = style.apply(turns[0]["content"], sys_prompt=system)
+    for reply, turn in zip(turns[1::2], turns[2::2]):
+        text += reply["content"] + later_turn(style, turn["content"])
+    return text

@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import json
-import pickle
-import textwrap
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
-import yaml
 
+from litgpt import prompts
 from litgpt.config import Config
-from litgpt.prompts import PromptStyle, has_prompt_style, load_prompt_style
+from litgpt.prompts import PromptStyle
 from litgpt.tokenizer import Tokenizer
-from litgpt.utils import extend_checkpoint_dir
+from litgpt.utils import extend_checkpoint_dir, fix_and_load_json
+from litgpt_kv.compat.input_pos import GPT
+from litgpt_kv.config import shown
+from litgpt_kv.llm.check_config import read_config
+from litgpt_kv.llm.check_weights import check_fit, check_memory, check_tables, read_weights
 from litgpt_kv.llm.quantize import quantizer
-from litgpt_kv.model.gpt import GPT
+from litgpt_kv.llm.safe_load import MAX_BYTES, one_line, read_json, read_text, read_yaml
 
 DEMO = Path(__file__).parents[1] / "demo"
 ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps")
 PRECISIONS = ("32-true", "bf16-true", "16-true", "64-true", "bf16-mixed", "16-mixed")
+
+WEIGHTS = "lit_model.pth"
+MOST_TO_MEND = 10_000  # characters of broken JSON: litgpt's mending takes time with their square
+TOKENIZER_CONFIG: dict[str, tuple[type, ...]] = {  # what litgpt's tokenizer reads of tokenizer_config.json
+    "tokenizer_class": (str,),
+    "add_bos_token": (bool, type(None)),
+    "bos_token": (str, type(None)),
+    "eos_token": (str, type(None)),
+}
 
 
 def find(name: str | Path) -> Path:
@@ -61,63 +73,134 @@ def fabric_for(precision: str | None, accelerator: str = "auto", quantize: str |
     try:
         return L.Fabric(accelerator=accelerator, devices=1, precision=precision)
     except Exception as error:  # Lightning's error for a device that is not there differs by device
-        raise ValueError(f"accelerator {accelerator!r} cannot be used here: {first_line(error)}") from error
+        raise ValueError(f"accelerator {accelerator!r} cannot be used here: {one_line(error)}") from error
 
 
 def load_config(folder: Path) -> Config:
-    try:
-        return Config.from_file(folder / "model_config.yaml")
-    except (yaml.YAMLError, TypeError, ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"{folder / 'model_config.yaml'} cannot be read: {first_line(error)}") from error
+    """The config of a checkpoint, checked; see `check_config`."""
+    return read_config(folder / "model_config.yaml")
 
 
-def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """A checkpoint's parameters by name, mapped from the file: only what is used of them is read."""
-    path = folder / "lit_model.pth"
-    try:
-        weights = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} cannot be read, it may be corrupt: {first_line(error)}") from error
-    if not isinstance(weights, dict):
-        raise ValueError(f"{path} cannot be read, it may be corrupt: it holds no weights by name.")
-    return weights.get("model", weights)
+def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """A checkpoint's parameters by name, mapped from the file; see `check_weights`."""
+    return read_weights(folder / WEIGHTS)
 
 
 def load_model(folder: Path, config: Config, fabric: L.Fabric) -> GPT:
-    """The model with a checkpoint's weights, on the fabric's device in its precision, ready for inference."""
-    weights = read_weights(folder)
+    """The model with a checkpoint's weights, on the fabric's device in its precision, ready for inference.
+
+    Raises:
+        ValueError: If the weights are damaged, do not fit the config, or are larger than a CPU's memory.
+    """
+    weights = load_weights(folder)
+    numbers = check_fit(folder / WEIGHTS, config, weights)
+    if fabric.device.type == "cpu":
+        with fabric.init_tensor():
+            check_memory(config, numbers * torch.get_default_dtype().itemsize)
     with fabric.init_module(empty_init=True):
         model = GPT(config)
+    check_tables(model, folder / "model_config.yaml")
     try:
         model.load_state_dict(weights)
     except (RuntimeError, AttributeError) as error:
         raise ValueError(
-            f"The weights in {folder / 'lit_model.pth'} do not fit its model_config.yaml: {first_line(error)}"
+            f"The weights in {folder / WEIGHTS} do not fit its model_config.yaml: {one_line(error)}"
         ) from error
     return model.eval()
 
 
 def own_temperature(folder: Path) -> float:
-    """The temperature that a checkpoint's generation_config.json recommends, else litgpt's 0.8."""
+    """The temperature that a checkpoint's generation_config.json recommends, else litgpt's 0.8.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    value = generation_config(folder).get("temperature")
+    return 0.8 if value is None else float(value)
+
+
+def generation_config(folder: Path) -> dict[str, Any]:
+    """What a checkpoint's generation_config.json says, {} without one.
+
+    Raises:
+        ValueError: If it is no JSON, even after litgpt's mending of commas, or a value is of the wrong type.
+    """
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return {}
+    text = read_text(path, MAX_BYTES)
     try:
-        value = json.loads((folder / "generation_config.json").read_text()).get("temperature")
-    except (OSError, ValueError, AttributeError):  # litgpt's tokenizer reads the file, too, and mends what it can
-        value = None
-    return float(value) if isinstance(value, (int, float)) else 0.8
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        try:
+            if len(text) > MOST_TO_MEND:
+                raise error
+            data = fix_and_load_json(text)
+        except (ValueError, RecursionError) as unmended:
+            raise ValueError(f"{path} cannot be read: {one_line(unmended)}.") from unmended
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} cannot be read: it holds no settings by name.")
+    value = data.get("temperature")
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e6):
+        raise ValueError(f"{path} cannot be used: temperature must be a number of 0 or more, got {shown(value)}.")
+    for name in ("bos_token_id", "eos_token_id"):
+        ids = data.get(name)
+        if not all(_is_token(i) for i in (ids if isinstance(ids, list) else [] if ids is None else [ids])):
+            raise ValueError(f"{path} cannot be used: {name} must be a token's number, got {shown(ids)}.")
+    return data
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
+    """litgpt's tokenizer, after a check of the files that it reads.
+
+    Raises:
+        ValueError: If one of them is damaged; the message names it.
+    """
+    generation_config(folder)
+    path = folder / "tokenizer_config.json"
+    if path.exists():
+        data = read_json(path)
+        if not isinstance(data, dict):
+            raise ValueError(f"{path} cannot be read: it holds no settings by name.")
+        for name, kinds in TOKENIZER_CONFIG.items():
+            value = data.get(name)
+            value = value.get("content") if isinstance(value, dict) and name.endswith("_token") else value
+            if not isinstance(value, kinds):
+                raise ValueError(f"{path} cannot be used: {name} cannot be {shown(value)}.")
     try:
-        return Tokenizer(folder)
-    except Exception as error:  # the tokenizers library raises plain Exception for a broken file
-        raise ValueError(f"The tokenizer in {str(folder)!r} cannot be read: {first_line(error)}") from error
+        tokenizer = Tokenizer(folder)
+    except BaseException as error:  # the tokenizers library raises plain Exception, and Rust's panic is no Exception
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        raise ValueError(f"The tokenizer in {str(folder)!r} cannot be read: {one_line(error)}") from error
+    for name in ("bos_id", "eos_id"):  # a list in generation_config.json: Llama 3's first one is the base model's
+        value = getattr(tokenizer, name)
+        if isinstance(value, list):
+            setattr(tokenizer, name, value[0] if value else None)
+    return tokenizer
 
 
 def load_prompt(folder: Path, config: Config) -> PromptStyle:
-    return load_prompt_style(folder) if has_prompt_style(folder) else PromptStyle.from_config(config)
+    """The prompt style that a checkpoint's `prompt_style.yaml` names, else the one that its config's name implies.
 
+    litgpt's loader imports any module and calls any name in it; this one knows litgpt's own style classes only.
 
-def first_line(error: BaseException) -> str:
-    """The first sentence of an error's message."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return textwrap.shorten(text.partition(". ")[0], 200)
+    Raises:
+        ValueError: If the file names no style of litgpt.
+    """
+    path = folder / "prompt_style.yaml"
+    if not path.exists():
+        return PromptStyle.from_config(config)
+    data = read_yaml(path)
+    module, _, name = str(data.get("class_path") if isinstance(data, dict) else data).rpartition(".")
+    found = vars(prompts).get(name) if module == prompts.__name__ else None
+    if not (isinstance(found, type) and issubclass(found, PromptStyle) and found is not PromptStyle):
+        raise ValueError(
+            f"{path} must name a prompt style of litgpt, as 'class_path: litgpt.prompts.Alpaca' does, got "
+            f"{shown(data)}; other styles are code: set them in Python, as llm.prompt_style."
+        )
+    return found()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,16 @@ from torch import Tensor
 from litgpt.config import Config
 from litgpt.prompts import PromptStyle
 from litgpt.tokenizer import Tokenizer
+from litgpt_kv.arguments import RunArgs, StoppingArgs, check_count, check_flag, grouped
 from litgpt_kv.cache.kv_cache import KVCache
-from litgpt_kv.config import KVCacheArgs, SamplingArgs, check_whole, shown
+from litgpt_kv.compat.input_pos import GPT
+from litgpt_kv.config import KVCacheArgs, SamplingArgs, check_type, shown
 from litgpt_kv.generate import Request, Stats, raise_failed
-from litgpt_kv.generate.text import stop_texts
 from litgpt_kv.llm import checkpoint
-from litgpt_kv.llm.chat import Chat
-from litgpt_kv.llm.run import Pieces, Run
-from litgpt_kv.model.gpt import GPT
+from litgpt_kv.llm.chat import Chat, conversation_text
+from litgpt_kv.llm.check_weights import check_finite, check_fit
+from litgpt_kv.llm.run import OpenRun, Pieces, Run
+from litgpt_kv.llm.text_request import TextRequest, check_text
 from litgpt_kv.parallel import Place, Way, way_of
 
 
@@ -72,6 +74,7 @@ class LLM:
         accelerator: str = "auto",
         quantize: str | None = None,
         distribute: str | None = "auto",
+        check_weights: bool = False,
     ) -> LLM:
         """Loads a checkpoint in litgpt's layout.
 
@@ -85,6 +88,7 @@ class LLM:
             quantize: Quantize weights as they are loaded, litgpt's way, with bitsandbytes on an NVIDIA GPU: "bnb.nf4",
                 "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq" or "bnb.int8".
             distribute: None loads no weights yet: the method `distribute` will.
+            check_weights: Refuse weights that are NaN or infinite: one more pass over them.
 
         Raises:
             ValueError: If the checkpoint is missing, incomplete or corrupt, or an argument is unknown.
@@ -99,6 +103,8 @@ class LLM:
             folder = checkpoint.find(model)
             config = checkpoint.load_config(folder)
             gpt = None if distribute is None else checkpoint.load_model(folder, config, fabric)
+            if gpt is not None and check_weights:
+                check_finite(gpt.named_parameters(), str(folder / checkpoint.WEIGHTS))
         else:
             if tokenizer_dir is None:
                 raise ValueError("init='random' needs a tokenizer_dir.")
@@ -124,6 +130,8 @@ class LLM:
         num_nodes: int = 1,
         precision: str | None = None,
         generate_strategy: str | None = None,
+        *,
+        check_weights: bool = False,
     ) -> None:
         """Loads the checkpoint onto several devices; `generate` then runs on all of them.
 
@@ -137,6 +145,7 @@ class LLM:
             num_nodes: How many machines.
             precision: See `load`; not one of the mixed ones.
             generate_strategy: "tensor_parallel", "sequential" or "data_parallel".
+            check_weights: See `load`.
 
         Raises:
             ValueError: If the model cannot be divided so, or an argument is unknown.
@@ -146,8 +155,12 @@ class LLM:
             raise ValueError("A model with random weights cannot be distributed: each process would draw its own.")
         place = Place(accelerator, devices, num_nodes, checkpoint.precision_for(precision, accelerator))
         self.model = self.decoder = self.last_run = None  # what one device has makes room
-        self.way = way(self.config, checkpoint.read_weights(self.checkpoint_dir), place)
+        path, weights = self.checkpoint_dir / checkpoint.WEIGHTS, checkpoint.load_weights(self.checkpoint_dir)
+        check_fit(path, self.config, weights)  # before any process is started
+        self.way = way(self.config, weights, place)
         self.fabric, self.model = self.way.fabric, self.way.model
+        if check_weights:
+            check_finite(self.model.named_parameters(), str(path))
         self.decoder = self.model
 
     def close(self) -> None:
@@ -161,15 +174,17 @@ class LLM:
 
     def encode(self, prompt: str, sys_prompt: str | None = None) -> Tensor:
         """A prompt in the model's prompt style as token ids, 1-D int64."""
-        if not isinstance(prompt, str):
-            raise ValueError(f"A prompt is a text, got {shown(prompt)}.")
+        for name, text in (("prompt", prompt), ("sys_prompt", "" if sys_prompt is None else sys_prompt)):
+            check_text(name, text)
         if not prompt:
             raise ValueError("The prompt is empty.")
-        if any("\ud800" <= c <= "\udfff" for c in prompt):
-            raise ValueError(f"The prompt {prompt!r:.60} has half of a surrogate pair, which is no text.")
-        ids = self.tokenizer.encode(self.prompt_style.apply(prompt, sys_prompt=sys_prompt), device=self.fabric.device)
+        return self.encode_text(self.prompt_style.apply(prompt, sys_prompt=sys_prompt))
+
+    def encode_text(self, text: str) -> Tensor:
+        """A text that has its prompt style already as token ids, 1-D int64."""
+        ids = self.tokenizer.encode(text, device=self.fabric.device)
         if not len(ids):
-            raise ValueError(f"The prompt {prompt!r} has no tokens.")
+            raise ValueError(f"The prompt {shown(text)} has no tokens.")
         return ids.long()
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -181,7 +196,7 @@ class LLM:
         prompt: str | Sequence[str],
         sys_prompt: str | None = None,
         max_new_tokens: int = 50,
-        temperature: float = 1.0,
+        temperature: float | None = 1.0,
         top_k: int | None = None,
         top_p: float = 1.0,
         return_as_token_ids: bool = False,
@@ -189,15 +204,7 @@ class LLM:
         *,
         kv_cache: str | KVCacheArgs | None = "dense",
         budget: int | str | None = None,
-        batch_size: int | None = None,
-        prefill: str = "min-length",
-        prefill_chunk: int | None = None,
-        min_new_tokens: int = 0,
-        stop: str | Sequence[str] = (),
-        repetition_penalty: float = 1.0,
-        seed: int | None = None,
-        ignore_eos: bool = False,
-        logprobs: bool = False,
+        **settings: Any,
     ) -> str | Tensor | list[str] | list[Tensor] | Iterator[str] | Iterator[list[str]]:
         """Continues a prompt, or several of any lengths.
 
@@ -205,21 +212,16 @@ class LLM:
             prompt: Text, or a list of texts.
             sys_prompt: For prompt styles that have one.
             max_new_tokens: The most new tokens of each prompt.
-            temperature, top_k, top_p, repetition_penalty, seed: See `SamplingArgs`; one value, or one a prompt.
+            temperature, top_k, top_p: See `SamplingArgs`; one value, or one a prompt.
             return_as_token_ids: Return 1-D int64 tensors instead of text.
             stream: Return an iterator over pieces of text as they are made, with `stats` of its own; over lists of
                 pieces for a list of prompts.
             kv_cache: A strategy's name, or all of `KVCacheArgs`; None or "none" computes the whole text again at
                 every step.
             budget: Tokens kept, instead of that of `kv_cache`.
-            batch_size: Prompts at a time; when one ends the next takes its place. None: all at once.
-            prefill: "min-length" (each prompt in one pass as far as the budget allows, the rest in blocks or token by
-                token) or "full" (one padded pass, then compressed to the budget).
-            prefill_chunk: See `litgpt_kv.generate.stream`.
-            min_new_tokens: The end of the model's text and `stop` count only after so many.
-            stop: A text that ends the output and is not part of it, or several.
-            ignore_eos: Go on when the model ends its text.
-            logprobs: Fill `stats.logprobs`: one list of log-probabilities for each prompt.
+            settings: The other fields of `SamplingArgs` (seed, repetition_penalty, min_p; one value, or one a prompt),
+                `StoppingArgs` (min_new_tokens, stop, ignore_eos) and `RunArgs` (batch_size, prefill, prefill_chunk,
+                logprobs, which fills `stats.logprobs`), by name.
 
         Returns:
             The new text, without the prompt; a list for a list of prompts.
@@ -227,19 +229,24 @@ class LLM:
         Raises:
             ValueError: If a prompt is empty, does not fit the model's context, or an argument is out of range; at the
                 end if the model's logits were not finite for one of them.
+            TypeError: For an unknown argument or one of the wrong type.
         """
         if not isinstance(prompt, (str, list, tuple)):
-            raise ValueError(f"prompt must be a text or a list of texts, got {shown(prompt)}.")
+            raise TypeError(f"prompt must be a text or a list of texts, got {shown(prompt)}.")
+        for name, flag in (("stream", stream), ("return_as_token_ids", return_as_token_ids)):
+            check_flag(name, flag)
         if stream and return_as_token_ids:
             raise ValueError("stream=True gives text; for tokens as they are made see litgpt_kv.generate.stream.")
         args = KVCacheArgs.of(kv_cache, budget)
+        settings |= {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        stopping, sampling, batching = grouped("generate", settings, StoppingArgs, SamplingArgs, RunArgs)
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
-        sampling = SamplingArgs(temperature, top_k, top_p, seed, repetition_penalty).rows(len(texts))
         requests = [
-            self.request(text, b, sys_prompt, max_new_tokens, min_new_tokens, sampling[b], stop, ignore_eos)
-            for b, text in enumerate(texts)
+            self.request(TextRequest(text, sys_prompt=sys_prompt, stopping=stopping, sampling=own), b)
+            for b, (text, own) in enumerate(zip(texts, sampling.rows(len(texts))))
         ]
-        run = self.run(requests, args, batch_size, prefill, prefill_chunk, logprobs)
+        options = [getattr(batching, name) for name in ("batch_size", "prefill", "prefill_chunk", "logprobs")]
+        run = self.run(requests, args, *options)
         if stream:
             return Pieces(run, single=isinstance(prompt, str))
         sequences = run.sequences()
@@ -247,21 +254,33 @@ class LLM:
         out = [torch.tensor(s.tokens, dtype=torch.int64) if return_as_token_ids else s.text for s in sequences]
         return out[0] if isinstance(prompt, str) else out
 
-    def request(
-        self,
-        prompt: str,
-        id: int | None = None,
-        sys_prompt: str | None = None,
-        max_new_tokens: int = 50,
-        min_new_tokens: int = 0,
-        sampling: SamplingArgs | None = None,
-        stop: str | Sequence[str] = (),
-        ignore_eos: bool = False,
-    ) -> Request:
-        """A prompt and its settings, as `run` takes them; the arguments are those of `generate`."""
-        ids, ends = self.encode(prompt, sys_prompt), () if ignore_eos else self.ends()
-        sampling = SamplingArgs() if sampling is None else sampling
-        return Request(ids, max_new_tokens, min_new_tokens, sampling, ends, stop_texts=stop_texts(stop), id=id)
+    def request(self, asked: TextRequest | str, id: int | None = None) -> Request:
+        """A prompt and its settings, as `run` takes them.
+
+        Args:
+            asked: What is asked, or a prompt alone.
+            id: The request's number in a run; None: its place among the requests.
+
+        Raises:
+            ValueError: If the prompt is empty or no text.
+        """
+        asked = TextRequest(asked) if isinstance(asked, str) else asked
+        check_type("asked", asked, TextRequest, "a TextRequest or a text")
+        if asked.messages is not None:
+            ids = self.encode_text(conversation_text(self.prompt_style, asked.messages, asked.sys_prompt))
+        else:
+            ids = self.encode(asked.prompt, asked.sys_prompt)
+        stopping, sampling = asked.stopping, asked.sampling
+        if sampling.temperature is None:
+            sampling = sampling.resolved(self.temperature)
+        ends = () if stopping.ignore_eos else self.ends()
+        limits = stopping.max_new_tokens, stopping.min_new_tokens
+        return Request(ids, *limits, sampling, ends, stop_texts=stopping.stops, id=id)
+
+    @property
+    def temperature(self) -> float:
+        """The temperature that the checkpoint recommends, else litgpt's 0.8."""
+        return 0.8 if self.checkpoint_dir is None else checkpoint.own_temperature(self.checkpoint_dir)
 
     def ends(self) -> list[list[int]]:
         """The token sequences with which the model ends its text, by its prompt style."""
@@ -270,6 +289,12 @@ class LLM:
     def run(self, requests: Sequence[Request], args: KVCacheArgs | None, *options: Any, **named: Any) -> Run:
         """Answers requests; see `Run` for the options, and for what it gives."""
         return Run(self, requests, args, *options, **named)
+
+    def answer(
+        self, requests: Iterable[Request], args: KVCacheArgs | None, batch_size: int, tokens: int, **options: Any
+    ) -> OpenRun:
+        """Answers any number of requests, each taken from the iterator only when a row is free; see `OpenRun`."""
+        return OpenRun(self, requests, args, batch_size, tokens, **options)
 
     def build_cache(self, args: KVCacheArgs, batch_size: int, tokens: int) -> KVCache:
         """A cache in the dtype of this model's keys and values; `tokens` are what a row will see."""
@@ -292,7 +317,7 @@ class LLM:
             "Decode speed in tokens/sec", "Cache memory allocated in GB", and on a GPU "Total GPU memory allocated in
             GB". litgpt runs `generate` twice an iteration and counts the tokens of the text anew; this does neither.
         """
-        check_whole("num_iterations", num_iterations)
+        check_count("num_iterations", num_iterations, 1, 2**31 - 1)
         table: dict[str, list[float]] = {}
         out = None
         for _ in range(num_iterations):

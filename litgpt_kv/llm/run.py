@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import abc
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
+from litgpt_kv.arguments import RunArgs
 from litgpt_kv.cache.kv_cache import KVCache
-from litgpt_kv.config import KVCacheArgs, check_type, check_whole
+from litgpt_kv.config import KVCacheArgs, check_type
 from litgpt_kv.generate import Request, Sequence, Stats, raise_failed, serve
 from litgpt_kv.generate.limits import Limits
 from litgpt_kv.llm.text_model import TextModel
@@ -44,10 +46,7 @@ class Run:
         logprobs: bool = False,
         tokens: int | None = None,
     ) -> None:
-        if llm.model is None:
-            raise ValueError("No weights are loaded: call distribute() first, or load without distribute=None.")
-        if batch_size is not None:
-            check_whole("batch_size", batch_size)
+        check_run(llm, batch_size, prefill, prefill_chunk, logprobs)
         check_type("requests", requests, abc.Sequence, "a list of Requests")
         for request in requests:
             check_type("requests", request, Request, "a list of Requests")
@@ -66,8 +65,7 @@ class Run:
         self._steps: Iterator[list[Sequence]] = iter(())
         if mine or not requests:  # a process may have nothing to do
             options = dict(prefill=prefill, prefill_chunk=prefill_chunk, logprobs=logprobs, stats=self.stats)
-            options |= dict(decoder=llm.decoder, decode_text=llm.decode)
-            self._steps = serve(llm.model, mine, self.cache, rows=rows, **options)
+            self._steps = _served(llm, mine, self.cache, rows, **options)
         self._steps = self._noted(self._steps)
 
     def __iter__(self) -> Run:
@@ -119,6 +117,73 @@ class Run:
             raise
         finally:
             self.llm.last_run = self
+
+
+class OpenRun:
+    """Answers any number of requests, each taken from an iterator only when a row is free; iterate over it as a `Run`.
+
+    Processes that divide the requests need `Run`, which knows all of them.
+
+    Args:
+        llm: The model and its tokenizer.
+        requests: What to answer; those without an id are numbered as they come.
+        args: What the cache keeps; None: no cache.
+        batch_size: Rows.
+        tokens: What the longest row will see, prompt and new tokens.
+        prefill, prefill_chunk, logprobs: See `litgpt_kv.generate.stream`.
+
+    Attributes:
+        stats: What the run did, nothing of single requests. cache: What it keeps, None without one.
+
+    Raises:
+        ValueError: Before the first step, if an argument is out of range or a first request does not fit.
+    """
+
+    def __init__(
+        self,
+        llm: TextModel,
+        requests: abc.Iterable[Request],
+        args: KVCacheArgs | None,
+        batch_size: int,
+        tokens: int,
+        prefill: str = "min-length",
+        prefill_chunk: int | None = None,
+        logprobs: bool = False,
+    ) -> None:
+        check_run(llm, batch_size, prefill, prefill_chunk, logprobs)
+        if llm.way is not None and llm.way.divided:
+            raise ValueError("Processes that divide the requests need all of them at once: use run().")
+        self.stats = Stats()
+        self.cache: KVCache | None = None if args is None else llm.build_cache(args, batch_size, tokens)
+        if llm.way is not None:
+            requests = (request for each in requests for request in llm.way.mine([each]))
+        options = dict(prefill=prefill, prefill_chunk=prefill_chunk, logprobs=logprobs, stats=self.stats)
+        self._steps = _served(llm, requests, self.cache, batch_size, **options)
+        llm.last_run = self
+
+    def __iter__(self) -> OpenRun:
+        return self
+
+    def __next__(self) -> list[Sequence]:
+        return next(self._steps)
+
+    def close(self) -> None:
+        """Breaks the run off."""
+        self._steps.close()
+
+
+def check_run(llm: TextModel, batch_size: int | None, prefill: str, prefill_chunk: int | None, logprobs: bool) -> None:
+    """Raises ValueError if there is no model, or an argument of a run is out of range."""
+    if llm.model is None:
+        raise ValueError("No weights are loaded: call distribute() first, or load without distribute=None.")
+    RunArgs(batch_size, prefill, prefill_chunk, logprobs)
+
+
+def _served(
+    llm: TextModel, requests: abc.Iterable[Request], cache: KVCache | None, rows: int, **options: Any
+) -> Iterator[list[Sequence]]:
+    options |= dict(decoder=llm.decoder, decode_text=llm.decode)
+    return serve(llm.model, requests, cache, rows=rows, **options)
 
 
 class Pieces(Iterator):

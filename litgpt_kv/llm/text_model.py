@@ -10,8 +10,8 @@ from torch import Tensor
 from litgpt.prompts import PromptStyle
 from litgpt.tokenizer import Tokenizer
 from litgpt_kv.cache.kv_cache import KVCache
+from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.config import KVCacheArgs
-from litgpt_kv.model.gpt import GPT
 from litgpt_kv.parallel import Way
 
 
@@ -28,6 +28,9 @@ class TextModel(Protocol):
     def encode(self, prompt: str, sys_prompt: str | None = None) -> Tensor: ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
+
+    @property
+    def temperature(self) -> float: ...
 
     def ends(self) -> list[list[int]]: ...
 

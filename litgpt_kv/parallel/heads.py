@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from litgpt.config import Config
-from litgpt_kv.config import layer_facts
+from litgpt_kv.cache.spec import layer_spec
 from litgpt_kv.parallel.team import Team
 
 
@@ -48,7 +48,7 @@ def divide(config: Config, devices: int) -> list[Heads]:
     Raises:
         ValueError: If the model cannot be divided over so many devices; the message says how many can.
     """
-    H, G = config.n_head, layer_facts(config, 0).groups
+    H, G = config.n_head, layer_spec(config, 0).groups
     widths = [w for w in (config.intermediate_size, config.moe_intermediate_size) if w]
     most = min(H, *widths)
     if not 1 <= devices <= most:
@@ -83,11 +83,11 @@ class Sharing:
             return self._of_groups(mass) if self.split else mass
         return self.team.sum(mass.sum(dim=-2, keepdim=True) * (self.heads.weight / self.heads.all_groups))
 
-    def rank(self, rank: Tensor, per_head: bool) -> Tensor:
-        """Ranks (..., P, S) that this device worked out from its own heads: the mean over all devices with a say."""
+    def score(self, score: Tensor, per_head: bool) -> Tensor:
+        """Scores (..., P, S) that this device worked out from its own heads: the mean over all devices with a say."""
         if per_head:
-            return self._of_groups(rank) if self.split else rank
-        return self.team.sum(rank * (len(self.heads.queries) / self.heads.all_queries))
+            return self._of_groups(score) if self.split else score
+        return self.team.sum(score * (len(self.heads.queries) / self.heads.all_queries))
 
     def _of_groups(self, x: Tensor) -> Tensor:
         """The mean over the devices that hold parts of a group (one group a device), weighted by their query heads."""

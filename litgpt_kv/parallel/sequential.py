@@ -8,7 +8,6 @@ B rows · T tokens · V vocabulary.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from litgpt.config import Config
-from litgpt_kv.attention.rope import Angles
+from litgpt_kv.attention.rope import RopeTables
 from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.model.gpt import GPT
 from litgpt_kv.parallel.heads import bounds
@@ -46,8 +45,6 @@ class Spread(GPT):
         super().__init__(config)
         self.devices, self.pieces = list(devices), len(devices) if pieces is None else pieces
         self.places = places(config.n_layer, len(devices))
-        self._tables: tuple[Tensor, list[Angles]] | None = None
-        self._views: tuple[weakref.ref[KVCache], list[KVCache]] | None = None
         for before, here, block in zip(self.places, self.places[1:], self.transformer.h[1:]):
             if here != before:  # between devices, and only there, something moves
                 block.register_forward_pre_hook(partial(_arrive, self.devices[here]))
@@ -69,42 +66,29 @@ class Spread(GPT):
         if not isinstance(cache, KVCache) or count < 2 or cache.batch_size != len(idx):
             return super().forward(idx, cache, length, **options)
         if length is None:  # no piece may move before all are known to fit
-            cache._check_step(idx.size(1))
+            cache.check_step(idx.size(1))
         else:
-            cache._check_prompt(idx.size(1), length)
+            cache.check_prompt(idx.size(1), length)
         rows = [slice(*bounds(len(idx), count, i)) for i in range(count)]
         lengths = [None if length is None else length[part] for part in rows]
-        views = self._parts(cache, rows)
+        views = [cache.rows(part.start, part.stop) for part in rows]
         return torch.cat([super(Spread, self).forward(idx[r], c, n) for r, c, n in zip(rows, views, lengths)])
 
-    def _parts(self, cache: KVCache, rows: list[slice]) -> list[KVCache]:
-        """Views of the cache's rows, kept while the cache lives: making them takes longer than a small step."""
-        known = self._views
-        if known is None or known[0]() is not cache or len(known[1]) != len(rows):
-            views = [cache.rows(part.start, part.stop) for part in rows]
-            for view in views:  # the cache must be able to go, and its views with it
-                view._whole = (weakref.proxy(cache), view._whole[1])
-            known = self._views = weakref.ref(cache, self._forget), views
-        return known[1]
-
-    def _forget(self, gone: weakref.ref[KVCache]) -> None:
-        if self._views is not None and self._views[0] is gone:
-            self._views = None
-
-    def theta(self) -> list[Angles]:
-        """As `GPT.theta`, once for each device, as the tables are."""
+    def theta(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """As `GPT.theta`, for each base on each device."""
         bases = super().theta()
-        if len(bases) == len(self._rope()[0]):  # read off the tables, which are on the devices already
+        tables = len(self.rope().tables)
+        if len(bases) == tables:  # read off the tables, which are on the devices already
             return bases
-        return [(angle.to(d), amplitude.to(d)) for angle, amplitude in bases for d in self.devices]
+        return [tuple(part.to(d) for part in base) for base in bases for d in self.devices]
 
-    def _rope(self) -> tuple[list[Angles], list[int]]:
-        """The rope tables of each base on each device, and which of them each layer uses."""
-        tables, which = super()._rope()
-        if self._tables is None or self._tables[0] is not self.cos:  # copied once, not at every step
-            copies = [(cos.to(d), sin.to(d)) for cos, sin in tables for d in self.devices]
-            self._tables = self.cos, copies
-        return self._tables[1], [base * len(self.devices) + place for base, place in zip(which, self.places)]
+    def make_rope(self, cos: Tensor, sin: Tensor) -> RopeTables:
+        """The rope tables of each base on each device."""
+        rope = super().make_rope(cos, sin)
+        if cos is not self.cos:
+            return rope
+        copies = [(cos.to(d), sin.to(d)) for cos, sin in rope.tables for d in self.devices]
+        return RopeTables(copies, [base * len(self.devices) + d for base, d in zip(rope.which, self.places)])
 
 
 def spread(

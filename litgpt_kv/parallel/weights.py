@@ -20,6 +20,23 @@ def full_shapes(config: Config) -> dict[str, Tensor]:
         return GPT(config).state_dict()
 
 
+def names_in(shapes: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, str]:
+    """For each parameter of a model its name in a checkpoint, which older litgpts wrote differently.
+
+    Raises:
+        ValueError: If a weight is missing, unknown or of another shape.
+    """
+    names = {name.replace(OLD, NEW): name for name in weights}
+    if wrong := sorted(shapes.keys() ^ names.keys()):
+        what = "is missing" if wrong[0] in shapes else "is unknown"
+        raise ValueError(f"{wrong[0]!r:.100} {what}.")
+    for name, shape in shapes.items():
+        if weights[names[name]].shape != shape.shape:
+            sizes = f"{tuple(weights[names[name]].shape)}, not {tuple(shape.shape)}"
+            raise ValueError(f"{name!r} has shape {sizes}.")
+    return names
+
+
 def fill(
     model: GPT,
     config: Config,
@@ -42,14 +59,10 @@ def fill(
     Raises:
         ValueError: If a weight is missing, unknown or of another shape; nothing is copied then.
     """
-    names = {name.replace(OLD, NEW): name for name in weights}
-    if wrong := sorted(shapes.keys() ^ names.keys()):
-        what = "is missing" if wrong[0] in shapes else "is unknown"
-        raise ValueError(f"The weights do not fit the model's config: {wrong[0]!r} {what}.")
-    for name, shape in shapes.items():
-        if weights[names[name]].shape != shape.shape:
-            sizes = f"{tuple(weights[names[name]].shape)}, not {tuple(shape.shape)}"
-            raise ValueError(f"The weights do not fit the model's config: {name!r} has shape {sizes}.")
+    try:
+        names = names_in(shapes, weights)
+    except ValueError as error:
+        raise ValueError(f"The weights do not fit the model's config: {error}") from error
     where = device if callable(device) else lambda name: device
     dtype = dtype or torch.get_default_dtype()
     for name in shapes:

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import litgpt.model as base
 from litgpt.config import Config
-from litgpt_kv.attention.eager import MASS_BLOCK, attend, attend_mass, mass
+from litgpt_kv.attention.eager import MASS_BLOCK, causal_attention, received_attention, slot_attention
 
 EXACT = dict(atol=1e-8, rtol=0)
 MATHS = {
@@ -87,7 +87,7 @@ def test_attend_is_litgpts_to_the_bit(H: int, G: int, math_: str, dtype: torch.d
         draw(2, G, 11, 8, seed=1, dtype=dtype),
         draw(2, G, 11, 8, seed=2, dtype=dtype),
     )
-    ours = attend(q, k, v, scale=1 / math.sqrt(5), softcap=softcap, window=window)
+    ours = causal_attention(q, k, v, scale=1 / math.sqrt(5), softcap=softcap, window=window)
     assert torch.equal(ours, litgpts(q, k, v, softcap, window, scalar=5))
 
 
@@ -97,18 +97,20 @@ def test_attend_is_what_a_loop_says(H: int, G: int, math_: str) -> None:
     q, k, v = draw(2, H, 9, 6), draw(2, G, 9, 6, seed=1), draw(2, G, 9, 5, seed=2)  # values of another width
     options = MATHS[math_]
     expected, _ = loop(q, k, v, causal(options["window"]), options["scale"], options["softcap"])
-    torch.testing.assert_close(attend(q, k, v, **options), expected, **EXACT)
+    torch.testing.assert_close(causal_attention(q, k, v, **options), expected, **EXACT)
 
 
 def test_attend_without_window_or_softcap_makes_no_mask() -> None:
     """A mask would keep the fast causal kernel from running."""
     q, k, v = draw(1, 2, 300, 4), draw(1, 2, 300, 4), draw(1, 2, 300, 4)
     with Largest() as largest:
-        attend(q, k, v, **MATHS["plain"])
+        causal_attention(q, k, v, **MATHS["plain"])
     assert largest.numel < 300 * 300
 
 
-# -- attend_mass: new queries, cached slots ----------------------------------------------------------------------------
+# -- slot_attention: new queries, cached slots -------------------------------------------------------------------------
+
+WANT = ("mass", "last")
 
 
 def some_mask(B: int, P: int, T: int, S: int) -> Tensor:
@@ -122,33 +124,33 @@ def some_mask(B: int, P: int, T: int, S: int) -> Tensor:
 @pytest.mark.parametrize("T", [1, 3])
 @pytest.mark.parametrize(("H", "G"), GROUPS)
 @pytest.mark.parametrize("sets", ["no mask", "one set", "one a head"])
-def test_attend_mass_is_what_a_loop_says(
+def test_slot_attention_is_what_a_loop_says(
     H: int, G: int, T: int, softcap: float | None, want_mass: bool, sets: str
 ) -> None:
     q, k, v = draw(2, H, T, 6), draw(2, G, 7, 6, seed=1), draw(2, G, 7, 5, seed=2)
     mask = None if sets == "no mask" else some_mask(2, 1 if sets == "one set" else G, T, 7)
-    y, got = attend_mass(q, k, v, mask, scale=0.4, softcap=softcap, want_mass=want_mass)
+    y, got = slot_attention(q, k, v, mask, scale=0.4, softcap=softcap, want=WANT if want_mass else ())
 
     def seen(b: int, g: int, t: int, s: int) -> bool:
         return mask is None or bool(mask[b, g if mask.size(1) > 1 else 0, t, s])
 
     expected, probs = loop(q, k, v, seen, 0.4, softcap)
     torch.testing.assert_close(y, expected, **EXACT)
+    assert set(got) == set(WANT if want_mass else ())
     if want_mass:
-        torch.testing.assert_close(got, grouped(probs, G), **EXACT)
-    else:
-        assert got is None
+        torch.testing.assert_close(got["mass"], grouped(probs, G), **EXACT)
+        torch.testing.assert_close(got["last"], grouped(probs[:, :, -1:], G), **EXACT)
 
 
 @pytest.mark.parametrize("softcap", [None, 1.3])
 @pytest.mark.parametrize("T", [1, 3])
 @pytest.mark.parametrize("P", [1, 2])
-def test_far_slots_meet_the_other_queries(P: int, T: int, softcap: float | None) -> None:
+def test_sinks_meet_the_other_queries(P: int, T: int, softcap: float | None) -> None:
     """Sinks seen from positions inside the cache: their scores come from queries with other angles."""
     q, q2, k, v = draw(2, 4, T, 6), draw(2, 4, T, 6, seed=5), draw(2, 2, 7, 6, seed=1), draw(2, 2, 7, 6, seed=2)
     where = torch.rand(2, P, 7, generator=torch.Generator().manual_seed(4)) < 0.4
     mask = some_mask(2, P, T, 7)
-    y, got = attend_mass(q, k, v, mask, scale=0.4, softcap=softcap, far=(q2, where), want_mass=True)
+    y, got = slot_attention(q, k, v, mask, scale=0.4, softcap=softcap, sink_queries=(q2, where), want=WANT)
     # the same through wider vectors: each slot's key stands in the half of the query that is meant for it
     wide = where.expand(2, 2, 7).unsqueeze(-1)
     keys = torch.cat((k.masked_fill(wide, 0), k.masked_fill(~wide, 0)), dim=-1)
@@ -156,17 +158,17 @@ def test_far_slots_meet_the_other_queries(P: int, T: int, softcap: float | None)
     seen = lambda b, g, t, s: bool(allowed[b, g, t, s])  # noqa: E731
     expected, probs = loop(torch.cat((q, q2), dim=-1), keys, v, seen, 0.4, softcap)
     torch.testing.assert_close(y, expected, **EXACT)
-    torch.testing.assert_close(got, grouped(probs, 2), **EXACT)
+    torch.testing.assert_close(got["mass"], grouped(probs, 2), **EXACT)
 
 
 def test_mass_of_a_bfloat16_model_is_float32() -> None:
     q, k, v = (draw(1, 2, 4, 8, seed=i, dtype=torch.bfloat16) for i in range(3))
-    y, got = attend_mass(q, k, v, None, scale=0.4, want_mass=True)
+    y, got = slot_attention(q, k, v, None, scale=0.4, want=WANT)
     assert y.dtype == torch.bfloat16
-    assert got.dtype == torch.float32
-    prompt = mass(q, k, torch.tensor([4]), -1, **MATHS["plain"])
+    assert got["mass"].dtype == got["last"].dtype == torch.float32
+    prompt = received_attention(q, k, torch.tensor([4]), -1, **MATHS["plain"])
     assert prompt.dtype == torch.float32
-    exact = mass(q.double(), k.double(), torch.tensor([4]), -1, **MATHS["plain"])
+    exact = received_attention(q.double(), k.double(), torch.tensor([4]), -1, **MATHS["plain"])
     torch.testing.assert_close(prompt.double(), exact, atol=1e-5, rtol=0)  # not the 1e-2 of bfloat16 scores
 
 
@@ -185,7 +187,7 @@ def test_mass_is_what_a_loop_says(H: int, G: int, last: int, math_: str) -> None
         probs[b, :, n:] = 0
         if last >= 0:
             probs[b, :, : max(0, n - last)] = 0
-    got = mass(q, k, length, last, **options)
+    got = received_attention(q, k, length, last, **options)
     torch.testing.assert_close(got, grouped(probs, G), **EXACT)
     for b, n in enumerate(length.tolist()):
         assert (got[b, :, n:] == 0).all()
@@ -207,15 +209,15 @@ def test_mass_over_several_blocks_of_queries(last: int, math_: str) -> None:
     if last >= 0:
         counts &= pos >= length[:, None] - last
     expected = grouped(probs * counts[:, None, :, None], 2)
-    torch.testing.assert_close(mass(q, k, length, last, **options), expected, **EXACT)
+    torch.testing.assert_close(received_attention(q, k, length, last, **options), expected, **EXACT)
 
 
 @pytest.mark.parametrize("last", [-1, 3])
 def test_what_pads_hold_does_not_matter(last: int) -> None:
     q, k, length = draw(2, 4, 8, 6), draw(2, 2, 8, 6, seed=1), torch.tensor([5, 8])
-    clean = mass(q, k, length, last, **MATHS["plain"])
+    clean = received_attention(q, k, length, last, **MATHS["plain"])
     q[0, :, 5:], k[0, :, 5:] = 1e6, -1e6
-    assert torch.equal(mass(q, k, length, last, **MATHS["plain"]), clean)
+    assert torch.equal(received_attention(q, k, length, last, **MATHS["plain"]), clean)
 
 
 class Largest(TorchDispatchMode):
@@ -238,7 +240,7 @@ def test_mass_never_holds_a_square_of_the_prompt(last: int) -> None:
     T, H, G, D = 8192, 2, 1, 4
     q, k = torch.randn(1, H, T, D), torch.randn(1, G, T, D)
     with Largest() as largest:
-        got = mass(q, k, torch.tensor([T]), last, **MATHS["plain"])
+        got = received_attention(q, k, torch.tensor([T]), last, **MATHS["plain"])
     assert float(got.sum()) == pytest.approx(T if last < 0 else last, rel=1e-3)
     assert largest.numel <= H * MASS_BLOCK * T  # DESIGN: the largest is one block of queries
     assert H * MASS_BLOCK * T < T * T

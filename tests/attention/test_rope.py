@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from litgpt.model import apply_rope, build_rope_cache
-from litgpt_kv.attention.rope import angles_at, ranks, rotate, rows_at, theta_of, visible
+from litgpt_kv.attention.masks import cache_positions, visible
+from litgpt_kv.attention.rope import angles_at, deinterleave, rotate, rows_at, signed, theta_of, unrotate
 from tests.oracle.shrink import YARN
 
 EXTRA = {
@@ -35,7 +36,7 @@ def test_rotate_is_litgpts_to_the_bit(head_size: int, size: int, dtype: torch.dt
         expected = x
     else:
         expected = torch.cat((apply_rope(x[..., :size], cos, sin), x[..., size:]), dim=-1)
-    turned = rotate(x, (cos, sin), size)
+    turned = rotate(x, (cos, signed(sin, size)), size)
     assert turned.shape == expected.shape  # a single rotated element becomes two, as in litgpt
     assert turned.dtype == dtype
     assert torch.equal(turned, expected)
@@ -45,9 +46,9 @@ def test_rotate_takes_angles_of_rows_and_of_sets_of_kept_tokens() -> None:
     cos, sin = build_rope_cache(50, 6)
     x = heads(2, 3, 4, 8)
     pos = torch.tensor([[3, 1, 4, 1], [5, 9, 2, 6]])  # (B, T)
-    rows = rotate(x, rows_at(cos, sin, pos), 6)
+    rows = rotate(x, rows_at((cos, signed(sin, 6)), pos), 6)
     per_set = torch.stack((pos, pos + 10, pos + 20), dim=1)  # (B, P, T)
-    sets = rotate(x, rows_at(cos, sin, per_set), 6)
+    sets = rotate(x, rows_at((cos, signed(sin, 6)), per_set), 6)
     for b in range(2):
         for h in range(3):
             for t in range(4):
@@ -62,11 +63,27 @@ def test_rotation_depends_on_distance_alone() -> None:
     q, k = heads(1, 1, 1, 8, dtype=torch.float64), heads(1, 1, 1, 8, dtype=torch.float64)
 
     def score(i: int, j: int) -> float:
-        at = [angles_at(theta_of(cos, sin), torch.tensor([[p]]), torch.float64) for p in (i, j)]
+        at = [angles_at(theta_of((cos, signed(sin, 8))), torch.tensor([[p]]), torch.float64) for p in (i, j)]
         return float((rotate(q, at[0], 8) * rotate(k, at[1], 8)).sum())
 
     assert score(30, 21) == pytest.approx(score(9, 0), abs=1e-8)
     assert abs(score(30, 21) - score(30, 20)) > 1e-3
+
+
+@pytest.mark.parametrize("kind", EXTRA)
+@pytest.mark.parametrize(("head_size", "size"), [(8, 8), (16, 6), (4, 2)])
+def test_unrotate_turns_back_and_divides_the_amplitude_out(head_size: int, size: int, kind: str) -> None:
+    cos, sin = (t.double() for t in build_rope_cache(40, size, extra_config=EXTRA[kind]))
+    x = heads(2, 3, 5, head_size, dtype=torch.float64)
+    angles = rows_at((cos, signed(sin, size)), torch.tensor([[3, 1, 4, 1, 39]]))
+    turned = rotate(x, angles, size)
+    assert (turned - x).abs().max() > 0.1
+    torch.testing.assert_close(unrotate(turned, angles, size), x, atol=1e-6, rtol=0)  # the tables are float32's
+
+
+def test_deinterleave_brings_pairs_to_litgpts_layout() -> None:
+    x = torch.arange(8.0).view(1, 1, 1, 8)
+    assert deinterleave(x, 6).flatten().tolist() == [0, 2, 4, 1, 3, 5, 6, 7]
 
 
 # -- angles ------------------------------------------------------------------------------------------------------------
@@ -76,18 +93,19 @@ def test_rotation_depends_on_distance_alone() -> None:
 def test_rows_at_reads_the_table(kind: str) -> None:
     table = build_rope_cache(40, 8, extra_config=EXTRA[kind])
     pos = torch.tensor([[0, 39, 7], [1, 1, 20]])
-    for got, expected in zip(rows_at(*table, pos), table):
+    for got, expected in zip(rows_at(table, pos), table):
         assert torch.equal(got, expected[pos])
 
 
 def test_rows_at_empty_slots_are_finite() -> None:
-    assert all(t.isfinite().all() for t in rows_at(*build_rope_cache(4, 8), torch.tensor([-1, 3])))
+    assert all(t.isfinite().all() for t in rows_at(build_rope_cache(4, 8), torch.tensor([-1, 3])))
 
 
 @pytest.mark.parametrize(("kind", "size"), [(kind, s) for kind in EXTRA for s in (8, 5, 2) if (kind, s) != ("yarn", 5)])
 def test_angles_at_equal_the_table_inside_it(kind: str, size: int) -> None:
-    table = build_rope_cache(40, size, extra_config=EXTRA[kind])
-    for got, expected in zip(angles_at(theta_of(*table), torch.arange(40), torch.float32), table):
+    cos, sin = build_rope_cache(40, size, extra_config=EXTRA[kind])
+    table = cos, signed(sin, size)
+    for got, expected in zip(angles_at(theta_of(table), torch.arange(40), torch.float32), table):
         assert got.dtype == expected.dtype
         assert got.shape == expected.shape
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)  # the table's own float32
@@ -98,7 +116,7 @@ def test_angles_at_equal_the_table_inside_it(kind: str, size: int) -> None:
 def test_angles_far_beyond_the_table_stay_exact(kind: str, position: int) -> None:
     """Against Python's own floats; float32 angles would be wrong by more than a radian at 10^9."""
     cos, sin = (t.double() for t in build_rope_cache(4, 8, extra_config=EXTRA[kind]))
-    got = angles_at(theta_of(cos, sin), torch.tensor([position]), torch.float64)
+    got = angles_at(theta_of((cos, sin)), torch.tensor([position]), torch.float64)
     for e in range(8):
         amplitude = float(cos[0, e])
         angle = position * math.atan2(float(sin[1, e]), float(cos[1, e]))
@@ -109,7 +127,7 @@ def test_angles_far_beyond_the_table_stay_exact(kind: str, position: int) -> Non
 def test_a_float32_table_is_good_at_a_million() -> None:
     """The angle is off by the table's own rounding times the position (1e-7 relative), and by no more than that."""
     cos, sin = build_rope_cache(4, 8)
-    got = angles_at(theta_of(cos, sin), torch.tensor([10**6]), torch.float32)
+    got = angles_at(theta_of((cos, sin)), torch.tensor([10**6]), torch.float32)
     for e in range(4):
         theta = 10000 ** (-2 * e / 8)
         off = 2e-7 * theta * 10**6
@@ -117,7 +135,7 @@ def test_a_float32_table_is_good_at_a_million() -> None:
         assert float(got[1][0, e]) == pytest.approx(math.sin(theta * 10**6), abs=off + 1e-6)
 
 
-# -- ranks and masks ---------------------------------------------------------------------------------------------------
+# -- positions inside the cache, and masks -----------------------------------------------------------------------------
 
 
 def random_slots(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -128,19 +146,19 @@ def random_slots(*shape: int, seed: int = 0) -> torch.Tensor:
     return flat.masked_fill(empty, -1).view(shape)
 
 
-def test_ranks_count_the_live_tokens_before() -> None:
+def test_cache_positions_count_the_live_tokens_before() -> None:
     slots = random_slots(3, 2, 9)
     assert (slots < 0).any()
-    got = ranks(slots)
+    got = cache_positions(slots)
     for row, rank in zip(slots.view(-1, 9).tolist(), got.view(-1, 9).tolist()):
         live = sorted(p for p in row if p >= 0)
         for p, r in zip(row, rank):
             assert r < 0 if p < 0 else r == live.index(p)
 
 
-def test_ranks_of_full_and_of_empty_rows() -> None:
-    assert ranks(torch.tensor([[7, 100, 3]])).tolist() == [[1, 2, 0]]
-    assert (ranks(torch.full((2, 4), -1)) < 0).all()
+def test_cache_positions_of_full_and_of_empty_rows() -> None:
+    assert cache_positions(torch.tensor([[7, 100, 3]])).tolist() == [[1, 2, 0]]
+    assert (cache_positions(torch.full((2, 4), -1)) < 0).all()
 
 
 @pytest.mark.parametrize("window", [None, 1, 4, 100])

@@ -45,6 +45,8 @@ def test_a_checkpoint_one_strategy_without_litgpt(capsys):
         (["--repeats", "0"], "must be at least 1"),
         (["--checkpoint-dir", "demo", "--contexts", "[1024]"], "do not fit"),
         (["--strategies", "[nope]"], "Unknown strategy 'nope'"),
+        (["--out", "/dev/null"], "/dev/null cannot be written: it is no file but a device"),
+        (["--out", "no/folder/out.json"], "there is no folder"),
     ],
 )
 def test_what_is_refused(capsys, flags, message):

@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def make(name: str, dtype: torch.dtype = torch.float32, batch: int = B) -> torch.nn.Module:
-    return registry.get("storage", name)(batch, G, S, D, dtype, CPU)
+    return registry.build("storage", name, "keys", (batch, G, S, D), dtype, CPU)
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

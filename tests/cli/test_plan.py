@@ -97,7 +97,7 @@ def test_another_cache_and_a_checkpoint(capsys: pytest.CaptureFixture) -> None:
     [
         (["demo", "--context", "0"], "context must be at least 1, got 0"),
         (["no-such-model"], "no checkpoint folder 'no-such-model'"),
-        (["demo", "--devices", "0"], "must be positive"),
+        (["demo", "--devices", "0"], "devices must be at least 1, got 0"),
         (["demo", "--precision", "8-bit"], "precision must be one of"),
     ],
 )

@@ -14,7 +14,8 @@ import pytest
 
 from litgpt_kv import LLM
 from litgpt_kv.__main__ import main
-from litgpt_kv.cli.prompt_files import Answers, read_prompts
+from litgpt_kv.cli.answers import Answers
+from litgpt_kv.cli.prompt_files import PromptFile
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,7 @@ def test_bad_lines_are_named_and_the_exit_code_says_so(tmp_path: Path, capsys: p
         "no JSON",
         "no prompt",
         "'temprature'",
-        "seed cannot be True",
+        "seed must be a whole number, got True",
         "no object",
         "top_p",
         "limit of 1024",
@@ -107,11 +108,11 @@ def test_text_files_and_standard_input(tmp_path: Path, capsys: pytest.CaptureFix
     assert [(r["line"], r["prompt"]) for r in records] == [(1, "def f(x):"), (3, "{1: 2}")]
     for data, prompts in ((b"a\nb\n", ["a", "b"]), (b'{"prompt": "a"}\n{"prompt": "{"}', ["a", "{"])):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
-        assert [line.fields["prompt"] for line in read_prompts("-")] == prompts
+        assert [line.prompt for line in PromptFile("-")] == prompts
     with pytest.raises(ValueError, match="no prompts in standard input"):
-        read_prompts("-")
+        PromptFile("-")
     with pytest.raises(ValueError, match="cannot be read: No such file"):
-        read_prompts(str(tmp_path / "none"))
+        PromptFile(str(tmp_path / "none"))
 
 
 def test_samples_and_logprobs(llm: LLM, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -23,8 +23,9 @@ import litgpt_kv
 from litgpt.generate.base import generate
 from litgpt.scripts.merge_lora import merge_lora
 from litgpt.utils import save_config
-from litgpt_kv import GPT, KVCache, KVCacheArgs
+from litgpt_kv import KVCache, KVCacheArgs
 from litgpt_kv.compat.install import OURS, install
+from litgpt_kv.compat.litgpt_modules import GPT
 from litgpt_kv.llm.checkpoint import DEMO
 from tests.oracle.reference import lift
 from tests.oracle.shrink import fill, shrink
@@ -162,7 +163,7 @@ def test_llm_of_litgpt_gives_the_same_text_on_our_gpt() -> None:
         out.append("".join(llm.generate("import os\n", max_new_tokens=12, stream=True, **options)))
         llm = litgpt.api.LLM.load(str(DEMO), distribute=None)
         llm.distribute(accelerator="cpu", devices=1, fixed_kv_cache_size=64)
-        torch.manual_seed(7)  # after the model was made: ours makes every attention twice
+        torch.manual_seed(7)  # after the model was made
         out.append(llm.generate("x = ", max_new_tokens=20, **options))
         llm.trainer_setup()
         return type(llm.model), out
@@ -205,7 +206,7 @@ def test_install_is_everywhere_and_is_undone() -> None:
         install()
         assert litgpt.GPT is GPT
         assert litgpt.lora.GPT.__bases__ == (GPT,)
-        assert issubclass(litgpt.adapter_v2.Block, litgpt_kv.model.gpt.Block)
+        assert issubclass(litgpt.adapter_v2.Block, litgpt_kv.model.block.Block)
         model = fill(old(shrink("Gemma-3-1b-it")))  # litgpt's model over our blocks
         expected = model(TOKENS)
     assert {m.__name__: names_of(m, set(OURS)) for m in modules} == before

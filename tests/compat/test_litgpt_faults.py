@@ -224,7 +224,7 @@ def test_yarn_keeps_fast_pairs_and_slows_slow_ones() -> None:
     adjust = dict(factor=40.0, beta_fast=32.0, beta_slow=1.0, original_max_seq_len=4096, mscale=1.0, mscale_all_dim=1.0)
     config = shrink(LLAMA, head_size=64, rope_base=10000, rope_adjustments=adjust)
     plain = 1.0 / 10000 ** (torch.arange(0, 64, 2) / 64)
-    ours, theirs = (theta_of(*m.rope_cache())[0][:32] / plain for m in (GPT(config), base.GPT(config)))
+    ours, theirs = (theta_of(m.rope_cache())[0][:32] / plain for m in (GPT(config), base.GPT(config)))
     assert float(theirs[0]) == pytest.approx(1 / 40, rel=1e-4) and float(theirs[-1]) == pytest.approx(1, rel=1e-3)
     assert float(ours[0]) == pytest.approx(1, rel=1e-4) and float(ours[-1]) == pytest.approx(1 / 40, rel=1e-3)
     assert (ours.diff() < 1e-5).all()

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from litgpt_kv import GPT, KVCache, KVCacheArgs, Seen, Strategy, registry
-from litgpt_kv.config import layer_facts
+from litgpt_kv import GPT, KVCache, KVCacheArgs, Strategy, Tokens, registry
+from litgpt_kv.cache.spec import layer_spec
 from tests.oracle.reference import Oracle, Policy, compare, kept_of, logits_of, slots_of, tiny, tokens_of, walk
 
 C, S, R, ROOM = 8, 1, 3, 40
@@ -77,7 +77,7 @@ def row_of(seed: int, n: int) -> list[int]:
 def loss(storage: str) -> float:
     """The largest error of storing and reading, relative to the largest element of a token's vector."""
     x = torch.randn(1, 1, 64, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    buffer = registry.get("storage", storage)(1, 1, 64, 6, torch.float64, torch.device("cpu"))
+    buffer = registry.build("storage", storage, "keys", (1, 1, 64, 6), torch.float64, torch.device("cpu"))
     buffer.write(torch.arange(64).view(1, 1, 64), x)
     return float(((buffer.read(64) - x).abs().amax(-1) / x.abs().amax(-1)).max())
 
@@ -97,7 +97,7 @@ def same(found: dict[int, torch.Tensor], expected: dict[int, torch.Tensor], tol:
 def state(cache: KVCache, b: int) -> list[torch.Tensor]:
     """Copies of all that a row holds."""
     row = cache.row(b)
-    return [buffer.clone() for name, buffer in sorted(row.named_buffers()) if name != "live"]
+    return [buffer.clone() for name, buffer in sorted(row.named_buffers()) if not name.endswith(".live")]
 
 
 def variants() -> Iterator[object]:
@@ -155,7 +155,7 @@ def test_prefill_equals_shorter_prefill_and_decode(model: GPT, combo: Combo) -> 
         at_once = model(idx, one, torch.tensor([T]))
         model(idx[:, :-1], two, torch.tensor([T - 1]))
         close(model(idx[:, -1:], two)[:, 0], at_once, tol)
-        assert kept_of(one, 0) == kept_of(two, 0) == [[list(range(T))] * one.layers[0].facts.groups] * 2
+        assert kept_of(one, 0) == kept_of(two, 0) == [[list(range(T))] * one.layers[0].spec.groups] * 2
         for x, y in zip(state(one, 0), state(two, 0)):
             if x.dtype == torch.float64:
                 close(x, y, tol)
@@ -209,7 +209,7 @@ def test_slots_hold_what_they_say(model: GPT, combo: Combo, way: str) -> None:
             for g, slot in (pos >= 0).nonzero().tolist():
                 p = int(pos[g, slot])
                 key, value = references[b].keys[0][p, g], references[b].values[0][p, g]
-                key = references[b].arranged(key) if stored.raw else references[b].rotate(key, p, 0)
+                key = references[b].arranged(key) if stored.stores_unrotated else references[b].rotate(key, p, 0)
                 for x, y in ((keys[g, slot], key), (values[g, slot], value)):
                     close(x, y, 1e-10 + 2 * error * float(y.abs().max()))
             assert not torch.cat((keys[pos < 0], values[pos < 0]), -1).any(), "an empty slot is not zero"
@@ -237,7 +237,7 @@ def test_bytes_are_as_announced_and_do_not_grow(combo: Combo) -> None:
     cache = combo.build(model, 3)
     before, where = cache.allocated(), {n: b.data_ptr() for n, b in cache.named_buffers()}
     assert before == KVCache.nbytes(model.config, cache.args, 3, ROOM, dtype=torch.float64)
-    assert before["total"] == sum(before[n] for n in ("keys", "values", "positions", "ranks")) > 0
+    assert before["total"] == sum(before[n] for n in ("keys", "values", "positions", "statistics")) > 0
     for _ in walk(model, cache, [row_of(b, ROOM) for b in range(3)], [C + 1] * 3, "full"):
         pass
     assert cache.allocated() == before and where == {n: b.data_ptr() for n, b in cache.named_buffers()}
@@ -280,7 +280,7 @@ def test_a_row_is_admitted_without_changing_the_others(model: GPT, combo: Combo,
         logits = model(torch.tensor([[rows[0][C + i - 3]], [new[i]]]), cache)[:, 0]
         close(logits[0], old[C + i - 3])
         close(logits[1], fresh[i])
-    assert cache.tokens()["seen"] == [C + 17, 20] and cache._host()[0] == [C + 17, 20]
+    assert cache.tokens()["seen"] == cache.seen == [C + 17, 20]
 
 
 @every
@@ -297,7 +297,7 @@ def test_fifty_steps_are_one_graph(combo: Combo) -> None:
     rows, prompts = [row_of(1, C - 2 + 51), row_of(2, C + 2 + 51)], [C - 2, C + 2]
     keep = dict(budget=C, sinks=S, recent=R) if combo.evicts else {}
     args = KVCacheArgs(combo.strategy, storage=combo.storage, positions=combo.positions, **keep)
-    caches = [KVCache.build(model, args, batch_size=2) for _ in range(2)]
+    caches = [KVCache.build(model, args, batch_size=2, static=static) for static in (False, True)]
     eager = logits_of(model, caches[0], rows, prompts, "full")
     compiled = logits_of(model, caches[1], rows, prompts, "full", step=step)
     for b in range(2):
@@ -308,10 +308,10 @@ def test_fifty_steps_are_one_graph(combo: Combo) -> None:
 
 @dataclass(frozen=True)
 class Equal(Strategy):
-    """Ranks all tokens alike."""
+    """Scores all tokens alike."""
 
-    def enter(self, seen: Seen) -> torch.Tensor:
-        return torch.ones_like(seen.pos, dtype=torch.float32)
+    def score(self, tokens: Tokens) -> torch.Tensor:
+        return torch.ones_like(tokens.pos, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("prompt", [1, C, 2 * C])
@@ -335,8 +335,8 @@ def test_equals_the_naive_reference(model: GPT, combo: Combo) -> None:
 
 
 def test_every_storage_takes_the_key_and_value_widths_of_a_layer(model: GPT) -> None:
-    facts = layer_facts(model.config, 0)
+    facts = layer_spec(model.config, 0)
     for name in registry.names("storage"):
         for width in {facts.key_size, facts.value_size}:
-            buffer = registry.get("storage", name)(2, 2, 4, width, torch.float32, torch.device("cpu"))
+            buffer = registry.build("storage", name, "keys", (2, 2, 4, width), torch.float32, torch.device("cpu"))
             assert buffer.read(4).shape == (2, 2, 4, width) and not buffer.read(4).any()

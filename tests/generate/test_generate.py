@@ -128,8 +128,8 @@ def test_a_stopped_row_keeps_what_it_had(model, prompts, name):
         assert cache.tokens()["seen"][b] == alone.tokens()["seen"][0]
         for both, single in zip(cache.slots, alone.slots):
             assert torch.equal(both.pos[:, b], single.pos[:, 0])
-            if both.rank is not None:
-                assert torch.allclose(both.rank[:, b], single.rank[:, 0])
+            for of, statistic in both.statistics.items():
+                assert torch.allclose(statistic[:, b], single.statistics[of][:, 0])
 
 
 def test_statistics_count_prompt_and_new_tokens(model, prompts):

@@ -194,7 +194,7 @@ def test_a_file_counts_it_as_failed_and_tries_it_again(tmp_path: Path, capsys: p
     err = capsys.readouterr().err
     for number in (1, 2):
         assert f"Line {number} failed: The model's logits are not finite after 0 new tokens" in err
-    assert "0 of 2 lines could not be used, 2 failed" in err
+    assert "; 2 ended with an error: --resume tries them again; 0 of 2 lines could not be used." in err
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(r["finish_reason"], r["text"], r["new_tokens"]) for r in records] == [("error", "", 0)] * 2
     assert all("not finite" in r["error"] for r in records)

@@ -221,7 +221,7 @@ def test_text_is_decoded_a_few_tokens_at_a_time(data, stops):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"max_new_tokens": 10**5000}, "max_new_tokens must be at most 2147483647, got a value of type int"),
+        ({"max_new_tokens": 10**5000}, "max_new_tokens must be at most 2,147,483,647, got a value of type int"),
         ({"max_new_tokens": -(10**400)}, "max_new_tokens must be at least 1, got -1000"),
         ({"min_new_tokens": 10**5000}, "min_new_tokens must be 0 to 50"),
         ({"stop": [[10**400], [True]]}, "stop sequences of at least one token"),

@@ -73,12 +73,12 @@ class Case:
 @contextmanager
 def windowed(model: GPT) -> Iterator[None]:
     """The same model with sliding windows no longer than BUDGET."""
-    facts = [block.attn.facts for block in model.transformer.h]
-    for block, own in zip(model.transformer.h, facts):
-        block.attn.facts = replace(own, window=min(own.window or BUDGET, BUDGET))
+    specs = [block.attn.spec for block in model.transformer.h]
+    for block, own in zip(model.transformer.h, specs):
+        block.attn.spec = replace(own, window=min(own.window or BUDGET, BUDGET))
     yield
-    for block, own in zip(model.transformer.h, facts):
-        block.attn.facts = own
+    for block, own in zip(model.transformer.h, specs):
+        block.attn.spec = own
 
 
 def config_of(name: str, length: int) -> Config:

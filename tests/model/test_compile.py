@@ -31,9 +31,9 @@ def _fresh_compiler() -> None:
     torch._dynamo.reset()
 
 
-def build(model: GPT, name: str, positions: str, rows: int = 1) -> KVCache:
+def build(model: GPT, name: str, positions: str, rows: int = 1, static: bool = True) -> KVCache:
     keep = dict(budget=C, sinks=1, recent=3) if registry.get("strategy", name).evicts else {}
-    return KVCache.build(model, KVCacheArgs(name, positions=positions, **keep), batch_size=rows)
+    return KVCache.build(model, KVCacheArgs(name, positions=positions, **keep), batch_size=rows, static=static)
 
 
 def compiled(model: GPT, inner: str | None = None) -> tuple[object, Counting]:
@@ -44,7 +44,7 @@ def compiled(model: GPT, inner: str | None = None) -> tuple[object, Counting]:
 def agree(model: GPT, name: str, positions: str, step: object, tol: float) -> None:
     """A ragged batch decoded eagerly and by `step` gives the same logits, kept tokens and ranks."""
     rows, prompts = [tokens_of(1, C - 3 + STEPS), tokens_of(2, C + 2 + STEPS)], [C - 3, C + 2]
-    caches = [build(model, name, positions, 2) for _ in range(2)]
+    caches = [build(model, name, positions, 2, static) for static in (False, True)]
     eager = logits_of(model, caches[0], rows, prompts, "full")
     fast = logits_of(model, caches[1], rows, prompts, "full", step=step)
     for b in range(2):
@@ -82,7 +82,7 @@ def test_one_graph_serves_other_caches_of_the_same_kind(gqa: GPT, name: str) -> 
     row = tokens_of(3, 20)
     for prompt in (4, C + 3, 1):
         found = logits_of(gqa, build(gqa, name, "absolute"), [row], [prompt], "full", step=step)[0]
-        eager = logits_of(gqa, build(gqa, name, "absolute"), [row], [prompt], "full")[0]
+        eager = logits_of(gqa, build(gqa, name, "absolute", static=False), [row], [prompt], "full")[0]
         for i, logits in eager.items():
             torch.testing.assert_close(found[i], logits, rtol=0, atol=1e-10)
     assert counting.graphs == 1
@@ -119,7 +119,7 @@ def test_a_row_retired_at_the_context_does_not_stop_the_others(name: str) -> Non
     (step, counting), cache = compiled(model), build(model, name, "absolute", 2)
     rows = [tokens_of(6, 16), tokens_of(7, 14)]
     found = logits_of(model, cache, rows, [9, 3], "full", step=step)[1]
-    (alone,) = logits_of(model, build(model, name, "absolute"), rows[1:], [3], "full")
+    (alone,) = logits_of(model, build(model, name, "absolute", static=False), rows[1:], [3], "full")
     assert cache.pos.tolist() == [16, 14] and counting.graphs == 1
     for i, logits in alone.items():
         torch.testing.assert_close(found[i], logits, rtol=0, atol=1e-10)
@@ -130,7 +130,7 @@ def test_cache_positions_run_past_the_context(name: str) -> None:
     model = tiny(n_layer=1, block_size=16)
     (step, counting), row = compiled(model), tokens_of(8, 60)
     found = logits_of(model, build(model, name, "cache"), [row], [5], "full", step=step)[0]
-    eager = logits_of(model, build(model, name, "cache"), [row], [5], "full")[0]
+    eager = logits_of(model, build(model, name, "cache", static=False), [row], [5], "full")[0]
     for i, logits in eager.items():
         torch.testing.assert_close(found[i], logits, rtol=0, atol=1e-10)
     assert counting.graphs == 1
@@ -141,7 +141,8 @@ def test_cache_positions_run_past_the_context(name: str) -> None:
 @torch.no_grad()
 def test_eager_and_compiled_steps_mix_on_one_cache(gqa: GPT, name: str, positions: str) -> None:
     (step, counting), rows = compiled(gqa), [tokens_of(b, 40) for b in (1, 2)]
-    caches, prompts = [build(gqa, name, positions, 2) for _ in range(2)], [4, C + 1]
+    caches = [build(gqa, name, positions, 2, static) for static in (False, True)]
+    prompts = [4, C + 1]
     eager = logits_of(gqa, caches[0], rows, prompts, "full")
     at = [n - 1 for n in prompts]
     gqa(torch.tensor([row[: max(prompts)] for row in rows]), caches[1], torch.tensor(prompts))
@@ -155,7 +156,7 @@ def test_eager_and_compiled_steps_mix_on_one_cache(gqa: GPT, name: str, position
         if turn < 20:
             torch.testing.assert_close(logits[1], eager[1][at[1]], rtol=0, atol=1e-10)
     seen = [prompts[0] + 25, prompts[1] + 20]
-    assert caches[1].pos.tolist() == seen == caches[1]._host()[0] and counting.graphs == 1
+    assert caches[1].pos.tolist() == seen == caches[1].seen and counting.graphs == 1
     # a row admitted while the host does not know the counters
     step(torch.tensor([[1], [1]]), caches[1])
     caches[1].reset([1])
@@ -163,9 +164,9 @@ def test_eager_and_compiled_steps_mix_on_one_cache(gqa: GPT, name: str, position
     for i in range(6, 16):
         call = step if i % 3 else gqa
         last = call(torch.tensor([[1], [rows[1][i]]]), caches[1])[1, 0]
-    alone = build(gqa, name, positions)
+    alone = build(gqa, name, positions, static=False)
     torch.testing.assert_close(last, logits_of(gqa, alone, [rows[1][:16]], [6], "full")[0][15], rtol=0, atol=1e-10)
-    assert caches[1].pos.tolist() == [seen[0] + 11, 16] == caches[1]._host()[0]
+    assert caches[1].pos.tolist() == [seen[0] + 11, 16] == caches[1].seen
 
 
 @torch.no_grad()
@@ -176,7 +177,7 @@ def test_compiled_prefill_and_training_equal_eager(gqa: GPT) -> None:
     )  # prompts vary in length: graph breaks are allowed, wrong numbers are not
     torch.testing.assert_close(step(idx), gqa(idx), rtol=0, atol=1e-12)
     for name in STRATEGIES:
-        caches = [build(gqa, name, "absolute", 2) for _ in range(2)]
+        caches = [build(gqa, name, "absolute", 2, static) for static in (False, True)]
         length = torch.tensor([12, 7])
         logits = [call(idx, cache, length) for call, cache in zip((gqa, step), caches)]
         torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-10)

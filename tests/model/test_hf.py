@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from litgpt.config import Config
 from litgpt.scripts import convert_hf_checkpoint as convert
 from litgpt_kv import GPT, KVCache
-from litgpt_kv.config import layer_facts
+from litgpt_kv.cache.spec import layer_spec
 from tests.oracle.reference import lift, theta, walk
 from tests.oracle.shrink import WINDOW, fill, shrink
 
@@ -306,6 +306,6 @@ def test_greedy_tokens_and_logits_through_prefill_and_three_windows(family: str,
 
 
 def test_the_families_have_their_features() -> None:
-    facts = {family: layer_facts(shrink(name, **changes), 0) for family, (name, changes, *_) in FAMILIES.items()}
+    facts = {family: layer_spec(shrink(name, **changes), 0) for family, (name, changes, *_) in FAMILIES.items()}
     assert facts["Gemma 2"].window == facts["Gemma 3"].window == facts["Mistral"].window == WINDOW
     assert facts["Gemma 2"].softcap and facts["Phi"].rope_size < facts["Phi"].key_size

@@ -16,8 +16,8 @@ from torch import nn
 
 import litgpt.model as base
 from litgpt.config import Config
-from litgpt_kv import GPT, KVCache, KVCacheArgs, SamplingArgs, Seen, Strategy, registry
-from litgpt_kv.attention.eager import attend_mass
+from litgpt_kv import GPT, KVCache, KVCacheArgs, SamplingArgs, Strategy, Tokens, registry
+from litgpt_kv.attention.eager import slot_attention
 from litgpt_kv.attention.yarn import is_yarn
 from litgpt_kv.generate import generate
 from tests.contract.test_contract import (  # noqa: F401
@@ -171,7 +171,7 @@ def test_bytes_are_a_latent_and_a_rotary_key_a_token_and_as_announced(combo: Com
     model = latent(block_size=ROOM)
     cache = combo.build(model, rows=3)
     assert cache.allocated() == KVCache.nbytes(model.config, cache.args, 3, ROOM, dtype=torch.float64)
-    facts, slots = cache.layers[0].facts, cache.layers[0].keys.read(ROOM).size(2)
+    facts, slots = cache.layers[0].spec, cache.layers[0].keys.read(ROOM).size(2)
     assert (facts.groups, facts.key_size + facts.value_size) == (1, 7 + 6)
     if combo.storage == "plain":
         assert cache.allocated()["keys"] + cache.allocated()["values"] == 2 * 3 * slots * (7 + 6) * 8
@@ -218,10 +218,9 @@ def test_new_tokens_never_write_keys_and_values_out(model: GPT) -> None:
 def test_queries_wider_than_keys_meet_the_values_too(masked: bool, want_mass: bool) -> None:
     q, k, v = torch.randn(2, 4, 3, 9), torch.randn(2, 1, 8, 2), torch.randn(2, 1, 8, 7)
     mask = torch.rand(2, 1, 3, 8) < 0.7 if masked else None
-    found = attend_mass(q, k, v, mask, scale=0.4, want_mass=want_mass)
-    expected = attend_mass(q, torch.cat((k, v), dim=-1), v, mask, scale=0.4, want_mass=want_mass)
-    for x, y in zip(found, expected):
-        torch.testing.assert_close(x, y)
+    found = slot_attention(q, k, v, mask, scale=0.4, want=("mass",) if want_mass else ())
+    expected = slot_attention(q, torch.cat((k, v), dim=-1), v, mask, scale=0.4, want=("mass",) if want_mass else ())
+    torch.testing.assert_close(found, expected)
 
 
 class Adapted(nn.Module):
@@ -255,29 +254,29 @@ def test_an_adapted_up_projection_is_absorbed_with_what_it_adds(name: str) -> No
 class Watching(Strategy):
     """Compares the attention it is told of with what the queries and keys that it sees give."""
 
-    attention: ClassVar[int] = -1
-    seen: ClassVar[list[Seen]] = []
+    statistics: ClassVar[tuple[str, ...]] = ("mass", "last")
+    needs: ClassVar[frozenset[str]] = frozenset({"keys", "queries"})
+    window: ClassVar[int] = 32
     checked: ClassVar[list[int]] = []
 
-    def enter(self, seen: Seen) -> torch.Tensor:
-        if seen.prompt:
-            self.seen.clear()
-            close(self.received(seen, [seen]), seen.mass[:, 0])
-        self.seen.append(seen)
-        return torch.zeros_like(seen.pos, dtype=torch.float64)
+    def enter(self, tokens: Tokens) -> dict[str, torch.Tensor]:
+        if tokens.pos.size(-1) > 1:  # a prompt: its queries are all there
+            self.compare(tokens)
+        return {}
 
-    def update(self, rank: torch.Tensor, seen: Seen) -> torch.Tensor:
-        received = self.received(self.seen[-1], self.seen)
-        close(received, seen.mass[:, 0, : received.size(1)])
-        self.checked.append(received.size(1))
-        return rank
+    def update(self, tokens: Tokens) -> dict[str, torch.Tensor]:
+        self.compare(tokens)
+        self.checked.append(int(tokens.live.sum()))
+        return {}
 
     @staticmethod
-    def received(new: Seen, all_seen: list[Seen]) -> torch.Tensor:
-        k, pos = torch.cat([s.k for s in all_seen], dim=2), torch.cat([s.pos for s in all_seen], dim=2)
-        scores = new.q @ k.mT * new.layer.scale  # (B, H, T, N)
-        scores = scores.masked_fill(pos[:, :, None] > new.pos[..., None], -math.inf)
-        return scores.softmax(-1).sum(2).mean(1)
+    def compare(tokens: Tokens) -> None:
+        queries, pos = tokens.queries
+        scores = queries @ tokens.keys.mT * tokens.layer.scale  # (B, H, w, N)
+        hidden = (tokens.pos[:, :, None] > pos[:, None, :, None]) | (tokens.pos < 0)[:, :, None]
+        probs = scores.masked_fill(hidden, -math.inf).softmax(-1).mean(1)  # (B, w, N)
+        close(probs[:, -1], tokens["last"][:, 0])
+        close(probs[:, pos[0] >= 0].sum(1), tokens["mass"][:, 0])
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ import torch
 from litgpt.config import Config, name_to_config
 from litgpt_kv import GPT, KVCache, KVCacheArgs, registry
 from litgpt_kv.attention.yarn import is_yarn
-from litgpt_kv.config import layer_facts
+from litgpt_kv.cache.spec import layer_spec
 from tests.oracle.reference import Policy, compare, lift, logits_of, tokens_of
 from tests.oracle.shrink import GROUPED_MOE, LLAMA, SYNTHETIC, WINDOW, YARN, shrink, twins
 
@@ -80,7 +80,7 @@ def same(found: dict[int, torch.Tensor], expected: dict[int, torch.Tensor], coun
 def test_the_sweep_has_every_family() -> None:
     """A signature that lumps families together, or a helper that drops a flag, would hide them."""
     assert len(families()) >= 26
-    found = [(c, layer_facts(c, i)) for c in families().values() for i in range(c.n_layer)]
+    found = [(c, layer_spec(c, i)) for c in families().values() for i in range(c.n_layer)]
     for what in (
         lambda c, f: f.window is None and c.sliding_window_size is not None,
         lambda c, f: f.softcap is not None and f.window is not None,
@@ -116,7 +116,7 @@ def build(model: GPT, strategy: str, positions: str, **others: Any) -> KVCache:
 def test_with_a_cache_that_keeps_all(name: str) -> None:
     model, rows, expected = case(name)
     for strategy, positions in STRATEGIES:
-        if positions == "cache" and layer_facts(model.config, 0).rope_size % 2:  # litgpt's odd sizes are no rotation
+        if positions == "cache" and layer_spec(model.config, 0).rope_size % 2:  # litgpt's odd sizes are no rotation
             with pytest.raises(ValueError, match="even number of rotated elements"):
                 build(model, strategy, positions)
             continue
@@ -139,5 +139,5 @@ EVICTING = [
 def test_evicting_equals_the_naive_reference(name: str) -> None:
     model, rows, _ = case(name)
     for policy, way in EVICTING:
-        if policy.positions == "absolute" or layer_facts(model.config, 0).rope_size % 2 == 0:
+        if policy.positions == "absolute" or layer_spec(model.config, 0).rope_size % 2 == 0:
             compare(model, policy, [row[: n + WINDOW] for row, n in zip(rows, PROMPTS)], PROMPTS, way)

@@ -18,6 +18,7 @@ import litgpt.model as base
 from litgpt.config import Config
 from litgpt_kv import GPT, KVCache, KVCacheArgs
 from tests.oracle.reference_latent import latent_attention
+from tests.oracle.reference_pool import evict_pools
 from tests.oracle.walks import kept_of, logits_of, scores_of, slots_of, walk
 
 __all__ = ["kept_of", "logits_of", "scores_of", "slots_of", "walk"]  # for the tests, from here as well
@@ -60,7 +61,7 @@ def lift(model: base.GPT) -> base.GPT:
     model.cos, model.sin = model.rope_cache()
     if model.config.attention_logit_softcapping is not None:
         for block in model.transformer.h:
-            if not hasattr(block.attn, "facts"):  # ours does it right, and every pass of ours comes through there
+            if not hasattr(block.attn, "spec"):  # ours does it right, and every pass of ours comes through there
                 block.attn.scaled_dot_product_attention = _softcapped.__get__(block.attn)
     return model
 
@@ -114,13 +115,24 @@ class Policy:
     positions: str = "absolute"
     order: str = "before"
     prefill_scores: bool = True
+    interval: int = 1
+    keep_prompt: bool = False
+    select: str = "head"
+    floor: float = 0.2
+    pools: int = 1
+    prompt: int = 0  # tokens of the prompt, for `keep_prompt`
 
     def worth(self, pos: int, now: int, score: float, window: int | None) -> float:
         if window is not None and pos <= now - window:
             return -math.inf
-        if pos < self.sinks or pos > now - self.recent:
+        if pos < self.sinks or pos > now - self.recent or (self.keep_prompt and pos < self.prompt):
             return math.inf
         return score if self.name == "h2o" else float(pos)
+
+    def leaving(self, kept: int, new: int) -> int:
+        """How many of `kept` tokens make room for `new` ones: none, or at least `interval`."""
+        over = kept + new - self.budget
+        return max(over, self.interval) if over > 0 else 0
 
     def drop(self, kept: list[int], count: int, now: int, scores: dict[int, float], window: int | None) -> list[int]:
         """`kept` without its `count` least worthy; among equals the latest goes."""
@@ -214,6 +226,8 @@ class Oracle:
         self.values[layer] = torch.cat((self.values[layer], v))
         scale = attn.mscale**2 / math.sqrt(config.attention_scores_scalar or D)
         m, out = len(x), torch.zeros(len(x), H, D, dtype=torch.float64)
+        if policy.select == "pool" and start:
+            evict_pools(self, layer, start, 1)
         for g in range(G):
             plans = self.visible(layer, g, start, m)
             gained: dict[int, float] = {}
@@ -230,6 +244,8 @@ class Oracle:
                     for p, prob in zip(seen, probs.tolist()):
                         gained[p] = gained.get(p, 0.0) + prob / (H // G)
             self.settle(layer, g, start, m, gained if policy.prefill_scores or start else {})
+        if policy.select == "pool" and not start:
+            evict_pools(self, layer, m - 1, 0)
         return attn.proj(out.reshape(m, H * D))
 
     def visible(self, layer: int, g: int, start: int, m: int) -> list[tuple[list[int], list[int]]]:
@@ -240,13 +256,14 @@ class Oracle:
         if start == 0:
             sets = [list(range(i + 1)) for i in range(m)]
         elif policy.name == "h2o" and policy.order == "before":  # a block makes room for all of itself first
-            kept = policy.drop(kept, len(kept) + m - policy.budget, last, self.scores[layer][g], window)
+            if policy.select != "pool":
+                kept = policy.drop(kept, policy.leaving(len(kept), m), last, self.scores[layer][g], window)
             sets = [kept + list(range(start, start + i + 1)) for i in range(m)]
         else:
             sets = []
             for now in range(start, start + m):
                 if policy.order == "before":
-                    kept = policy.drop(kept, len(kept) + 1 - policy.budget, now, {}, window)
+                    kept = policy.drop(kept, policy.leaving(len(kept), 1), now, {}, window)
                 kept = [*kept, now]
                 sets.append(kept)
         for seen in sets:
@@ -264,7 +281,8 @@ class Oracle:
         for p in kept:
             scores.setdefault(p, 0.0)
         now = start + m - 1
-        kept = policy.drop(kept, len(kept) - policy.budget, now, scores, self.horizon(layer))
+        if policy.select != "pool":
+            kept = policy.drop(kept, len(kept) - policy.budget, now, scores, self.horizon(layer))
         self.kept[layer][g] = kept
         self.scores[layer][g] = {p: scores[p] for p in kept}
 
@@ -314,22 +332,25 @@ def arguments(policy: Policy, **others) -> KVCacheArgs:
     """The library's arguments for a policy of this file."""
     budget = None if policy.budget > 10**8 else policy.budget
     given = dict(strategy=policy.name, budget=budget, sinks=policy.sinks, recent=policy.recent)
+    given |= dict(interval=policy.interval, keep_prompt=policy.keep_prompt, select=policy.select)
+    given |= dict(floor=policy.floor, pools=policy.pools)
     return KVCacheArgs(**given, positions=policy.positions, **others)
 
 
 def check_stored(cache: KVCache, reference: Oracle, b: int, tol: float = 1e-8) -> None:
     """Keys and values in a row's slots are those of the tokens they claim to be, and empty slots hold zeros."""
-    for layer, stored in enumerate(cache.layers):
-        pos, _ = slots_of(cache, layer, b)
+    for layer, contents in enumerate(cache.inspect(b)):
+        for g, head in enumerate(contents.heads):
+            for p, stored_key, stored_value in zip(head.positions.tolist(), head.keys, head.values):
+                key = reference.keys[layer][p, g]
+                key = reference.arranged(key) if contents.unrotated else reference.rotate(key, p, layer)
+                torch.testing.assert_close(stored_key, key, rtol=0, atol=tol)
+                torch.testing.assert_close(stored_value, reference.values[layer][p, g], rtol=0, atol=tol)
+        if cache.plans[layer].interval > 1 or cache.plans[layer].pools:
+            continue  # what left together stays in its slots, unseen, until other tokens take them
+        pos, stored = slots_of(cache, layer, b)[0], cache.layers[layer]
         keys, values = stored.keys.read(pos.size(-1))[b], stored.values.read(pos.size(-1))[b]
-        for g, slot in [(g, s) for g in range(pos.size(0)) for s in range(pos.size(1))]:
-            if (p := int(pos[g, slot])) < 0:
-                assert not torch.cat((keys[g, slot], values[g, slot])).any(), f"empty slot {slot} is not zero"
-                continue
-            key = reference.keys[layer][p, g]
-            key = reference.arranged(key) if stored.raw else reference.rotate(key, p, layer)
-            torch.testing.assert_close(keys[g, slot], key, rtol=0, atol=tol)
-            torch.testing.assert_close(values[g, slot], reference.values[layer][p, g], rtol=0, atol=tol)
+        assert not keys[pos < 0].any() and not values[pos < 0].any(), "an empty slot is not zero"
 
 
 def compare(
@@ -339,7 +360,7 @@ def compare(
     policies = policy if isinstance(policy, list) else [policy] * model.config.n_layer
     given = [arguments(p) for p in policies]
     names = ("strategy", "budget", "sinks", "recent")
-    args = KVCacheArgs(**{n: [getattr(g, n) for g in given] for n in names}, positions=policies[0].positions)
+    args = replace(given[0], **{n: [getattr(g, n) for g in given] for n in names})
     cache = KVCache.build(model, args, batch_size=len(rows))
     chunk = min(p.budget if way == "streamed" else prompts[0] for p in policies)
     blank = Oracle(model, policies)
@@ -348,7 +369,7 @@ def compare(
             p = replace(p, sinks=0) if p.positions == "absolute" else p
             p = Policy("window", window, positions=p.positions) if p.budget >= window else p
             policies = [*policies[:i], p, *policies[i + 1 :]]
-    references = [Oracle(model, policies) for _ in rows]
+    references = [Oracle(model, [replace(p, prompt=n) for p in policies]) for n in prompts]
     for at, logits in walk(model, cache, rows, prompts, way):
         for b, i in enumerate(at):
             if i is None:
@@ -365,7 +386,7 @@ def compare(
             torch.testing.assert_close(logits[b], moment.logits, rtol=0, atol=tol, msg=lambda m, w=where: f"{w}\n{m}")
             assert kept_of(cache, b) == moment.kept, where
             for layer, p in enumerate(policies):
-                if p.name == "h2o" and cache.layers[layer].observes:
+                if p.name == "h2o" and cache.layers[layer].want:
                     for mine, theirs in zip(scores_of(cache, b)[layer], moment.scores[layer]):
                         assert mine == pytest.approx(theirs, rel=0, abs=tol), where
     for b, reference in enumerate(references):

@@ -25,6 +25,7 @@ def walk(
     if way == "admitted":
         yield from _admit(model, cache, rows, prompts, pad, step)
         return
+    cache.set_prompt_lengths(dict(enumerate(prompts)))
     first = min(*prompts, cache.first_chunk) if way == "streamed" else max(prompts)
     lengths = [first] * len(rows) if way == "streamed" else prompts
     idx = torch.tensor([row[:n] + [pad] * (first - n) for row, n in zip(rows, lengths)])
@@ -77,23 +78,20 @@ def logits_of(model: GPT, cache: KVCache, rows: list[list[int]], prompts: list[i
 
 
 def slots_of(cache: KVCache, layer: int, b: int) -> tuple[Tensor, Tensor | None]:
-    """Positions (G, S) of the tokens in a row's slots, -1 where empty, and their ranks or None."""
-    slots, heads = cache.slots[cache._group[layer]], cache.layers[layer].facts.groups
-    place = cache.layers[layer].place
-    rank = None if slots.rank is None else slots.rank[place, b].expand(heads, -1)
-    return slots.pos[place, b].expand(heads, -1), rank
+    """Positions (G, S) of the tokens in a row's slots, -1 where empty, and the attention they received or None."""
+    slots, heads = cache.slots[cache.group_of[layer]], cache.layers[layer].spec.groups
+    index = cache.layers[layer].stack_index
+    mass = slots.statistics["mass"][index, b].expand(heads, -1) if "mass" in slots.statistics else None
+    return slots.pos[index, b].expand(heads, -1), mass
 
 
 def kept_of(cache: KVCache, b: int) -> list[list[list[int]]]:
     """By layer and key/value head the sorted positions that a row keeps."""
-    layers = range(len(cache.layers))
-    return [[sorted(p for p in head.tolist() if p >= 0) for head in slots_of(cache, i, b)[0]] for i in layers]
+    return [[head.positions.tolist() for head in layer.heads] for layer in cache.inspect(b)]
 
 
 def scores_of(cache: KVCache, b: int) -> list[list[dict[int, float]]]:
-    """By layer and key/value head the rank of each kept position."""
-    found = []
-    for pos, rank in (slots_of(cache, layer, b) for layer in range(len(cache.layers))):
-        rank = pos if rank is None else rank
-        found.append([{p: r for p, r in zip(*head) if p >= 0} for head in zip(pos.tolist(), rank.tolist())])
-    return found
+    """By layer and key/value head the score of each kept position."""
+    return [
+        [dict(zip(head.positions.tolist(), head.scores.tolist())) for head in layer.heads] for layer in cache.inspect(b)
+    ]

@@ -21,7 +21,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from litgpt.config import Config
-from litgpt_kv import GPT, KVCache, KVCacheArgs, SamplingArgs, Seen, Strategy, register, registry
+from litgpt_kv import GPT, KVCache, KVCacheArgs, SamplingArgs, Strategy, Tokens, register, registry
 from litgpt_kv.generate import generate
 from litgpt_kv.generate.request import Request
 from litgpt_kv.parallel import tensor
@@ -39,32 +39,35 @@ LENGTHS, PROMPTS, BUDGET = (14, 11, 10), [10, 4, 9], 6
 class OneChoice(Strategy):
     """Keep, for all heads alike, what the last query attends to."""
 
-    attention: ClassVar[int] = 1
-    per_head: ClassVar[bool] = False
+    statistics: ClassVar[tuple[str, ...]] = ("last",)
+    select: ClassVar[str] = "layer"
 
-    def enter(self, seen: Seen) -> Tensor:
-        return seen.mass if seen.prompt else torch.ones_like(seen.pos, dtype=torch.float64)
-
-    def update(self, rank: Tensor, seen: Seen) -> Tensor:
-        return seen.mass
+    def score(self, tokens: Tokens) -> Tensor:
+        return tokens["last"]
 
 
 @dataclass(frozen=True)
 class OneChoiceKeys(Strategy):
     """Keep, for all heads alike, tokens with long keys."""
 
-    per_head: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = frozenset({"keys"})
+    select: ClassVar[str] = "layer"
 
-    def enter(self, seen: Seen) -> Tensor:
-        return seen.k.norm(dim=-1).mean(dim=1, keepdim=True)
+    def score(self, tokens: Tokens) -> Tensor:
+        return tokens.keys.norm(dim=-1)
 
 
 @dataclass(frozen=True)
 class Queries(Strategy):
-    """Keep, for each key/value head, tokens whose queries are long: copies of a head see different queries."""
+    """Keep, for each key/value head, tokens that the last queries score high: copies of a head see different ones."""
 
-    def enter(self, seen: Seen) -> Tensor:
-        return seen.q.unflatten(1, (seen.k.size(1), -1)).norm(dim=-1).mean(dim=2)
+    needs: ClassVar[frozenset[str]] = frozenset({"keys", "queries"})
+    window: ClassVar[int] = 3
+
+    def score(self, tokens: Tokens) -> Tensor:
+        queries, keys = tokens.queries[0], tokens.keys
+        groups = queries.unflatten(1, (keys.size(1), -1)).mean(dim=(2, 3))  # (B, G, D)
+        return (keys @ groups.unsqueeze(-1)).squeeze(-1)
 
 
 OURS = {"one-choice": OneChoice, "one-choice-keys": OneChoiceKeys, "queries": Queries}  # registered when this runs
@@ -258,7 +261,7 @@ def memory(team: Team, folder: Path) -> dict[str, Any]:
     held = sum(p.nbytes for p in model.parameters())
     grown.append(anonymous())
     found = dict(whole=sum(w.nbytes for w in weights.values()), held=held, peak=max(grown) - grown[0])
-    return {"ranks": team.collect(found)}
+    return {"statistics": team.collect(found)}
 
 
 def anonymous() -> int:

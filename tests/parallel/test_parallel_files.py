@@ -12,7 +12,7 @@ import pytest
 
 from litgpt_kv import LLM
 from litgpt_kv.__main__ import main
-from litgpt_kv.cli.prompt_files import Answers
+from litgpt_kv.cli.answers import Answers
 from tests.parallel.test_parallel import GENERATE, finished, linux, started
 
 pytestmark = pytest.mark.xdist_group("parallel")
@@ -34,6 +34,8 @@ def answers_in(path: Path) -> list[dict]:
 SCRIPT = """
 import os, time
 from litgpt_kv import LLM
+from litgpt_kv.arguments import StoppingArgs
+from litgpt_kv.llm.text_request import TextRequest
 
 def say(*words):  # in one piece: two processes write here
     os.write(1, (" ".join(map(str, words)) + "\\n").encode())
@@ -47,7 +49,8 @@ try:  # what one process would refuse, all do
 except ValueError as error:
     say("refused", rank, "over the limit of 1024" in str(error))
 try:  # one process fails on its own; the other one hears of it
-    for n, drew in enumerate(llm.run([llm.request(t, b, max_new_tokens=9) for b, t in enumerate(texts)], None)):
+    asked = [TextRequest(text, stopping=StoppingArgs(max_new_tokens=9)) for text in texts]
+    for n, drew in enumerate(llm.run([llm.request(each, b) for b, each in enumerate(asked)], None)):
         if rank and n == 3:
             raise OSError("no space")
 except (OSError, RuntimeError) as error:
@@ -101,7 +104,7 @@ def test_a_file_over_two_processes_is_that_of_one_and_survives_a_killed_one(tmp_
     command = [*GENERATE, "--prompts", str(questions), "--out", str(two), *TWO]
     with started(*command) as process:
         part = tmp_path / "two.jsonl.part1"
-        until = time.monotonic() + 60
+        until = time.monotonic() + 240
         while not (part.exists() and part.read_bytes().count(b"\n") >= 2):
             assert process.poll() is None and time.monotonic() < until
             time.sleep(0.01)
@@ -110,11 +113,16 @@ def test_a_file_over_two_processes_is_that_of_one_and_survives_a_killed_one(tmp_
         os.kill(int(children[0]), signal.SIGKILL)
         _, err = process.communicate(timeout=60)
         assert process.returncode == 1 and "process 1 of 2" in err and time.monotonic() - began < 30
-    kept = [r for p in tmp_path.glob("two.jsonl.part*") for r in map(json.loads, p.read_text().splitlines()[:-1])]
+    kept = [r for p in tmp_path.glob("two.jsonl*") for r in map(json.loads, p.read_text().splitlines()[:-1])]
     assert len(kept) >= 2
     code, _, err = finished(*command)
     assert code == 2 and "exists: --resume continues it" in err
-    code, _, err = finished(*command, "--resume")
+    script = tmp_path / "windows.py"  # several windows, in each of which the processes divide 7 prompts
+    script.write_text(
+        "from litgpt_kv.__main__ import main\nfrom litgpt_kv.cli import file_run\nfile_run.WINDOW = 7\nmain()"
+    )
+    code, _, err = finished(str(script), *command[2:], "--resume")
+    script.unlink()
     assert code == 1 and "Line 31 was left out" in err and "30 answers" in err, err
     assert answers_in(two) == answers_in(one)
     found = [json.loads(line) for line in two.read_text().splitlines()]

@@ -51,12 +51,13 @@ def test_18_scores_grow_past_what_low_precision_counts() -> None:
         cache = KVCache.build(model, arguments(Policy("h2o", 4, 0, 1))).to(dtype)
         model(torch.tensor([[1, 2, 3]]), cache, torch.tensor([3]))
         model(torch.tensor([[4]]), cache)
-        slots, live = cache.slots[0], torch.ones(1, dtype=torch.bool)
-        assert slots.rank.dtype == torch.float32 and cache.layers[0].keys.read(4).dtype == dtype
-        before, slot = slots.rank[0, 0, 0, 0].item(), torch.full((1, 1, 2, 1), 3)
+        slots = cache.slots[0]
+        mass = slots.statistics["mass"]
+        assert mass.dtype == torch.float32 and cache.layers[0].keys.read(4).dtype == dtype
+        before = mass[0, 0, 0, 0].item()
         for _ in range(6000):
-            slots.rerank(slot, [torch.zeros(1, 2, 1)], [torch.full((1, 2, 4), 0.3)], cache.pos, live)
-        assert slots.rank[0, 0, 0, 0].item() - before == pytest.approx(1800, rel=1e-3)
+            slots.add_received("mass", torch.full((1, 1, 2, 4), 0.3), torch.ones(1, dtype=torch.bool))
+        assert mass[0, 0, 0, 0].item() - before == pytest.approx(1800, rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -142,9 +143,10 @@ def test_23_memory_is_as_documented_and_does_not_grow(policy: Policy) -> None:
         sizes += [reachable(cache)] if i in (C + 1, 20 * C - 1) else []
     assert where == {name: buffer.data_ptr() for name, buffer in cache.named_buffers()}
     slots = B * C * (L * G if policy.name == "h2o" else 1)
-    ranks = 8 * slots if policy.name == "h2o" else 0
+    mass = 8 * slots if policy.name == "h2o" else 0
     keys = 8 * L * B * G * C * D
-    buffers, angles = 2 * keys + 8 * slots + ranks + 9 * B, 16 * D  # and at most an angle and amplitude per element
+    counters = 17 * B  # position, prompt length, whether it is live
+    buffers, angles = 2 * keys + 8 * slots + mass + counters, 24 * D  # at most an angle and two amplitudes an element
     assert sizes[0] == sizes[1]
     assert buffers <= sizes[0] <= buffers + angles
     promised = KVCache.nbytes(model.config, arguments(policy), B, 200, dtype=torch.float64)

@@ -1,3 +1,7 @@
-"""How keys and values are stored."""
+"""How keys and values are stored: `base.py` says what a storage is; every other file here registers some."""
 
-from litgpt_kv.cache.storage import plain as plain
+import importlib
+import pkgutil
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

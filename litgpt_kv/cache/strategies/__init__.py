@@ -1,3 +1,7 @@
-"""What a cache keeps: one file a family of strategies."""
+"""What a cache keeps: `base.py` says what a strategy is; every other file here registers a family of them."""
 
-from litgpt_kv.cache.strategies import base as base
+import importlib
+import pkgutil
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

@@ -1,141 +1,146 @@
-"""What a cache keeps: a strategy is a rank. Floor 2: knows tensors and the registry, no cache, storage or model.
+"""What a cache keeps: a strategy is a score over named statistics of tokens.
 
-The cache evicts the lowest rank; empty slots fill first, sinks and recent tokens are protected by position, and on a
-tie the earlier token stays. A strategy says what a token is worth when it enters, and what it is worth after attention
-was paid to it. Ranks and masses are float32 at least, whatever the model's dtype.
+The cache evicts the lowest score when room must be made. Empty slots fill first; sinks, recent tokens and a kept
+prompt are protected by position; among equal scores the later token goes first. Scores and statistics are float32
+at least, whatever the model's dtype.
 
-B rows (layers that share a strategy are stacked along them in `update`) · P sets of kept tokens (1, or one a key/value
-head) · T tokens · S slots · H query heads · G key/value heads · D head size.
+B rows (layers that share a strategy are stacked along them where it needs no keys) · P sets of kept tokens (1, or one
+a key/value head) · N tokens of a prompt, or slots · w queries · H query heads · G key/value heads · D head size.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from litgpt_kv.config import LayerFacts
-from litgpt_kv.registry import register
+from litgpt_kv.cache.spec import LayerSpec
+
+RECEIVED = ("mass", "last")
+"""Statistics that the cache keeps by itself: attention received from all queries so far, and from the newest one."""
 
 
-@dataclass
-class Seen:
-    """Everything a strategy may look at.
+class TokenReader(Protocol):
+    """Where `Tokens` gets what is expensive: each is made when a strategy asks for it."""
+
+    def keys(self) -> Tensor: ...
+    def unrotated_keys(self) -> Tensor: ...
+    def values(self) -> Tensor: ...
+    def queries(self) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(eq=False)
+class Tokens:
+    """The tokens of a prompt, or those in the slots of a cache: everything a strategy may look at.
+
+    `tokens["mass"]` is a statistic by name, (B, P, N) float32: "mass" and "last" (if the strategy lists them: attention
+    received so far, and from the newest query, averaged over the query heads of a group), and the strategy's own.
 
     Attributes:
-        pos: (B, P, T) positions of the tokens (of the slots, in `update`; -1 is an empty slot).
-        now: (B,) the row's clock: the position of its newest token.
-        prompt: Whether the tokens are a prompt's.
-        layer: The layer's static facts; None in `update`, which is called for all layers at once.
-        mass: (B, P, T) attention received, summed over queries and averaged over a group's query heads, or None.
-        k, v: (B, G, T, D) keys as they are stored, and values; None in `update`.
-        q: (B, H, T, D) the queries of this pass, rotated; None in `update`.
-
-    With latent attention G is 1, v are the latents, and k and q are the shared rotary part and what meets the latent,
-    side by side: the product of q and k is still what is scaled to a score (but for a bias).
+        pos: (B, P, N) int64 positions, -1 for an empty slot or a pad.
+        now: (B,) int64 position of each row's newest token.
+        prompt_length: (B,) int64 tokens of each row's prompt.
+        layer: Static facts of the layer; of a stack of layers, those of its first one.
+        statistics: By name, (B, P, N).
     """
 
     pos: Tensor
     now: Tensor
-    prompt: bool
-    layer: LayerFacts | None
-    mass: Tensor | None = None
-    k: Tensor | None = None
-    v: Tensor | None = None
-    q: Tensor | None = None
+    prompt_length: Tensor
+    layer: LayerSpec
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    reader: TokenReader | None = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.statistics:
+            raise KeyError(f"This strategy keeps no statistic {name!r}: list it in `statistics`.")
+        return self.statistics[name]
+
+    @property
+    def live(self) -> Tensor:
+        """(B, P, N) bool: False for empty slots and pads."""
+        return self.pos >= 0
+
+    @property
+    def keys(self) -> Tensor:
+        """(B, G, N, D) float32 keys as attention sees them, rotated at their positions; 0 where empty.
+
+        With latent attention the shared rotary part and the latent side by side: a query's product with it is what is
+        scaled to a score (but for a bias).
+        """
+        return self._masked(self._reader("keys").keys())
+
+    @property
+    def unrotated_keys(self) -> Tensor:
+        """(B, G, N, D) float32 keys before rotation; 0 where empty."""
+        return self._masked(self._reader("keys").unrotated_keys())
+
+    @property
+    def values(self) -> Tensor:
+        """(B, G, N, Dv) float32 values; 0 where empty."""
+        return self._masked(self._reader("values").values())
+
+    @property
+    def queries(self) -> tuple[Tensor, Tensor]:
+        """The last w queries of each row, w being the strategy's `window`, and their positions.
+
+        (B, H, w, D) float32, rotated as the keys are, and (B, w) int64, -1 where a row has fewer than w; w is the
+        length of the prompt where that is shorter.
+        """
+        queries, pos = self._reader("queries").queries()
+        return queries.to(torch.promote_types(queries.dtype, torch.float32)), pos
+
+    def _reader(self, what: str) -> TokenReader:
+        if self.reader is None:
+            raise ValueError(f"A strategy that reads {what} must say so: list {what!r} in `needs`.")
+        return self.reader
+
+    def _masked(self, x: Tensor) -> Tensor:
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        return x.masked_fill(~self.live.unsqueeze(-1), 0.0)
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """Base of all strategies; the fields of a subclass are its options. Pure: holds no tensors."""
+    """Base of all strategies; the fields of a subclass are its options. Pure: it holds no tensors.
 
-    attention: ClassVar[int] = 0
-    """How many last queries of a prompt it observes: 0 none, -1 all. Unless 0, it observes every decoded one too."""
+    Attributes:
+        statistics: Names of what the cache keeps of every token: "mass", "last", and own names.
+        needs: What `score`, `enter` or `update` read besides: "keys", "values", "queries" (with a field or class
+            attribute `window`, how many). A strategy with needs runs a layer at a time, others all layers at once.
+        recency: Whether the score is the position alone: what stays is the sinks and an unbroken run of last tokens.
+        evicts: Whether a full cache makes room; otherwise it refuses the next token.
+        comparable: Whether scores of different heads can be compared; if not, `select="pool"` divides each by its
+            head's sum.
+        select: Who chooses unless the user says otherwise: "head", "layer" or "pool", see `KVCacheArgs`.
+        positions: The positions it runs with unless the user says otherwise: "absolute" or "cache".
+        paper: Where it comes from.
+    """
+
+    statistics: ClassVar[tuple[str, ...]] = ()
+    needs: ClassVar[frozenset[str]] = frozenset()
     recency: ClassVar[bool] = False
-    """Whether the rank is the position alone: what is kept is the sinks and an unbroken run of last tokens."""
     evicts: ClassVar[bool] = True
-    """Whether a full cache makes room; otherwise it refuses the next token."""
-    per_head: ClassVar[bool] = True
-    """Whether each key/value head keeps its own tokens; otherwise all heads of a layer keep the same ones."""
-    layer_cache: ClassVar[str] = "slots"
-    """The registered layer cache it runs in; another one may choose, store and read as it likes."""
+    comparable: ClassVar[bool] = True
+    select: ClassVar[str] = "head"
     positions: ClassVar[str] = "absolute"
-    """The positions it runs with unless the user says otherwise."""
     paper: ClassVar[str] = ""
 
     def protected(self, budget: int) -> tuple[int, int]:
-        """Its own default of (sinks, recent) for a budget."""
+        """The strategy's own default of (sinks, recent) for a budget."""
         return 0, 0
 
-    def enter(self, seen: Seen) -> Tensor:
-        """The rank (B, P, T) with which tokens enter; by default their position."""
-        return seen.pos
+    def enter(self, tokens: Tokens) -> dict[str, Tensor]:
+        """Own statistics of tokens that enter, (B, P, N) each; a missing one starts at 0."""
+        return {}
 
-    def update(self, rank: Tensor, seen: Seen) -> Tensor:
-        """The rank (B, P, S) of every slot after attention was paid to it; by default unchanged."""
-        return rank
+    def update(self, tokens: Tokens) -> dict[str, Tensor]:
+        """Own statistics of all tokens after attention was paid to them, (B, P, N) each; a missing one stays."""
+        return {}
 
-
-@register("strategy", "dense")
-@dataclass(frozen=True)
-class Dense(Strategy):
-    """Keep every token; memory for all of them is taken up front."""
-
-    recency: ClassVar[bool] = True
-    evicts: ClassVar[bool] = False
-
-
-@register("strategy", "window")
-@dataclass(frozen=True)
-class Window(Strategy):
-    """Keep the last tokens."""
-
-    recency: ClassVar[bool] = True
-
-
-@register("strategy", "sink")
-@dataclass(frozen=True)
-class Sink(Strategy):
-    """Keep the first four tokens and the last ones, at positions inside the cache: a stream may run for ever.
-
-    The official code (mit-han-lab/streaming-llm) attends over `budget + 1` tokens and evicts afterwards; evicting
-    first, as here, equals it with a cache smaller by one. A prompt longer than the budget is read a token at a time
-    with the "min-length" prefill, as its evaluation does.
-    """
-
-    recency: ClassVar[bool] = True
-    positions: ClassVar[str] = "cache"
-    paper: ClassVar[str] = (
-        "Xiao et al. 2023, Efficient Streaming Language Models with Attention Sinks, arXiv 2309.17453"
-    )
-
-    def protected(self, budget: int) -> tuple[int, int]:
-        return 4, 0
-
-
-@register("strategy", "h2o")
-@dataclass(frozen=True)
-class H2O(Strategy):
-    """Keep the tokens that received most attention so far, and the most recent half of the budget.
-
-    Attention is summed over all queries, the prompt's included, never normalised by age, per row and key/value head
-    (averaged over the query heads of a group; the official FMInference/H2O code knows no groups and sums over the
-    batch). The official code attends and then evicts; evicting first, as here, equals it with budget and recent smaller
-    by one.
-    """
-
-    attention: ClassVar[int] = -1
-    paper: ClassVar[str] = (
-        "Zhang et al. 2023, H2O: Heavy-Hitter Oracle for Efficient Generative Inference, arXiv 2306.14048"
-    )
-
-    def protected(self, budget: int) -> tuple[int, int]:
-        return 0, budget // 2
-
-    def enter(self, seen: Seen) -> Tensor:
-        return seen.mass if seen.prompt else torch.zeros_like(seen.pos, dtype=torch.float32)
-
-    def update(self, rank: Tensor, seen: Seen) -> Tensor:
-        return rank + seen.mass
+    def score(self, tokens: Tokens) -> Tensor:
+        """What each token is worth when room must be made, (B, P, N) or (B, G, N); the lowest leave."""
+        return tokens.pos

@@ -1,0 +1,85 @@
+"""What a call may do, checked on the host before anything changes, without waiting for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from litgpt_kv.cache.plan import LayerPlan, check_prompt_kept
+from litgpt_kv.cache.row_clock import RowClock
+
+
+def check_rows(rows: Iterable[int] | Tensor, batch_size: int) -> list[int]:
+    """Row numbers as a list.
+
+    Args:
+        rows: Numbers, or a mask (B,) of rows.
+
+    Raises:
+        ValueError: If one is not in the cache.
+    """
+    if isinstance(rows, Tensor):
+        if rows.dtype == torch.bool and rows.shape != (batch_size,):
+            raise ValueError(f"A mask of rows has shape ({batch_size},), got {tuple(rows.shape)}.")
+        rows = (rows.nonzero().flatten() if rows.dtype == torch.bool else rows).tolist()
+    if not isinstance(rows, Iterable):
+        raise ValueError(f"Rows are a list of row numbers, got {rows!r}.")
+    rows = list(rows)
+    if bad := [b for b in rows if isinstance(b, bool) or not isinstance(b, int) or not 0 <= b < batch_size]:
+        raise ValueError(f"The cache has rows 0 to {batch_size - 1}, got {bad[0]!r}.")
+    return rows
+
+
+def check_prompt(
+    clock: RowClock, plans: Sequence[LayerPlan], limit: int | None, why: str, T: int, length: Tensor
+) -> list[int]:
+    """The lengths of prompts that are to seed rows.
+
+    Args:
+        clock: The rows'. plans: The layers'. limit, why: Of the cache.
+        T: Tokens of the padded prompts. length: (B,).
+
+    Raises:
+        ValueError: If a row is not empty, or a prompt does not fit.
+    """
+    batch_size = clock.pos.size(0)
+    if not isinstance(length, Tensor) or tuple(length.shape) != (batch_size,):
+        raise ValueError(f"length must have shape ({batch_size},), one a row, got {getattr(length, 'shape', length)}.")
+    lengths = length.tolist()
+    if min(lengths) < 1 or max(lengths) > T:
+        bad = min(lengths) if min(lengths) < 1 else max(lengths)
+        raise ValueError(f"Every row's prompt must have 1 to {T} tokens, got {bad}.")
+    clock.check_whole("A prefill", range(batch_size))
+    seen, alive = clock.seen, clock.alive
+    if any(seen) or not all(alive):
+        what = f"tokens seen are {seen}" if any(seen) else f"row {alive.index(False)} is retired"
+        raise ValueError(f"A prompt needs empty rows; {what}: call reset() first.")
+    if limit is not None and max(lengths) > limit:
+        raise ValueError(f"A prompt of {max(lengths)} tokens is over the limit of {limit}: {why}.")
+    check_prompt_kept(plans, max(lengths))
+    return lengths
+
+
+def check_step(clock: RowClock, longest_block: int, limit: int | None, why: str, T: int) -> None:
+    """Refuse T more tokens a row that do not fit.
+
+    Raises:
+        ValueError: With the row and the limit. In static mode a row over the limit is an assertion on the device.
+    """
+    if T > longest_block:
+        hint = "" if any(clock.seen) else " To read a prompt into an empty cache give its length, too."
+        raise ValueError(
+            f"A block of {T} tokens is longer than the {longest_block} a layer can take (budget less sinks).{hint}"
+        )
+    if clock.static:
+        if limit is not None:
+            fits = ((clock.pos + T <= limit) | ~clock.live).all()
+            torch._assert_async(fits, f"A row is over the limit of {limit} tokens: {why}.")
+        return
+    seen, alive = clock.seen, clock.alive
+    clock.check_whole("A step", [row for row, live in enumerate(alive) if live])
+    for row, n in enumerate(seen):
+        if limit is not None and alive[row] and n + T > limit:
+            raise ValueError(f"Row {row} would see {n + T} tokens, over the limit of {limit}: {why}.")

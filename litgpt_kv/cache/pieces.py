@@ -1,0 +1,189 @@
+"""A prompt read in pieces: the result of one pass, with the memory of one piece for all but keys and values.
+
+Until the last piece the row keeps every key and value of its prompt; attention received adds up piece by piece; only
+the end chooses what stays.
+
+N tokens read so far · t tokens of a piece · H query heads · G key/value heads · D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from litgpt_kv.attention.eager import CausalMasks, slot_attention
+from litgpt_kv.attention.masks import visible
+from litgpt_kv.attention.rope import Angles, RopeTables, rotate
+from litgpt_kv.cache.layer import LayerCache, PrefillMetadata, prompt_statistics
+from litgpt_kv.cache.readers import FreshTokens
+from litgpt_kv.cache.row_clock import RowClock
+from litgpt_kv.cache.slots import Slots
+from litgpt_kv.cache.views import LatentProjection, Pass, SequenceView
+
+
+@dataclass(eq=False)
+class LayerPrompt:
+    """What one layer remembers of a prompt while it is read.
+
+    Attributes:
+        rotated, unrotated: (1, G, N, D) keys, the second only where needed. v: (1, G, N, Dv).
+        q, raw_q: The last queries, (1, H, n, D), for strategies that read them.
+        received: Attention received so far by name, (1, G, N).
+    """
+
+    rotated: Tensor | None = None
+    unrotated: Tensor | None = None
+    v: Tensor | None = None
+    q: Tensor | None = None
+    raw_q: Tensor | None = None
+    received: dict[str, Tensor] = field(default_factory=dict)
+
+
+class PromptReader:
+    """The prompt of one row, on its way into the cache. `model(piece, reader)` reads the next tokens (1, t).
+
+    Attributes:
+        length: Tokens of the whole prompt. read: How many were read.
+        batch_size: 1.
+    """
+
+    batch_size = 1
+
+    def __init__(
+        self,
+        clock: RowClock,
+        groups: Sequence[Slots],
+        layers: Sequence[LayerCache],
+        group_of: Sequence[int],
+        length: int,
+    ) -> None:
+        self.clock, self.groups, self.layers, self.group_of = clock, groups, layers, group_of
+        self.length, self.read = length, 0
+        self._prompts = [LayerPrompt() for _ in layers]
+        self._failed = False
+
+    @property
+    def remaining(self) -> int:
+        """Tokens still to be read."""
+        return self.length - self.read
+
+    @torch.no_grad()
+    def begin_decode(self, T: int, rope: RopeTables) -> PiecePass:
+        """Prepare to read the next T tokens.
+
+        Raises:
+            ValueError: If so many do not remain, or a piece before failed.
+        """
+        if self._failed:
+            raise ValueError("A piece of this prompt failed or was interrupted: reset() the row and read it anew.")
+        if T > self.remaining:
+            raise ValueError(f"A piece of {T} tokens is longer than the {self.remaining} that remain of the prompt.")
+        self._failed = True  # until `commit`
+        end = self.read + T
+        angles = rope.slice(self.read, end)
+        length = torch.tensor([self.length], device=self.clock.pos.device)
+        final = end == self.length
+        steps: list[PrefillMetadata | None] = [None] * len(self.groups)
+        if final:
+            self.clock.set_prompt_lengths({0: max(self.length, self.clock.prompt(0))})
+            self.clock.begin([0])
+            steps = [PrefillMetadata.of(slots, length, self.length) for slots in self.groups]
+        views = [
+            PieceView(layer, prompt, self.read, self.length, angles[t], CausalMasks(), steps[g])
+            for layer, prompt, g, t in zip(self.layers, self._prompts, self.group_of, rope.which)
+        ]
+        views[-1].last = torch.tensor([T - 1], device=views[-1].layer.device)
+        return PiecePass(views, True, self, end, length if final else None)
+
+
+@dataclass(eq=False)
+class PiecePass(Pass):
+    """One piece between `begin` and `commit`."""
+
+    reader: PromptReader
+    end: int
+    length: Tensor | None  # (1,) of the whole prompt, if this piece is the last one
+
+    def commit(self) -> None:
+        """Note that the piece was read; after the last one the row counts its prompt."""
+        with torch.no_grad():
+            reader = self.reader
+            reader.read, reader._failed = self.end, False
+            if self.length is not None:
+                reader._prompts = []
+                reader.clock.pos.copy_(self.length)
+                fills = [[min(reader.length, slots.plan.slots)] for slots in reader.groups]
+                reader.clock.end({0: reader.length}, fills)
+
+
+@dataclass(eq=False)
+class PieceView:
+    """A piece of a prompt attends to itself and to all that was read before."""
+
+    layer: LayerCache
+    prompt: LayerPrompt
+    start: int
+    length: int
+    angles: Angles
+    masks: CausalMasks
+    step: PrefillMetadata | None  # at the last piece
+    last: Tensor | None = None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, latent: LatentProjection | None = None) -> Tensor:
+        layer, spec, prompt = self.layer, self.layer.spec, self.prompt
+        turned_q, turned_k = (rotate(x, self.angles, spec.rope_size) for x in (q, k))
+        prompt.rotated = _append(prompt.rotated, turned_k.detach(), 2)
+        prompt.v = _append(prompt.v, v.detach(), 2)
+        if layer.stores_unrotated or layer.reads_tokens:
+            prompt.unrotated = _append(prompt.unrotated, k.detach(), 2)
+        if latent is None:
+            every = turned_q, prompt.rotated, prompt.v
+        else:
+            every = latent.expand(turned_q, prompt.rotated, prompt.v)
+        y = self._causal(*every)
+        self._observe(every[0].detach(), every[1].detach())
+        if layer.window:
+            both = (turned_q, q) if latent is None else (latent.absorb(turned_q), latent.absorb(q))
+            prompt.q, prompt.raw_q = (
+                _append(old, new.detach(), 2)[:, :, -layer.window :] for old, new in zip((prompt.q, prompt.raw_q), both)
+            )
+        if self.step is not None:
+            self._seed(self.step)
+        return y.transpose(1, 2)  # (1, t, H, Dv)
+
+    def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (1, H, t, D) attends to k, v (1, G, N, .) of all tokens up to its own; (1, H, t, Dv)."""
+        spec, T, N = self.layer.spec, q.size(2), k.size(2)
+        if self.start == 0:
+            return SequenceView(spec, self.angles, self.masks, self.last).causal(q, k, v).transpose(1, 2)
+        pos = torch.arange(self.start, self.start + T, device=q.device)
+        if self.last is not None:
+            q, pos = q[:, :, -1:], pos[-1:]
+        mask = visible(pos.unsqueeze(0), torch.arange(N, device=q.device).unsqueeze(0), spec.window)  # (1, t, N)
+        return slot_attention(q, k, v, mask.unsqueeze(1), scale=spec.scale, softcap=spec.softcap)[0]
+
+    def _observe(self, q: Tensor, k: Tensor) -> None:
+        """Add up the attention that this piece's queries pay to all tokens so far."""
+        final = self.start + q.size(2) == self.length
+        length = torch.tensor([self.start + q.size(2)], device=q.device)
+        for name, mass in prompt_statistics(self.layer, q, k, length, self.start, final).items():
+            before = self.prompt.received.get(name)
+            if before is not None and name == "mass":
+                mass = mass + torch.nn.functional.pad(before, (0, mass.size(-1) - before.size(-1)))
+            self.prompt.received[name] = mass
+
+    def _seed(self, step: PrefillMetadata) -> None:
+        layer, prompt, length = self.layer, self.prompt, step.length
+        none = prompt.v[:, :, :0]
+        q, raw_q = (none if x is None else x for x in (prompt.q, prompt.raw_q))
+        unrotated = prompt.rotated if prompt.unrotated is None else prompt.unrotated
+        first = self.length - q.size(2)
+        tensors = prompt.rotated, unrotated, prompt.v, q, raw_q
+        layer.seed(step, FreshTokens(layer.spec, *tensors, length, layer.window, first), prompt.received)
+
+
+def _append(old: Tensor | None, new: Tensor, dim: int) -> Tensor:
+    return new if old is None else torch.cat((old, new), dim)

@@ -1,0 +1,159 @@
+"""Where a strategy's `Tokens` get keys, values and queries from: fresh tensors of a pass, or the slots of a layer.
+
+B rows · P sets of kept tokens · H query heads · G key/value heads · T tokens · S slots · w queries · D head size ·
+E rotated elements.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from litgpt_kv.attention.masks import cache_positions
+from litgpt_kv.attention.rope import Angles, rotate, rows_at, unrotate
+from litgpt_kv.cache import pool
+from litgpt_kv.cache.spec import LayerSpec
+
+
+@dataclass(eq=False)
+class FreshTokens:
+    """The tokens of a prompt or of a step, as the pass has them.
+
+    Attributes:
+        spec: The layer.
+        rotated, unrotated: (B, G, T, D) keys at their positions, and before rotation.
+        v: (B, G, T, Dv) values.
+        q: (B, H, n, D) queries at the positions from `first_query` on, rotated as the keys they meet.
+        raw_q: The same, unrotated.
+        length: (B,) tokens of each row, so that the position of its last query is one less.
+        window: How many last queries are of interest.
+    """
+
+    spec: LayerSpec
+    rotated: Tensor
+    unrotated: Tensor
+    v: Tensor
+    q: Tensor
+    raw_q: Tensor
+    length: Tensor
+    window: int
+    first_query: int = 0
+
+    def keys(self) -> Tensor:
+        return torch.cat((self.rotated, self.v), dim=-1) if self.spec.latent else self.rotated
+
+    def unrotated_keys(self) -> Tensor:
+        return self.unrotated
+
+    def values(self) -> Tensor:
+        return self.v
+
+    def queries(self) -> tuple[Tensor, Tensor]:
+        return self.last(self.q)
+
+    def last(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """The last `window` queries of each row and their positions, -1 where there are fewer."""
+        n = min(self.window, q.size(2))
+        pos = self.length.unsqueeze(1) - n + torch.arange(n, device=q.device)  # (B, n)
+        index = (pos - self.first_query).clamp(0, q.size(2) - 1).view(-1, 1, n, 1).expand(-1, q.size(1), -1, q.size(3))
+        return q.gather(2, index), pos.clamp(min=-1)
+
+
+class QueryRing(nn.Module):
+    """The last `window` queries of each row: that of position p is in slot p % window.
+
+    Attributes:
+        data: (B, H, w, D). pos: (B, w) int64, -1 where empty.
+    """
+
+    row_dim: ClassVar[int] = 0
+    data: Tensor
+    pos: Tensor
+
+    def __init__(
+        self, batch_size: int, heads: int, window: int, width: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.window = window
+        data = torch.zeros(batch_size, heads, window, width, dtype=dtype, device=device)
+        self.register_buffer("data", data, persistent=False)
+        pos = torch.full((batch_size, window), -1, dtype=torch.int64, device=device)
+        self.register_buffer("pos", pos, persistent=False)
+
+    def write(self, q: Tensor, pos: Tensor, live: Tensor | None) -> None:
+        """Note queries (B, H, T, D) of the positions (B, T), which are below 0 for what is no query."""
+        q, pos = q[:, :, -self.window :], pos[:, -self.window :]
+        keep = pos < 0 if live is None else (pos < 0) | ~live.unsqueeze(1)
+        slot = pos % self.window
+        index = slot.view(*slot.shape[:1], 1, -1, 1).expand(q.shape)
+        old = self.data.gather(2, index)
+        self.data.scatter_(2, index, torch.where(keep[:, None, :, None], old, q.to(self.data.dtype)))
+        self.pos.scatter_(1, slot, torch.where(keep, self.pos.gather(1, slot), pos))
+
+    def reset(self, rows: Tensor | slice) -> None:
+        """Forget the queries of rows."""
+        self.data[rows], self.pos[rows] = 0, -1
+
+
+@dataclass(eq=False)
+class StoredTokens:
+    """The tokens in the slots of one layer.
+
+    Attributes:
+        spec: The layer. stores: Its storages of keys and values. ring: Its last queries, or None.
+        pos: (B, P, S) positions of the slots. owner: (B, P, S) of a pool, or None. heads: Heads of a pool.
+        now: (B,) positions of the newest tokens.
+        tables: The layer's rope tables. stores_unrotated: Whether keys are stored unrotated.
+    """
+
+    spec: LayerSpec
+    stores: tuple[nn.Module, nn.Module]
+    ring: QueryRing | None
+    pos: Tensor
+    owner: Tensor | None
+    heads: int
+    now: Tensor
+    tables: Angles
+    stores_unrotated: bool
+
+    def keys(self) -> Tensor:
+        keys = self._read(0)
+        if self.stores_unrotated:
+            keys = rotate(keys, rows_at(self.tables, cache_positions(self._pos())), self.spec.rope_size)
+        return torch.cat((keys, self._read(1)), dim=-1) if self.spec.latent else keys
+
+    def unrotated_keys(self) -> Tensor:
+        keys = self._read(0)
+        if self.stores_unrotated:
+            return keys
+        return unrotate(keys, rows_at(self.tables, self._pos()), self.spec.rope_size)
+
+    def values(self) -> Tensor:
+        return self._read(1)
+
+    def queries(self) -> tuple[Tensor, Tensor]:
+        if self.ring is None:
+            raise ValueError("A strategy that reads queries must say so: list 'queries' in `needs`.")
+        q, pos = self.ring.data, self.ring.pos
+        order = pos.argsort(dim=-1)  # oldest first
+        q = q.gather(2, order.view(order.size(0), 1, -1, 1).expand(q.shape))
+        pos = pos.gather(1, order)
+        if self.stores_unrotated:  # as far from the newest token as in the text, which keeps them with their tokens
+            newest = (self._pos() >= 0).sum(dim=-1, keepdim=True) - 1  # (B, P, 1)
+            place = newest - (self.now.view(-1, 1, 1) - pos.unsqueeze(1))  # (B, P, w)
+            cos, sin = rows_at(self.tables, place)
+            repeats = self.spec.heads // place.size(1) if place.size(1) > 1 else 1
+            angles = cos.repeat_interleave(repeats, dim=1), sin.repeat_interleave(repeats, dim=1)
+            q = rotate(q, angles, self.spec.rope_size)
+        return q, pos
+
+    def _pos(self) -> Tensor:
+        """Positions (B, P, S), for pools (B, G, S) with the other heads' slots empty."""
+        return self.pos if self.owner is None else pool.per_head(self.pos, self.owner, self.heads, -1)
+
+    def _read(self, which: int) -> Tensor:
+        x = self.stores[which].read(self.pos.size(-1))
+        return x if self.owner is None else x.repeat_interleave(self.heads, dim=1)

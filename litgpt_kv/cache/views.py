@@ -1,0 +1,338 @@
+"""What a model's attention calls: one view a layer, for training, for a prefill, or for decoding.
+
+`view.attend(q, k, v)` takes unrotated queries, keys and values and returns what attention makes of them. Rotation,
+masks, writing, eviction and statistics are the view's business; the model knows none of them.
+
+B rows · T new tokens · H query heads · G key/value heads · P sets of kept tokens · N keys attended to · D head size ·
+Dv width of a value · C embedding size · E rotated elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from litgpt_kv.attention.eager import CausalMasks, causal_attention, last_token_attention, queries_at
+from litgpt_kv.attention.rope import Angles, RopeTables, rotate, rows_at
+from litgpt_kv.cache.layer import LayerCache, PrefillMetadata, prompt_statistics
+from litgpt_kv.cache.readers import FreshTokens
+from litgpt_kv.cache.row_clock import RowClock
+from litgpt_kv.cache.slots import Slots
+from litgpt_kv.cache.spec import LayerSpec
+from litgpt_kv.cache.strategies.base import Tokens
+
+
+class LatentProjection(Protocol):
+    """What multi-head latent attention brings to `attend`: how latents become keys and values, or queries meet them."""
+
+    def expand(self, q: Tensor, k: Tensor, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of every head, (B, H, T, .), from rotated q (B, H, T, E + K), k (B, 1, T, E)."""
+
+    def absorb(self, q: Tensor) -> Tensor:
+        """Queries (B, H, T, E + K) as they meet keys and latents side by side: (B, H, T, E + R), one wider with
+        `bias`."""
+
+    def output(self, y: Tensor) -> Tensor:
+        """From latents (B, H, T, R) that attention returned to values of every head, (B, H, T, Dv)."""
+
+    @property
+    def bias(self) -> bool:
+        """Whether the last element of an absorbed query is added to its scores."""
+
+
+class LayerView(Protocol):
+    """One layer's part of a pass."""
+
+    last: Tensor | None
+    """(B,) the only tokens whose output is wanted, or None for all."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, latent: LatentProjection | None = None) -> Tensor:
+        """Attention of new tokens.
+
+        Args:
+            q: (B, H, T, D) unrotated queries. k: (B, G, T, D) unrotated keys. v: (B, G, T, Dv) values.
+            latent: With multi-head latent attention, where q has its rotary part first, k is the rotary key that all
+                heads share, and v the latent.
+
+        Returns:
+            (B, T, H, Dv), or (B, 1, H, Dv) for the `last` tokens alone.
+        """
+
+
+@dataclass(eq=False)
+class SequenceView:
+    """A whole sequence attends to itself: training, and the attention of a prefill.
+
+    Attributes:
+        spec: The layer. angles: Of the positions from 0 on. masks: Shared by the layers of the pass.
+        last: See `LayerView`.
+    """
+
+    spec: LayerSpec
+    angles: Angles
+    masks: CausalMasks
+    last: Tensor | None = None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, latent: LatentProjection | None = None) -> Tensor:
+        q, k = (rotate(x, self.angles, self.spec.rope_size) for x in (q, k))
+        if latent is not None:
+            q, k, v = latent.expand(q, k, v)
+        return self.causal(q, k, v)
+
+    def causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal attention of rotated q, k and v."""
+        spec = self.spec
+        math = {"scale": spec.scale, "softcap": spec.softcap, "window": spec.window}
+        if self.last is None:
+            y = causal_attention(q, k, v, **math, masks=self.masks)
+        else:
+            y = last_token_attention(queries_at(q, self.last), k, v, self.last, **math)
+        return y.transpose(1, 2)  # (B, T, H, Dv)
+
+
+@dataclass(eq=False)
+class PrefillView:
+    """A prompt attends to itself, and what the strategy keeps of it enters the cache."""
+
+    layer: LayerCache
+    step: PrefillMetadata
+    sequence: SequenceView
+
+    @property
+    def last(self) -> Tensor | None:
+        return self.sequence.last
+
+    @property
+    def angles(self) -> Angles:
+        return self.sequence.angles
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, latent: LatentProjection | None = None) -> Tensor:
+        layer, spec, length = self.layer, self.layer.spec, self.step.length
+        turned_q, turned_k = (rotate(x, self.sequence.angles, spec.rope_size) for x in (q, k))
+        every = (turned_q, turned_k, v) if latent is None else latent.expand(turned_q, turned_k, v)
+        y = self.sequence.causal(*every)
+        received = prompt_statistics(layer, every[0].detach(), every[1].detach(), length) if layer.want else {}
+        if latent is not None and layer.window:
+            turned_q, q = latent.absorb(turned_q), latent.absorb(q)
+        # detached: the cache must not keep the autograd graph alive
+        tensors = (x.detach() for x in (turned_k, k, v, turned_q, q))
+        layer.seed(self.step, FreshTokens(spec, *tensors, length, layer.window), received)
+        return y
+
+
+@dataclass(eq=False)
+class DecodeMetadata:
+    """What a group of layers shares in a decode step, worked out once.
+
+    Attributes:
+        slots: The group's.
+        pos: (B, T) positions of the new tokens. prompt_length: (B,).
+        slot: (L, B, P, g * T) the slots that they take.
+        key_pos: (L, B, P, N) positions of the keys attended to.
+        mask: (L, B, P, ., N) of each layer as `slot_attention` takes it; None where every query sees every key.
+        owner: (L, B, P, N) heads of a pool that these keys belong to; None without pools.
+        live: (B,) rows that take their tokens; None: all.
+        extent: Slots from here on are empty.
+        received: By name, of each layer the attention that slots received.
+        entered: Of each layer the strategy's own statistics of the new tokens.
+    """
+
+    slots: Slots
+    pos: Tensor
+    prompt_length: Tensor
+    slot: Tensor
+    key_pos: Tensor
+    owner: Tensor | None
+    mask: Tensor | None
+    live: Tensor | None
+    extent: int
+    received: dict[str, list[Tensor]] = field(default_factory=dict)
+    entered: list[Mapping[str, Tensor]] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class DecodeView:
+    """New tokens enter the cache and attend to what it keeps. Kernels read the attributes.
+
+    Attributes:
+        layer: The layer's storages. step: Its group's part of the step.
+        angles: Of the new queries and keys.
+        sinks: Angles of queries for the sinks, and where these are, (B, P, n); None: sinks are like other tokens.
+        tables: Rope tables for keys that are stored unrotated, else None.
+        ranks: (L, B, P, N) positions inside the cache of keys that are stored unrotated, else None.
+        new_key_angles: Angles of the new keys, where those of the queries are a head's.
+        mask, key_angles, sink_queries, extent, per_group, value_padding: For the kernel.
+    """
+
+    layer: LayerCache
+    step: DecodeMetadata
+    angles: Angles
+    sinks: tuple[Angles, Tensor] | None = None
+    tables: Angles | None = None
+    ranks: Tensor | None = None
+    new_key_angles: Angles | None = None
+    last: Tensor | None = None
+    key_angles: Angles | None = None
+    sink_queries: tuple[Tensor, Tensor] | None = None
+    value_padding: bool = False
+
+    @property
+    def spec(self) -> LayerSpec:
+        return self.layer.spec
+
+    @property
+    def extent(self) -> int:
+        return self.step.extent
+
+    @property
+    def mask(self) -> Tensor | None:
+        return None if self.step.mask is None else self.step.mask[self.layer.stack_index]
+
+    @property
+    def per_group(self) -> int:
+        return self.layer.spec.heads // self.layer.spec.groups
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, latent: LatentProjection | None = None) -> Tensor:
+        layer, step = self.layer, self.step
+        spec, size = layer.spec, layer.spec.rope_size
+        turned_q = rotate(q, self.angles, size)
+        turned_k = k if layer.stores_unrotated else rotate(k, self.angles, size)
+        if self.sinks is not None:
+            part = q if latent is None else q[..., :size]
+            self.sink_queries = rotate(part, self.sinks[0], size), self.sinks[1]
+        if self.ranks is not None:
+            self.key_angles = rows_at(self.tables, self.ranks[layer.stack_index])
+        if latent is not None:
+            turned_q, q = latent.absorb(turned_q), latent.absorb(q) if layer.ring is not None else q
+            self.value_padding = latent.bias
+        keys, values = self._write(turned_k.detach(), v.detach(), turned_k, v)
+        y, received = layer.kernel.attend(turned_q, keys, values, self, layer.want)
+        for name, mass in received.items():
+            step.received.setdefault(name, []).append(self._at_slots(mass.detach()))
+        if layer.ring is not None:
+            layer.ring.write((q if layer.stores_unrotated else turned_q).detach(), step.pos, step.live)
+        if step.slots.enters:
+            step.entered.append(self._entered(k.detach(), v.detach()))
+        if latent is not None:
+            y = latent.output(y[..., : spec.value_size])
+        return y.transpose(1, 2)  # (B, T, H, Dv)
+
+    def _write(self, k: Tensor, v: Tensor, *fresh: Tensor) -> tuple:
+        """Write the new tokens; the storages to attend to.
+
+        One token finds the slots as they are after it is written. A block is attended to beside what was there before
+        it, as its first queries may still see what its last tokens evict.
+        """
+        layer, step = self.layer, self.step
+        slot = step.slot[layer.stack_index]
+        stores = layer.keys, layer.values
+        if step.pos.size(1) > 1:
+            both = zip(stores, fresh)
+            beside = tuple(_Tensors(torch.cat((s.read(step.extent).to(x.dtype), layer.by_set(x)), 2)) for s, x in both)
+        layer.keys.write(slot, layer.by_set(k), step.live)
+        layer.values.write(slot, layer.by_set(v), step.live)
+        return beside if step.pos.size(1) > 1 else stores
+
+    def _at_slots(self, mass: Tensor) -> Tensor:
+        """The mass (B, P, N) of the keys attended to, by their slots afterwards."""
+        step, layer = self.step, self.layer
+        if step.pos.size(1) == 1:
+            return mass
+        old, new = mass[..., : step.extent], mass[..., step.extent :]
+        every = torch.nn.functional.pad(old, (0, step.slots.size - step.extent))
+        slot = step.slot[layer.stack_index].expand(-1, mass.size(1), -1)
+        return every.scatter(-1, slot, new)
+
+    def _entered(self, k: Tensor, v: Tensor) -> Mapping[str, Tensor]:
+        """The strategy's own statistics of the new tokens."""
+        layer, step, slots = self.layer, self.step, self.step.slots
+        sets = slots.pos.size(2) * slots.heads
+        pos = step.pos.unsqueeze(1).expand(-1, sets, -1)
+        zeros = torch.zeros_like(pos, dtype=slots.dtype)
+        turned = rotate(k, self.new_key_angles or self.angles, layer.spec.rope_size)
+        fresh = FreshTokens(layer.spec, turned, k, v, k, k, step.pos[:, -1] + 1, 0)
+        now = step.pos[:, -1]
+        return slots.strategy.enter(
+            Tokens(pos, now, step.prompt_length, layer.spec, dict.fromkeys(slots.names, zeros), fresh)
+        )
+
+
+@dataclass(eq=False)
+class _Tensors:
+    """Keys or values as a kernel reads them, not in a storage."""
+
+    data: Tensor
+    lossless: bool = True
+
+    def read(self, extent: int) -> Tensor:
+        return self.data
+
+
+@dataclass(eq=False)
+class Pass:
+    """One call of the model.
+
+    Attributes:
+        views: One a layer.
+        last_only: Whether only the last token of each row has an output.
+    """
+
+    views: list
+    last_only: bool
+
+    def commit(self) -> None:
+        """Note a pass that went well; called once, after the last layer."""
+
+
+def training_pass(specs: list[LayerSpec], T: int, rope: RopeTables) -> Pass:
+    """A pass over sequences of T tokens without a cache."""
+    angles, masks = rope.slice(0, T), CausalMasks()
+    return Pass([SequenceView(spec, angles[table], masks) for spec, table in zip(specs, rope.which)], False)
+
+
+@dataclass(eq=False)
+class PrefillPass(Pass):
+    """A prefill between `begin` and `commit`.
+
+    Attributes:
+        clock: The rows' counters. length: (B,) tokens of the prompts, `lengths` the same on the host.
+        groups: The slots of each group of layers.
+    """
+
+    clock: RowClock
+    length: Tensor
+    lengths: list[int]
+    groups: list[Slots]
+
+    def commit(self) -> None:
+        with torch.no_grad():
+            self.clock.pos.copy_(self.length)
+            fills = [[min(n, slots.plan.slots) for n in self.lengths] for slots in self.groups]
+            self.clock.end(dict(enumerate(self.lengths)), fills)
+
+
+def begin_prefill(
+    clock: RowClock,
+    groups: Sequence[Slots],
+    layers: Sequence[LayerCache],
+    group_of: Sequence[int],
+    T: int,
+    length: Tensor,
+    lengths: list[int],
+    rope: RopeTables,
+) -> PrefillPass:
+    """Prepare to seed empty rows with prompts of `length` (B,) tokens, padded on the right to T."""
+    clock.set_prompt_lengths({row: max(n, clock.prompt(row)) for row, n in enumerate(lengths)})
+    clock.begin(range(len(lengths)))
+    steps = [PrefillMetadata.of(slots, length, T) for slots in groups]
+    angles, masks = rope.slice(0, T), CausalMasks()
+    views = [
+        PrefillView(layer, steps[g], SequenceView(layer.spec, angles[t], masks))
+        for layer, g, t in zip(layers, group_of, rope.which)
+    ]
+    views[-1].sequence.last = length.to(layers[-1].device) - 1  # all the others' outputs make keys and values
+    return PrefillPass(views, True, clock, length, lengths, list(groups))

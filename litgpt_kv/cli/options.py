@@ -1,0 +1,165 @@
+"""From what a user types or writes into YAML to the form that the parser takes.
+
+`--kv-cache h2o --kv-cache.budget 256` and the YAML `kv_cache: h2o` or `kv_cache: {strategy: h2o, budget: 256}` all
+become the fields of `KVCacheArgs`; what is no field of it is one of the strategy's own `options`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections import deque
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from litgpt_kv import registry
+from litgpt_kv.config import KVCacheArgs
+from litgpt_kv.llm.safe_load import MAX_BYTES, load_options, read_text
+
+PROG = "litgpt_kv"
+FIELDS = [f.name for f in dataclasses.fields(KVCacheArgs)]
+LISTED = ("--prompt", "--stop")  # each may be given several times; whatever it holds is text
+NEED_VALUE = ("--import", "--config", "--kv_cache.help")
+ALONE = ("--help", "--version", "--print_config")  # have no value
+PLAIN = ("--sys_prompt", "--out", "--checkpoint_dir")  # whatever they hold is text
+HINT = "a YAML file imports no code: give --import {} on the command line, and the strategy by its name anywhere"
+
+
+def fail(message: str) -> NoReturn:
+    """One clear line on standard error and exit code 2."""
+    print(f"{PROG}: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def normalise(args: list[str], flags: Collection[str] = ()) -> tuple[list[str], str | None]:
+    """Bring a command line to the parser's form.
+
+    Dashes in option names become underscores, `--kv_cache X` becomes `--kv_cache.strategy X`, a strategy's own options
+    `--kv_cache.X` become `--kv_cache.options.X`, several `--prompt` or `--stop` become a list. `--import FILE` is done
+    at once.
+
+    Args:
+        args: What the user typed.
+        flags: Options that get "true" where they stand without a value.
+
+    Returns:
+        The arguments, and the strategy that `--kv-cache.help` asks for, if it does.
+    """
+    out: list[str] = []
+    texts: dict[str, list[str]] = {name: [] for name in LISTED}
+    asked: str | None = None
+    rest = deque(args)
+    while rest:
+        token = rest.popleft()
+        if token == "--":
+            out += [token, *rest]
+            break
+        if not token.startswith("--"):
+            out.append(token)
+            continue
+        option, equals, value = token.partition("=")
+        name = "--" + option[2:].replace("-", "_")
+        if name[2:] in flags and not equals:
+            is_given = bool(rest) and rest[0] in ("true", "false")
+            out.append(f"{name}={rest.popleft() if is_given else 'true'}")
+            continue
+        takes_any = name in LISTED or name in NEED_VALUE  # even one that looks like an option
+        if not equals and rest and (takes_any or not (rest[0].startswith("--") or name in ALONE)):
+            value = rest.popleft()
+        elif not equals:
+            if takes_any:
+                fail(f"{option} needs a value.")
+            out.append(name)
+            continue
+        if name in LISTED:
+            if any("\ud800" <= c <= "\udfff" for c in value):
+                fail(f"{option} is no valid text in this terminal's encoding.")
+            texts[name].append(value)
+        elif name == "--kv_cache.help":
+            asked = asked or value
+        elif name == "--import":
+            check("", registry.import_file, value)
+        else:
+            out.append("=".join(_pair(option, name, value)))
+    listed = [f"{name}={json.dumps(given, ensure_ascii=False)}" for name, given in texts.items() if given]
+    at = out.index("--") if "--" in out else len(out)
+    return [*out[:at], *listed, *out[at:]], asked
+
+
+def _pair(option: str, name: str, value: str) -> tuple[str, str]:
+    """An option and its value in the parser's form."""
+    if name in ("--config", "--prompts"):
+        value = shipped(value)
+        if name == "--config":
+            check("", read_text, Path(value), MAX_BYTES)
+        return name, value
+    if name == "--kv_cache" and not value.lstrip().startswith("{"):
+        return "--kv_cache.strategy", check("", registry.import_named, value)
+    if value.lstrip().startswith(("[", "{")) and name not in PLAIN:
+        given = check(f"{option}: ", load_options, value)
+        if name == "--kv_cache":
+            value = json.dumps(cache_fields(given))
+    if name.startswith("--kv_cache."):
+        field = name.partition(".")[2]
+        if field.partition(".")[0] not in FIELDS:
+            name = f"--kv_cache.options.{field}"
+        elif field == "strategy":
+            value = check("", registry.import_named, value)
+    return name, value
+
+
+def check(where: str, action: Callable[..., Any], *args: Any) -> Any:
+    """Do something with what the user gave; what it refuses ends the program."""
+    try:
+        return action(*args)
+    except ValueError as error:
+        fail(f"{where}{error}")
+
+
+def shipped(path: str) -> str:
+    """A file's path; what starts with `config_hub/` is found beside the package from anywhere."""
+    if path.startswith("config_hub/") and not Path(path).exists():
+        package = Path(__file__).parents[1]  # a wheel has config_hub inside of the package, a checkout beside it
+        path = next((str(p) for p in (package / path, package.parent / path) if p.exists()), path)
+    return path
+
+
+def load_yaml(text: str) -> Any:
+    """YAML as jsonargparse reads it, with `kv_cache: h2o` and the strategy's own options in the parser's form.
+
+    Raises:
+        yaml.YAMLError: For what is no YAML, too large, or more than numbers, texts, lists and mappings of these: the
+            error that jsonargparse expects of a loader.
+    """
+    try:
+        value = load_options(text)
+        for level in (value, *(v for v in value.values() if isinstance(v, dict))) if isinstance(value, dict) else ():
+            if isinstance(level.get("kv_cache"), (str, dict)):
+                level["kv_cache"] = cache_fields(level["kv_cache"])
+            if "import" in level:
+                raise ValueError(HINT.format(level["import"]))
+    except ValueError as error:
+        raise yaml.YAMLError(str(error)) from error
+    return value
+
+
+def cache_fields(given: str | dict[str, Any]) -> dict[str, Any]:
+    """What YAML says of a cache as the fields of `KVCacheArgs`.
+
+    Raises:
+        ValueError: If a strategy is a user's file: YAML imports no code.
+    """
+    given = {"strategy": given} if isinstance(given, str) else given
+    for name in given["strategy"] if isinstance(given.get("strategy"), list) else [given.get("strategy")]:
+        if isinstance(name, str) and registry.is_file_name(name):
+            raise ValueError(HINT.format(name.rpartition(":")[0]))
+    own = {name: value for name, value in given.items() if name not in FIELDS}
+    fields = {name: value for name, value in given.items() if name in FIELDS}
+    if own:
+        options = fields.get("options", {})
+        fields["options"] = {**options, **own} if isinstance(options, dict) else options
+    return fields
