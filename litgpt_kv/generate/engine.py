@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from litgpt_kv.arguments import check_count
 from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.config import check_callable, check_type, shown
@@ -24,6 +25,7 @@ from litgpt_kv.generate.scheduler import Scheduler
 from litgpt_kv.generate.text import TextStream
 
 T = TypeVar("T")
+PIECE = 512  # tokens of a prompt that running rows wait for
 
 
 @dataclass
@@ -64,6 +66,7 @@ class Engine:
         pieces: How many pieces of prompts a step reads at most, so that running rows wait no longer. None: all that
             there are, the fastest where nobody waits for single tokens; neighbours with prompts of one length are then
             read together.
+        piece_size: The most tokens of a piece, which changes nothing but how long the others wait; None: no limit.
         decoder: Runs the one-token steps instead of `model`, a compiled one for instance.
         decode_text: From token ids to text, if outputs shall have text.
         logprobs: Keep the log-probability of every token.
@@ -85,6 +88,7 @@ class Engine:
         prefill: str = "min-length",
         prefill_chunk: int | None = None,
         pieces: int | None = 1,
+        piece_size: int | None = PIECE,
         decoder: Model | None = None,
         decode_text: abc.Callable[[abc.Sequence[int]], str] | None = None,
         logprobs: bool = False,
@@ -102,11 +106,13 @@ class Engine:
         check_callable("decoder", decoder)
         check_callable("decode_text", decode_text)
         check_type("stats", stats, (Stats, type(None)), "Stats or None")
+        if piece_size is not None:
+            check_count("piece_size", piece_size, 1, 2**31 - 1)
         self.runner: Runner
         if cache is None:
             self.runner = RecomputeRunner(model, size)
         else:
-            self.runner = CacheRunner(model, decoder, cache, prefill, prefill_chunk)
+            self.runner = CacheRunner(model, decoder, cache, prefill, prefill_chunk, piece_size)
         self.limits, self.pieces = self.runner.limits, pieces
         self.scheduler = Scheduler(size)
         self.sampler = Sampler(size, self.limits.vocabulary, self.runner.device)
@@ -230,7 +236,7 @@ class Engine:
                 if not self.runner.piece_size(sequence):
                     self.scheduler.finish_reading(sequence)
             self.sampler.assign({s.row: s.request for s in admitted})
-        return self.scheduler.next_to_read(self.pieces is None, self.runner.piece_size)
+        return self.scheduler.next_to_read(self.runner.alike if self.pieces is None else None)
 
     def _read(self, group: list[Sequence]) -> Tensor:
         """The next piece of some prompts of neighbouring rows: logits (N, V)."""

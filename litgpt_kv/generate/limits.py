@@ -11,7 +11,7 @@ from torch import Tensor
 
 from litgpt_kv.arguments import PREFILLS
 from litgpt_kv.cache.kv_cache import KVCache
-from litgpt_kv.cache.plan import limit_of, resolve
+from litgpt_kv.cache.plan import LayerPlan, check_prompt_kept, limit_of, resolve
 from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.config import KVCacheArgs, shown
 from litgpt_kv.generate.request import Request
@@ -34,27 +34,30 @@ class Limits:
         vocabulary: Token ids are below it.
         limit: The most tokens that a row may see, None for no end; `why` it is so.
         one_pass: The most tokens of a prompt that is read in one pass; None for no limit of its own.
+        plans: What each layer keeps, for prompts that are to stay.
     """
 
     vocabulary: int
     limit: int | None
     why: str
     one_pass: int | None
+    plans: tuple[LayerPlan, ...] = ()
 
     @classmethod
     def of(cls, model: GPT, args: KVCacheArgs | None, prefill: str, tokens: int | None = None) -> Limits:
         """Those of a cache for rows of so many tokens, or of the largest that the arguments allow."""
         context = model.max_seq_length
-        limit, why = context, "the model's context"
+        limit, why, plans = context, "the model's context", []
         if args is not None:
-            limit, why = limit_of(resolve(model.config, args, tokens or context, context), context)
-        return cls(vocabulary_of(model), limit, why, context if prefill == "full" else None)
+            plans = resolve(model.config, args, tokens or context, context)
+            limit, why = limit_of(plans, context)
+        return cls(vocabulary_of(model), limit, why, context if prefill == "full" else None, tuple(plans))
 
     @classmethod
     def of_cache(cls, model: GPT, cache: KVCache, prefill: str) -> Limits:
         """Those of a cache that is there."""
         one_pass = model.max_seq_length if prefill == "full" else None
-        return cls(vocabulary_of(model), cache.limit, cache.why, one_pass)
+        return cls(vocabulary_of(model), cache.limit, cache.why, one_pass, tuple(cache.plans))
 
     def check(self, request: Request, name: str = "The prompt", seen: int = 0) -> None:
         """Raises ValueError if a request cannot be run in a row that has `seen` tokens already."""
@@ -64,6 +67,8 @@ class Limits:
             raise ValueError(
                 f"{name} has {tokens} tokens; with {new} new ones it is over the limit of {self.limit}: {self.why}."
             )
+        if not seen:
+            check_prompt_kept(self.plans, len(prompt))
         if len(request.past):
             check_prompt(request.past, self.vocabulary, f"What came before {name[0].lower()}{name[1:]}")
         if self.one_pass is not None and len(prompt) > self.one_pass and not seen:

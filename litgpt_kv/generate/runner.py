@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from litgpt_kv.cache.kv_cache import KVCache
+from litgpt_kv.cache.pieces import PromptReader
 from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.config import shown
 from litgpt_kv.generate.limits import Limits, check_prefill
@@ -41,6 +42,9 @@ class Runner(Protocol):
     def piece_size(self, sequence: Sequence) -> int:
         """Tokens of the next piece of its prompt; 0 if nothing is left, or the rest is read beside decode steps."""
 
+    def alike(self, one: Sequence, other: Sequence) -> bool:
+        """Whether the next pieces of two sequences can be read together."""
+
     def read_piece(self, sequences: list[Sequence]) -> Tensor:
         """Reads the next piece, of one size, of sequences in neighbouring rows: logits (N, V) after its last token."""
 
@@ -59,54 +63,81 @@ class CacheRunner:
         decoder: Runs the one-token steps, a compiled model for instance; None: the model.
         cache: Empty, or with what came before the prompts.
         prefill: "min-length" or "full".
-        chunk: Tokens of a block in which the rest of a prompt is read after the first pass; None: the longest that
-            changes nothing.
+        chunk: "full": tokens of a piece of a prompt, which changes nothing. "min-length": tokens of a block in which
+            the rest of a prompt is read after its first pass; None: the longest that changes nothing.
+        piece: The most tokens of a piece of a first pass; None: read it at once.
     """
 
-    def __init__(self, model: GPT, decoder: Model | None, cache: KVCache, prefill: str, chunk: int | None) -> None:
+    def __init__(
+        self,
+        model: GPT,
+        decoder: Model | None,
+        cache: KVCache,
+        prefill: str,
+        chunk: int | None,
+        piece: int | None = None,
+    ) -> None:
         check_prefill(prefill)
-        if chunk is not None and not (isinstance(chunk, int) and 1 <= chunk <= cache.longest_block):
-            most = cache.longest_block
-            raise ValueError(f"prefill_chunk must be 1 to {most} (budget less sinks), got {shown(chunk)}.")
-        self.model, self.decoder, self.cache = model, model if decoder is None else decoder, cache
         self.full = prefill == "full"
-        self.chunk = chunk or (min(BLOCK, cache.longest_block) if cache.exact_blocks else 1)
+        most = model.max_seq_length if self.full else cache.longest_block
+        if chunk is not None and not (isinstance(chunk, int) and 1 <= chunk <= most):
+            why = "the model's context" if self.full else "budget less sinks"
+            raise ValueError(f"prefill_chunk must be 1 to {most} ({why}), got {shown(chunk)}.")
+        self.model, self.decoder, self.cache = model, model if decoder is None else decoder, cache
+        if self.decoder is not model or hasattr(model, "_orig_mod"):  # the attribute of what torch.compile returns
+            cache.static = True  # a compiled step needs shapes that never depend on what the rows hold
+        self.piece = chunk if self.full and chunk is not None else piece
+        block = None if self.full else chunk
+        self.block = block or (min(BLOCK, cache.longest_block) if cache.exact_blocks else 1)
         self.size, self.device = cache.batch_size, cache.pos.device
         self.limits = Limits.of_cache(model, cache, prefill)
         cache.revive()
         self._live = set(range(self.size))  # rows that the next step of the cache would advance
         self._broken: set[int] = set()
+        self._readers: dict[int, PromptReader] = {}  # of rows whose first pass is read in pieces
 
     def seen(self, row: int) -> int:
         return self.cache.seen[row]
 
     def start(self, sequence: Sequence) -> None:
         row = sequence.row
+        self._readers.pop(row, None)
         sequence.past = self.seen(row)
         if not sequence.continues and (sequence.past or row not in self._live or row in self._broken):
             self.cache.reset([row])
             self._live.add(row)
             self._broken.discard(row)
             sequence.past = 0
+        if not sequence.past:
+            self.cache.set_prompt_lengths({row: len(sequence.prompt)})
 
     def piece_size(self, sequence: Sequence) -> int:
-        left = len(sequence.prompt) - sequence.read
-        if sequence.read or sequence.past:
-            return min(left, self.chunk) if self.chunk > 1 else 0
-        return left if self.full else min(left, self.cache.first_chunk)
+        left, first = len(sequence.prompt) - sequence.read, self._first_pass(sequence)
+        if sequence.read < first:
+            return min(first - sequence.read, self.piece or first)
+        return min(left, self.block) if self.block > 1 else 0
+
+    def alike(self, one: Sequence, other: Sequence) -> bool:
+        if one.read != other.read or self.piece_size(one) != self.piece_size(other):
+            return False
+        firsts = [self._first_pass(one), self._first_pass(other)]
+        return max(firsts) <= one.read or firsts == [self.piece_size(one)] * 2
 
     def read_piece(self, sequences: list[Sequence]) -> Tensor:
-        rows, first = [s.row for s in sequences], sequences[0]
-        cache = self.cache if len(rows) == self.size else self.cache.rows(rows[0], rows[-1] + 1)
-        size = self.piece_size(first)
-        tokens = torch.tensor([s.prompt[s.read : s.read + size] for s in sequences]).to(self.device)
+        rows, sequence = [s.row for s in sequences], sequences[0]
+        begin, size, first = sequence.read, self.piece_size(sequence), self._first_pass(sequence)
+        tokens = torch.tensor([s.prompt[begin : begin + size] for s in sequences]).to(self.device)
         self._set_live(self._live.union(rows))
-        if first.read or first.past:
-            logits = self.model(tokens, cache)[:, -1]
+        if begin < first and size < first:
+            logits = self._read_part(sequence.row, first, tokens)
         else:
-            logits = self.model(tokens, cache, torch.full((len(rows),), size, device=self.device))
-        for sequence in sequences:
-            sequence.read += size
+            cache = self.cache if len(rows) == self.size else self.cache.rows(rows[0], rows[-1] + 1)
+            if begin < first:
+                logits = self.model(tokens, cache, torch.full((len(rows),), size, device=self.device))
+            else:
+                logits = self.model(tokens, cache)[:, -1]
+        for read in sequences:
+            read.read += size
         return logits
 
     def decode(self, token: Tensor, rows: set[int]) -> Tensor:
@@ -115,6 +146,22 @@ class CacheRunner:
 
     def discard(self, row: int) -> None:
         self._broken.add(row)
+
+    def _first_pass(self, sequence: Sequence) -> int:
+        """How many tokens of a prompt seed the empty row; 0 if it goes on with what the row holds."""
+        if sequence.past:
+            return 0
+        return len(sequence.prompt) if self.full else min(len(sequence.prompt), self.cache.first_chunk)
+
+    def _read_part(self, row: int, length: int, tokens: Tensor) -> Tensor:
+        """One piece (1, t) of the first pass of a row; the last one seeds it."""
+        if row not in self._readers:
+            self._readers[row] = self.cache.read_in_pieces(row, length)
+        reader = self._readers[row]
+        logits = self.model(tokens, reader)
+        if not reader.remaining:
+            del self._readers[row]
+        return logits
 
     def _set_live(self, rows: set[int]) -> None:
         if rows == self._live:
@@ -145,6 +192,9 @@ class RecomputeRunner:
 
     def piece_size(self, sequence: Sequence) -> int:
         return len(sequence.prompt) - sequence.read
+
+    def alike(self, one: Sequence, other: Sequence) -> bool:
+        return len(one.prompt) == len(other.prompt)
 
     def read_piece(self, sequences: list[Sequence]) -> Tensor:
         size = self.piece_size(sequences[0])
