@@ -92,6 +92,11 @@ class RowClock(nn.Module):
         """Whether each row is live."""
         return [self.host.alive[b] for b in self.rows]
 
+    @property
+    def interrupted(self) -> list[bool]:
+        """Whether each row is in the middle of a step that failed or was interrupted."""
+        return [self.host.interrupted[b] for b in self.rows]
+
     def fill(self, group: int) -> list[int]:
         """The tokens that a set of a group of layers holds, of each row."""
         fill = self.host.fill[group]

@@ -152,6 +152,8 @@ class FileRun:
             try:
                 request = self.llm.request(line.request)
                 limits.check(request)
+                if self.grows and self.args.keep_prompt:  # in the smallest cache that it may get
+                    Limits.of(self.llm.model, self.args, self.prefill, request.sees).check(request)
                 return request
             except (ValueError, TypeError, OverflowError, RecursionError) as error:
                 line.error = str(error)

@@ -83,6 +83,9 @@ def _reply(chat: Chat, text: str) -> None:
         _say(f"litgpt_kv: {error}")
         return
     except KeyboardInterrupt:
+        if not chat.interrupted:
+            _say("\nInterrupted.")
+            return
         chat.reset()
         _say("\nInterrupted in the middle of a step: the conversation is forgotten.")
         return

@@ -62,6 +62,8 @@ def prefill(model: Model, prompts: Prompts, cache: KVCache, method: str = "min-l
     device = cache.pos.device
     rows = [check_prompt(p, vocabulary_of(model), f"Prompt {b}").to(device) for b, p in enumerate(prompts)]
     lengths = [len(row) for row in rows]
+    if not any(cache.seen):  # else the model says what is wrong
+        cache.set_prompt_lengths(dict(enumerate(lengths)))
     if method == "min-length":
         lengths = [min(*lengths, cache.first_chunk)] * len(rows)
     longest = max(lengths)  # a pad is the row's own last token: no other one is read
@@ -112,11 +114,10 @@ def stream(
         prefill: "min-length" reads each prompt in one pass as far as the budget allows, the rest in blocks where that
             changes nothing, else token by token beside the steps of the others. "full" reads each prompt in one pass
             and then compresses the row to its budget. Neighbours with prompts of one length are read together.
-        prefill_chunk: With "full", read each prompt in pieces of so many tokens: the same result, with less memory for
-            a long one. With "min-length", read what a prompt still has after the first pass in blocks of so many
-            tokens. None: at once, or in blocks where that changes nothing (dense, window, sink), else one at a time. A
-            strategy that looks at attention, such as h2o, evicts for a whole block before the block attends, so that
-            its results then depend on the blocks.
+        prefill_chunk: With "min-length", read what a prompt still has after the first pass in blocks of so many tokens.
+            None: in blocks where that changes nothing (dense, window, sink), else one at a time. A strategy that looks
+            at attention, such as h2o, evicts for a whole block before the block attends, so that its results then
+            depend on the blocks.
         decoder: Runs the one-token steps instead of `model`, a compiled one for instance.
         stats: Filled with what the run did.
         logprobs: Fill `stats.logprobs`, too.
@@ -141,7 +142,7 @@ def stream(
     requests = [Request(p, *new, args, stop) for p, new, args in zip(prompts, zip(*limits), settings)]
     stats = _begun(stats)
     options = dict(prefill=prefill, prefill_chunk=prefill_chunk, decoder=decoder, logprobs=logprobs)
-    engine = Engine(model, cache, rows=count, pieces=None, piece_size=None, stats=stats, **options)
+    engine = Engine(model, cache, rows=count, pieces=None, stats=stats, **options)
     for row, request in enumerate(requests):
         engine.add(request, row)
     return _stream(engine, stats, count)
@@ -237,9 +238,7 @@ def serve(
         ValueError: Before the first step for the first requests; later when a request is taken that does not fit.
     """
     options = dict(prefill=prefill, prefill_chunk=prefill_chunk, decoder=decoder, logprobs=logprobs)
-    engine = Engine(
-        model, cache, rows=rows, pieces=None, piece_size=None, decode_text=decode_text, stats=_begun(stats), **options
-    )
+    engine = Engine(model, cache, rows=rows, pieces=None, decode_text=decode_text, stats=_begun(stats), **options)
     if cache is not None and any(cache.seen):
         raise ValueError(f"serve needs an empty cache; tokens seen are {cache.seen}: call reset() first.")
     check_type("requests", None if isinstance(requests, Tensor) else requests, Iterable, "an iterable of Requests")

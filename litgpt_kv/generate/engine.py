@@ -19,13 +19,12 @@ from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.config import check_callable, check_type, shown
 from litgpt_kv.generate.limits import vocabulary_of
 from litgpt_kv.generate.request import Output, Request, Sequence
-from litgpt_kv.generate.runner import CacheRunner, Model, RecomputeRunner, Runner
+from litgpt_kv.generate.runner import PIECE, CacheRunner, Model, RecomputeRunner, Runner
 from litgpt_kv.generate.sampling import Sampler, logprobs_of
 from litgpt_kv.generate.scheduler import Scheduler
 from litgpt_kv.generate.text import TextStream
 
 T = TypeVar("T")
-PIECE = 512  # tokens of a prompt that running rows wait for
 
 
 @dataclass
@@ -66,7 +65,8 @@ class Engine:
         pieces: How many pieces of prompts a step reads at most, so that running rows wait no longer. None: all that
             there are, the fastest where nobody waits for single tokens; neighbours with prompts of one length are then
             read together.
-        piece_size: The most tokens of a piece, which changes nothing but how long the others wait; None: no limit.
+        piece_size: The most tokens of such a piece, but with `pieces` None: a longer first pass over a prompt, which
+            is all of it with prefill "full", is read in several that give what one gives.
         decoder: Runs the one-token steps instead of `model`, a compiled one for instance.
         decode_text: From token ids to text, if outputs shall have text.
         logprobs: Keep the log-probability of every token.
@@ -88,7 +88,7 @@ class Engine:
         prefill: str = "min-length",
         prefill_chunk: int | None = None,
         pieces: int | None = 1,
-        piece_size: int | None = PIECE,
+        piece_size: int = PIECE,
         decoder: Model | None = None,
         decode_text: abc.Callable[[abc.Sequence[int]], str] | None = None,
         logprobs: bool = False,
@@ -101,18 +101,19 @@ class Engine:
             raise ValueError(f"rows must be at least 1, and the cache's batch size if there is one, got {shown(rows)}.")
         if pieces is not None and not (isinstance(pieces, int) and pieces >= 1):
             raise ValueError(f"pieces must be at least 1, or None for all, got {shown(pieces)}.")
+        check_count("piece_size", piece_size, 1, 2**31 - 1)
         vocabulary_of(model)  # raises for what is no model
         check_type("logprobs", logprobs, bool, "True or False")
         check_callable("decoder", decoder)
         check_callable("decode_text", decode_text)
         check_type("stats", stats, (Stats, type(None)), "Stats or None")
-        if piece_size is not None:
-            check_count("piece_size", piece_size, 1, 2**31 - 1)
         self.runner: Runner
         if cache is None:
             self.runner = RecomputeRunner(model, size)
         else:
-            self.runner = CacheRunner(model, decoder, cache, prefill, prefill_chunk, piece_size)
+            self.runner = CacheRunner(
+                model, decoder, cache, prefill, prefill_chunk, None if pieces is None else piece_size
+            )
         self.limits, self.pieces = self.runner.limits, pieces
         self.scheduler = Scheduler(size)
         self.sampler = Sampler(size, self.limits.vocabulary, self.runner.device)
@@ -162,6 +163,8 @@ class Engine:
         number = self._next_id if request.id is None else request.id
         if number in self._sequences:
             raise ValueError(f"The id {number} is in use: wait until its request has ended, or abort it.")
+        if row is not None:
+            self.runner.check_continues(row)
         self.limits.check(request, f"Prompt {number}", 0 if row is None else self.runner.seen(row))
         self._next_id = max(self._next_id, number) + 1
         sequence = Sequence(request, number, row=-1 if row is None else row, continues=row is not None)
@@ -236,7 +239,7 @@ class Engine:
                 if not self.runner.piece_size(sequence):
                     self.scheduler.finish_reading(sequence)
             self.sampler.assign({s.row: s.request for s in admitted})
-        return self.scheduler.next_to_read(self.runner.alike if self.pieces is None else None)
+        return self.scheduler.next_to_read(self.pieces is None, self.runner.piece_size)
 
     def _read(self, group: list[Sequence]) -> Tensor:
         """The next piece of some prompts of neighbouring rows: logits (N, V)."""

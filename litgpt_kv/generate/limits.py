@@ -34,14 +34,14 @@ class Limits:
         vocabulary: Token ids are below it.
         limit: The most tokens that a row may see, None for no end; `why` it is so.
         one_pass: The most tokens of a prompt that is read in one pass; None for no limit of its own.
-        plans: What each layer keeps, for prompts that are to stay.
+        plans: What each layer keeps, to see whether a prompt that is never evicted leaves room.
     """
 
     vocabulary: int
     limit: int | None
     why: str
     one_pass: int | None
-    plans: tuple[LayerPlan, ...] = ()
+    plans: abc.Sequence[LayerPlan] = ()
 
     @classmethod
     def of(cls, model: GPT, args: KVCacheArgs | None, prefill: str, tokens: int | None = None) -> Limits:
@@ -51,13 +51,13 @@ class Limits:
         if args is not None:
             plans = resolve(model.config, args, tokens or context, context)
             limit, why = limit_of(plans, context)
-        return cls(vocabulary_of(model), limit, why, context if prefill == "full" else None, tuple(plans))
+        return cls(vocabulary_of(model), limit, why, context if prefill == "full" else None, plans)
 
     @classmethod
     def of_cache(cls, model: GPT, cache: KVCache, prefill: str) -> Limits:
         """Those of a cache that is there."""
         one_pass = model.max_seq_length if prefill == "full" else None
-        return cls(vocabulary_of(model), cache.limit, cache.why, one_pass, tuple(cache.plans))
+        return cls(vocabulary_of(model), cache.limit, cache.why, one_pass, cache.plans)
 
     def check(self, request: Request, name: str = "The prompt", seen: int = 0) -> None:
         """Raises ValueError if a request cannot be run in a row that has `seen` tokens already."""
@@ -67,8 +67,6 @@ class Limits:
             raise ValueError(
                 f"{name} has {tokens} tokens; with {new} new ones it is over the limit of {self.limit}: {self.why}."
             )
-        if not seen:
-            check_prompt_kept(self.plans, len(prompt))
         if len(request.past):
             check_prompt(request.past, self.vocabulary, f"What came before {name[0].lower()}{name[1:]}")
         if self.one_pass is not None and len(prompt) > self.one_pass and not seen:
@@ -76,6 +74,11 @@ class Limits:
                 f"{name} has {len(prompt)} tokens; prefill 'full' reads it in one pass and the model's context is "
                 f"{self.one_pass}. The min-length prefill reads longer prompts into a cache that evicts."
             )
+        if not seen:
+            try:
+                check_prompt_kept(self.plans, len(prompt))
+            except ValueError as error:
+                raise ValueError(f"{name} does not fit: {error}") from error
 
 
 def check_prompt(prompt: Any, vocabulary: int, name: str = "The prompt") -> Tensor:

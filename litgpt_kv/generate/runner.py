@@ -18,6 +18,7 @@ from litgpt_kv.config import shown
 from litgpt_kv.generate.limits import Limits, check_prefill
 from litgpt_kv.generate.request import Sequence
 
+PIECE = 512  # tokens of a prompt in a step, unless told otherwise
 BLOCK = 128  # tokens; the logits of a block are (N, BLOCK, V), so a longer one would cost memory and save little
 Model = abc.Callable[..., Tensor]
 
@@ -36,14 +37,14 @@ class Runner(Protocol):
     def seen(self, row: int) -> int:
         """Tokens that a row holds."""
 
+    def check_continues(self, row: int) -> None:
+        """Raises ValueError if a row is in the middle of a step that broke off: nothing can go on there."""
+
     def start(self, sequence: Sequence) -> None:
         """Gives a sequence its row: emptied, or as it is for one that continues."""
 
     def piece_size(self, sequence: Sequence) -> int:
         """Tokens of the next piece of its prompt; 0 if nothing is left, or the rest is read beside decode steps."""
-
-    def alike(self, one: Sequence, other: Sequence) -> bool:
-        """Whether the next pieces of two sequences can be read together."""
 
     def read_piece(self, sequences: list[Sequence]) -> Tensor:
         """Reads the next piece, of one size, of sequences in neighbouring rows: logits (N, V) after its last token."""
@@ -63,9 +64,10 @@ class CacheRunner:
         decoder: Runs the one-token steps, a compiled model for instance; None: the model.
         cache: Empty, or with what came before the prompts.
         prefill: "min-length" or "full".
-        chunk: "full": tokens of a piece of a prompt, which changes nothing. "min-length": tokens of a block in which
-            the rest of a prompt is read after its first pass; None: the longest that changes nothing.
-        piece: The most tokens of a piece of a first pass; None: read it at once.
+        chunk: Tokens of a block in which the rest of a prompt is read after the first pass; None: the longest that
+            changes nothing.
+        piece: The most tokens of the first pass over a prompt; a longer one is read in several passes that give what
+            one gives. None: no limit.
     """
 
     def __init__(
@@ -78,90 +80,94 @@ class CacheRunner:
         piece: int | None = None,
     ) -> None:
         check_prefill(prefill)
-        self.full = prefill == "full"
-        most = model.max_seq_length if self.full else cache.longest_block
-        if chunk is not None and not (isinstance(chunk, int) and 1 <= chunk <= most):
-            why = "the model's context" if self.full else "budget less sinks"
-            raise ValueError(f"prefill_chunk must be 1 to {most} ({why}), got {shown(chunk)}.")
+        if chunk is not None and not (isinstance(chunk, int) and 1 <= chunk <= cache.longest_block):
+            most = cache.longest_block
+            raise ValueError(f"prefill_chunk must be 1 to {most} (budget less sinks), got {shown(chunk)}.")
         self.model, self.decoder, self.cache = model, model if decoder is None else decoder, cache
-        if self.decoder is not model or hasattr(model, "_orig_mod"):  # the attribute of what torch.compile returns
-            cache.static = True  # a compiled step needs shapes that never depend on what the rows hold
-        self.piece = chunk if self.full and chunk is not None else piece
-        block = None if self.full else chunk
-        self.block = block or (min(BLOCK, cache.longest_block) if cache.exact_blocks else 1)
+        self.full, self.piece = prefill == "full", piece
+        self.chunk = chunk or (min(BLOCK, cache.longest_block) if cache.exact_blocks else 1)
         self.size, self.device = cache.batch_size, cache.pos.device
         self.limits = Limits.of_cache(model, cache, prefill)
+        cache.static = cache.static or self.decoder is not model or hasattr(model, "_orig_mod")  # a compiled one
+        # tokens from which on a row may have to evict; a compiled step asks before it runs, see `KVCache.evicting`
+        self.evicts_from = min((plan.slots for plan in cache.plans if plan.strategy.evicts), default=None)
         cache.revive()
         self._live = set(range(self.size))  # rows that the next step of the cache would advance
-        self._broken: set[int] = set()
-        self._readers: dict[int, PromptReader] = {}  # of rows whose first pass is read in pieces
+        self._tokens = cache.seen  # of each row
+        self._readers: dict[int, PromptReader] = {}  # by row, of prompts that are read in pieces
 
     def seen(self, row: int) -> int:
-        return self.cache.seen[row]
+        return self._tokens[row]
+
+    def check_continues(self, row: int) -> None:
+        self.cache.clock.check_whole("A conversation or text", [row])
 
     def start(self, sequence: Sequence) -> None:
         row = sequence.row
         self._readers.pop(row, None)
-        sequence.past = self.seen(row)
-        if not sequence.continues and (sequence.past or row not in self._live or row in self._broken):
+        sequence.past = self._tokens[row]
+        if not sequence.continues and (sequence.past or row not in self._live or self.cache.clock.interrupted[row]):
             self.cache.reset([row])
             self._live.add(row)
-            self._broken.discard(row)
-            sequence.past = 0
+            sequence.past = self._tokens[row] = 0
         if not sequence.past:
             self.cache.set_prompt_lengths({row: len(sequence.prompt)})
 
     def piece_size(self, sequence: Sequence) -> int:
-        left, first = len(sequence.prompt) - sequence.read, self._first_pass(sequence)
+        left = len(sequence.prompt) - sequence.read
+        first = 0 if sequence.past else self._first_pass(sequence)
         if sequence.read < first:
             return min(first - sequence.read, self.piece or first)
-        return min(left, self.block) if self.block > 1 else 0
+        return min(left, self.chunk) if self.chunk > 1 else 0
 
-    def alike(self, one: Sequence, other: Sequence) -> bool:
-        if one.read != other.read or self.piece_size(one) != self.piece_size(other):
-            return False
-        firsts = [self._first_pass(one), self._first_pass(other)]
-        return max(firsts) <= one.read or firsts == [self.piece_size(one)] * 2
+    def _first_pass(self, sequence: Sequence) -> int:
+        """Tokens of a prompt that seed its row."""
+        return len(sequence.prompt) if self.full else min(len(sequence.prompt), self.cache.first_chunk)
 
     def read_piece(self, sequences: list[Sequence]) -> Tensor:
-        rows, sequence = [s.row for s in sequences], sequences[0]
-        begin, size, first = sequence.read, self.piece_size(sequence), self._first_pass(sequence)
-        tokens = torch.tensor([s.prompt[begin : begin + size] for s in sequences]).to(self.device)
+        rows, first = [s.row for s in sequences], sequences[0]
+        size, seeds = self.piece_size(first), 0 if first.past else self._first_pass(first)
+        tokens = torch.tensor([s.prompt[s.read : s.read + size] for s in sequences]).to(self.device)
         self._set_live(self._live.union(rows))
-        if begin < first and size < first:
-            logits = self._read_part(sequence.row, first, tokens)
+        if first.read < seeds and size < seeds:  # alone: `Scheduler.next_to_read` joins whole first passes only
+            logits = self._read_on(first, tokens, seeds)
         else:
             cache = self.cache if len(rows) == self.size else self.cache.rows(rows[0], rows[-1] + 1)
-            if begin < first:
-                logits = self.model(tokens, cache, torch.full((len(rows),), size, device=self.device))
-            else:
+            if first.read >= seeds:
                 logits = self.model(tokens, cache)[:, -1]
-        for read in sequences:
-            read.read += size
+            else:
+                logits = self.model(tokens, cache, torch.full((len(rows),), size, device=self.device))
+        for sequence in sequences:
+            sequence.read += size
+            if sequence.row not in self._readers:
+                self._tokens[sequence.row] = sequence.past + sequence.read
+        return logits
+
+    def _read_on(self, sequence: Sequence, tokens: Tensor, seeds: int) -> Tensor:
+        """The next tokens (1, t) of a first pass in several pieces: logits (1, V)."""
+        row = sequence.row
+        if row not in self._readers:
+            self._readers[row] = self.cache.read_in_pieces(row, seeds)
+        logits = self.model(tokens, self._readers[row])
+        if not self._readers[row].remaining:
+            del self._readers[row]
         return logits
 
     def decode(self, token: Tensor, rows: set[int]) -> Tensor:
         self._set_live(rows)
-        return self.decoder(token.unsqueeze(1), self.cache).squeeze(1)
+        limit = self.evicts_from
+        self.cache.evicting = limit is not None and any(self._tokens[row] >= limit for row in rows)
+        try:
+            logits = self.decoder(token.unsqueeze(1), self.cache).squeeze(1)
+        finally:
+            self.cache.evicting = True  # which is right for whoever uses the cache next
+        for row in rows:
+            self._tokens[row] += 1
+        return logits
 
     def discard(self, row: int) -> None:
-        self._broken.add(row)
-
-    def _first_pass(self, sequence: Sequence) -> int:
-        """How many tokens of a prompt seed the empty row; 0 if it goes on with what the row holds."""
-        if sequence.past:
-            return 0
-        return len(sequence.prompt) if self.full else min(len(sequence.prompt), self.cache.first_chunk)
-
-    def _read_part(self, row: int, length: int, tokens: Tensor) -> Tensor:
-        """One piece (1, t) of the first pass of a row; the last one seeds it."""
-        if row not in self._readers:
-            self._readers[row] = self.cache.read_in_pieces(row, length)
-        reader = self._readers[row]
-        logits = self.model(tokens, reader)
-        if not reader.remaining:
-            del self._readers[row]
-        return logits
+        self._readers.pop(row, None)
+        self.cache.clock.begin([row])  # also where the step broke off before or after the cache's own part
 
     def _set_live(self, rows: set[int]) -> None:
         if rows == self._live:
@@ -187,14 +193,14 @@ class RecomputeRunner:
     def seen(self, row: int) -> int:
         return 0
 
+    def check_continues(self, row: int) -> None:
+        """A text without a cache is always whole."""
+
     def start(self, sequence: Sequence) -> None:
         self.length[sequence.row] = 0
 
     def piece_size(self, sequence: Sequence) -> int:
         return len(sequence.prompt) - sequence.read
-
-    def alike(self, one: Sequence, other: Sequence) -> bool:
-        return len(one.prompt) == len(other.prompt)
 
     def read_piece(self, sequences: list[Sequence]) -> Tensor:
         size = self.piece_size(sequences[0])

@@ -48,13 +48,17 @@ class Scheduler:
         self.waiting.extendleft(reversed(later))
         return admitted
 
-    def next_to_read(self, alike: abc.Callable[[Sequence, Sequence], bool] | None) -> list[Sequence]:
-        """Whose next piece to read: the first sequence, and its neighbours that are `alike`; None: it alone."""
+    def next_to_read(self, together: bool, size: abc.Callable[[Sequence], int]) -> list[Sequence]:
+        """Whose next piece to read: the first sequence, or with `together` also neighbours with a like piece."""
         group = self.reading[:1]
-        if alike is None or not group:
+        if not together or not group:
             return group
+
+        def kind(sequence: Sequence) -> tuple[int, int, bool]:
+            return size(sequence), sequence.read, sequence.past > 0
+
         by_row = {sequence.row: sequence for sequence in self.reading}
-        while (after := by_row.get(group[-1].row + 1)) is not None and alike(group[0], after):
+        while (after := by_row.get(group[-1].row + 1)) is not None and kind(after) == kind(group[0]):
             group.append(after)
         return group
 

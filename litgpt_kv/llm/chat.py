@@ -35,6 +35,8 @@ class Chat:
 
     Attributes:
         cache: Everything the model remembers. stats: The last turn's. turns: How many there were.
+        interrupted: Whether a step of the last reply failed or was interrupted: it may be half in the cache, so that
+            the conversation goes on only after `reset`.
     """
 
     def __init__(
@@ -62,14 +64,14 @@ class Chat:
         room = min(ROOM, llm.model.max_seq_length) if max_tokens is None else max_tokens
         self.cache = llm.build_cache(args, 1, room)
         self.limit = Limits.of(llm.model, args, prefill, room).limit  # a cache for compiled steps may be larger
-        self.stats, self.turns = Stats(), 0
+        self.stats, self.turns, self.interrupted = Stats(), 0, False
         self._reply: Sequence | None = None
         self._text: list[int] = []  # all tokens of the conversation, for the repetition penalty
 
     def reset(self) -> None:
         """Forgets everything."""
         self.cache.reset()
-        self.turns, self._reply, self._text = 0, None, []
+        self.turns, self._reply, self._text, self.interrupted = 0, None, [], False
 
     def say(self, text: str) -> Iterator[str]:
         """The reply to a turn, piece by piece as it is made. One that is not read to its end stays as it is.
@@ -77,8 +79,14 @@ class Chat:
         The turn is read when the first piece is asked for; finish or drop a reply before the next turn.
 
         Raises:
-            ValueError: If the turn is empty or no longer fits; the conversation can then go on with another one.
+            ValueError: If the turn is empty or no longer fits; the conversation can then go on with another one. If a
+                step was interrupted: it can go on after `reset`.
         """
+        if self.interrupted:
+            raise ValueError(
+                "The last reply was interrupted in the middle of a step, which may be half in the cache: reset() "
+                "starts anew (/reset in the chat command)."
+            )
         ids = self.turn(text)
         if self._reply is not None and self._reply.last >= 0:
             last = self._reply.last  # drawn, but not read yet; a style that ends the reply itself need not do so twice
@@ -106,7 +114,12 @@ class Chat:
         reply = self._reply = engine.sequence(0)
         drawn: int | None = None
         while engine.unfinished:
-            for output in engine.step():
+            try:
+                outputs = engine.step()
+            except BaseException:
+                self.interrupted = self._reply is reply
+                raise
+            for output in outputs:
                 if drawn is not None:
                     self._text.append(drawn)  # it is read by now
                 drawn = reply.last

@@ -160,6 +160,35 @@ def test_an_interrupt_ends_a_reply_and_not_the_conversation(llm: LLM, capsys: py
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.parametrize("call", [0, 3])
+def test_an_interrupt_in_a_step_is_said_and_the_conversation_starts_anew(
+    llm: LLM, capsys: pytest.CaptureFixture, call: int
+) -> None:
+    chat, calls = llm.chat(max_new_tokens=12, temperature=0.0), []
+    expected = chat.ask("def f(x):")
+    chat.reset()
+
+    def interrupt(*_: object) -> None:
+        calls.append(1)
+        if len(calls) == call + 1:
+            raise KeyboardInterrupt
+
+    hook = llm.model.transformer.h[2].mlp.register_forward_pre_hook(interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            chat.ask("def f(x):")
+        with pytest.raises(ValueError, match=r"interrupted in the middle of a step.*reset\(\) starts anew"):
+            chat.ask("x")
+        chat.reset()
+        calls.clear()
+        _reply(chat, "def f(x):")
+        assert "Interrupted in the middle of a step: the conversation is forgotten." in capsys.readouterr().err
+        assert chat.turns == 0 and chat.cache.seen == [0]
+    finally:
+        hook.remove()
+    assert chat.ask("def f(x):") == expected
+
+
 def test_two_replies_at_once_are_refused(llm: LLM) -> None:
     chat = llm.chat(max_new_tokens=9)
     first, second = chat.say("q"), chat.say("r")
