@@ -55,7 +55,7 @@ class RunArgs:
     Args:
         batch_size: Prompts at a time; one that ends makes room for the next. None: 8 for a file of prompts, else all.
         prefill: How prompts are read: "min-length", each in one pass as far as the budget allows and then in blocks or
-            token by token; or "full", all in one padded pass and then compressed to the budget.
+            token by token; or "full", each in one pass and then compressed to the budget.
         prefill_chunk: Read what prompts have beyond the first pass in blocks of so many tokens; None: in blocks for
             strategies whose results do not depend on it (dense, window, sink), one at a time for others.
         logprobs: Also give each new token and its log-probability.

@@ -9,7 +9,7 @@ import pytest
 
 from litgpt_kv import LLM, KVCache, KVCacheArgs, SamplingArgs, registry
 from litgpt_kv.generate import Engine, Request, generate, serve
-from tests.oracle.reference import tiny, tokens_of
+from tests.oracle.reference import kept_of, tiny, tokens_of
 
 GREEDY = SamplingArgs(temperature=0)
 STRATEGIES = registry.names("strategy")
@@ -61,9 +61,9 @@ def random_order(rng: random.Random) -> None:
     """Adds, aborts and steps in any order: every answer equals its prompt alone, an aborted one begins like it."""
     name, prefill = rng.choice(STRATEGIES), rng.choice(["min-length", "full"])
     cache = cache_of(name, rng.randint(1, 4)) if rng.random() < 0.9 else None
-    rows = None if cache is not None else 2
+    rows, size = None if cache is not None else 2, rng.choice([1, 3, 7, 512])
     name = name if cache is not None else "dense"
-    engine = Engine(MODEL, cache, rows=rows, prefill=prefill, pieces=rng.choice([1, 1, 2, None]))
+    engine = Engine(MODEL, cache, rows=rows, prefill=prefill, pieces=rng.choice([1, 1, 2, None]), piece_size=size)
     kinds: dict[int, int] = {}
     found: dict[int, list[int]] = {}
     released: dict[int, list[int]] = {}
@@ -116,6 +116,43 @@ def test_a_step_reads_one_piece_and_decodes_once() -> None:
     assert all(0 in ids for ids in drew), "the first row waits for no one"
     calls.clear()
     assert [output.id for output in engine.step()] == [0, 1, 2] and calls == []
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_prompt_read_in_pieces_beside_others_equals_one_pass(name: str) -> None:
+    calls: list[int] = []
+
+    def counting(*args):
+        calls.append(args[0].size(1))
+        return MODEL(*args)
+
+    counting.lm_head, counting.max_seq_length = MODEL.lm_head, MODEL.max_seq_length
+    engine = Engine(counting, cache_of(name, 2), decoder=MODEL, prefill="full", piece_size=6)
+    ids = [engine.add(Request(tokens_of(seed, n, 60), 14, sampling=GREEDY)) for seed, n in ((1, 4), (2, 45))]
+    drew = [[output.id for output in engine.step()] for _ in range(9)]
+    assert calls == [4] + [6] * 7 + [3] and drew == [[0]] * 8 + [[0, 1]], "one piece a step, and no one waits"
+    found = finished(engine)
+    for id, (seed, n) in zip(ids, ((1, 4), (2, 45))):
+        (expected,) = generate(
+            MODEL, [tokens_of(seed, n, 60)], cache_of(name, 1), max_new_tokens=14, sampling=GREEDY, prefill="full"
+        )
+        assert found[id] == expected.tolist()
+
+
+def test_prompts_that_are_to_stay_have_lengths_of_their_own() -> None:
+    args = KVCacheArgs("h2o", 16, recent=2, sinks=0, keep_prompt=True)
+    cache = KVCache.build(MODEL, args, 2, 60)
+    engine, prompts = Engine(MODEL, cache), [tokens_of(1, 3, 60), tokens_of(2, 13, 60)]
+    for prompt in prompts:
+        engine.add(Request(prompt, 20, sampling=GREEDY))
+    with pytest.raises(ValueError, match=r"keep_prompt needs a budget of at least 17: prompt 14 . recent 2"):
+        engine.add(Request(tokens_of(3, 14, 60), 20, sampling=GREEDY))
+    found = finished(engine)
+    for row, prompt in enumerate(prompts):
+        for head in kept_of(cache, row)[0]:
+            assert set(range(len(prompt))) <= set(head) and len(head) == 16
+        (expected,) = generate(MODEL, [prompt], args, max_new_tokens=20, sampling=GREEDY)
+        assert found[row] == expected.tolist()
 
 
 def test_the_row_of_an_aborted_request_is_free_at_the_next_step() -> None:
@@ -241,6 +278,7 @@ def test_a_request_goes_on_in_the_row_that_it_names() -> None:
         (dict(pieces=0), ValueError, "pieces must be at least 1, or None for all, got 0"),
         (dict(prefill="left"), ValueError, "prefill must be one of min-length, full, got 'left'"),
         (dict(prefill_chunk=11), ValueError, "prefill_chunk must be 1 to 10"),
+        (dict(piece_size=0), ValueError, "piece_size must be"),
     ],
 )
 def test_what_an_engine_refuses(given: dict, error: type[Exception], says: str) -> None:
