@@ -3,12 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from litgpt_kv.cache.plan import LayerPlan, check_prompt_kept
 from litgpt_kv.cache.row_clock import RowClock
+from litgpt_kv.config import KVCacheArgs, shown
+
+
+def check_args(args: Any) -> KVCacheArgs:
+    """What the user asked for, also given as a strategy's name.
+
+    Raises:
+        TypeError: If it is something else. ValueError: For "none", which is no cache.
+    """
+    found = KVCacheArgs.of(args)
+    if found is None:
+        raise ValueError("kv_cache 'none' keeps nothing: there is no cache to build.")
+    return found
+
+
+def check_count(name: str, value: Any, most: int = 2**31 - 1) -> None:
+    """Raise ValueError if a value is not a whole number from 1 to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        limit = "at least 1" if isinstance(value, int) and value < 1 else f"a whole number from 1 to {most}"
+        raise ValueError(f"{name} must be {limit}, got {shown(value)}.")
 
 
 def check_rows(rows: Iterable[int] | Tensor, batch_size: int) -> list[int]:
@@ -25,10 +46,10 @@ def check_rows(rows: Iterable[int] | Tensor, batch_size: int) -> list[int]:
             raise ValueError(f"A mask of rows has shape ({batch_size},), got {tuple(rows.shape)}.")
         rows = (rows.nonzero().flatten() if rows.dtype == torch.bool else rows).tolist()
     if not isinstance(rows, Iterable):
-        raise ValueError(f"Rows are a list of row numbers, got {rows!r}.")
+        raise ValueError(f"Rows are a list of row numbers, got {shown(rows)}.")
     rows = list(rows)
     if bad := [b for b in rows if isinstance(b, bool) or not isinstance(b, int) or not 0 <= b < batch_size]:
-        raise ValueError(f"The cache has rows 0 to {batch_size - 1}, got {bad[0]!r}.")
+        raise ValueError(f"The cache has rows 0 to {batch_size - 1}, got {shown(bad[0])}.")
     return rows
 
 
@@ -68,6 +89,8 @@ def check_step(clock: RowClock, longest_block: int, limit: int | None, why: str,
     Raises:
         ValueError: With the row and the limit. In static mode a row over the limit is an assertion on the device.
     """
+    if T < 1:
+        raise ValueError("A step needs at least one token a row, got none.")
     if T > longest_block:
         hint = "" if any(clock.seen) else " To read a prompt into an empty cache give its length, too."
         raise ValueError(

@@ -17,7 +17,7 @@ from litgpt.config import Config
 from litgpt_kv.attention.rope import RopeTables
 from litgpt_kv.cache import serialize
 from litgpt_kv.cache.decode import begin_decode
-from litgpt_kv.cache.door import check_prompt, check_rows, check_step
+from litgpt_kv.cache.door import check_args, check_count, check_prompt, check_rows, check_step
 from litgpt_kv.cache.inspection import LayerContents, inspect_row
 from litgpt_kv.cache.layer import LayerCache
 from litgpt_kv.cache.pieces import PromptReader
@@ -105,13 +105,11 @@ class KVCache(nn.Module):
         Raises:
             ValueError: If the arguments contradict each other or ask for more than the model's context.
         """
-        args = KVCacheArgs(strategy=args) if isinstance(args, str) else args or KVCacheArgs()
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        args = check_args("dense" if args is None else args)
+        check_count("batch_size", batch_size)
         context = model.max_seq_length
         max_tokens = context if max_tokens is None else max_tokens
-        if max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, got {max_tokens}.")
+        check_count("max_tokens", max_tokens)
         devices = [next(block.attn.proj.parameters()).device for block in model.transformer.h]
         dtype = dtype or model.transformer.wte.weight.dtype
         with torch.inference_mode(False):  # tensors made inside could not be used outside of it
@@ -135,6 +133,9 @@ class KVCache(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> dict[str, int]:
         """Exact bytes of a cache before anything is allocated: keys, values, positions, statistics and total."""
+        args = check_args(args)
+        check_count("batch_size", batch_size)
+        check_count("max_tokens", max_tokens)
         devices = [torch.device("meta")] * config.n_layer
         return cls(config, args, batch_size, max_tokens, config.block_size, dtype, devices).allocated()
 
@@ -292,7 +293,9 @@ class KVCache(nn.Module):
 
     def rows(self, start: int, stop: int) -> KVCache:
         """As `row`, of the rows `start` to `stop` - 1."""
-        check_rows(range(start, stop), self.batch_size)
+        check_rows([start, stop - 1 if isinstance(stop, int) else stop], self.batch_size)
+        if start >= stop:
+            raise ValueError(f"rows must start before they stop, got {start} and {stop}.")
         self._refresh()
         if (start, stop) not in self._views:
             view = _with_rows(self, lambda buffer, dim: buffer.narrow(dim, start, stop - start))
@@ -304,8 +307,7 @@ class KVCache(nn.Module):
 
     def repeat(self, count: int) -> KVCache:
         """A cache of its own in which every row stands `count` times, side by side: one context, many questions."""
-        if count < 1:
-            raise ValueError(f"count must be at least 1, got {count}.")
+        check_count("count", count, most=2**20)
         self.clock.check_whole("Repeating")
         self._refresh()
         with torch.inference_mode(False), torch.no_grad():  # see `build`

@@ -19,6 +19,7 @@ from litgpt_kv.cache import KVCache
 from litgpt_kv.cache.pieces import PromptReader
 from litgpt_kv.cache.slots import Sharing
 from litgpt_kv.cache.views import Pass, training_pass
+from litgpt_kv.config import shown
 from litgpt_kv.model.block import Block
 from litgpt_kv.model.linear import speed_up
 
@@ -107,9 +108,15 @@ class GPT(base.GPT):
         return self.head(x)  # (B, V) or (B, T, V)
 
     def _check(self, idx: Tensor, cache: KVCache | PromptReader | None, length: Tensor | None) -> None:
+        if not isinstance(idx, Tensor):
+            raise TypeError(f"Tokens must be a tensor of shape (B, T), got {shown(idx)}.")
         if idx.dim() != 2:
             raise ValueError(f"Tokens must have shape (B, T), got {tuple(idx.shape)}.")
+        if idx.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"Tokens must be integers, int64 or int32, got {idx.dtype}.")
         B, T = idx.shape
+        if cache is not None and not isinstance(cache, (KVCache, PromptReader)):
+            raise TypeError(f"cache must be a KVCache or None, got {shown(cache)}.")
         if cache is not None and cache.batch_size != B:
             raise ValueError(f"The cache has {cache.batch_size} rows, the tokens have {B}.")
         if length is not None and cache is None:
