@@ -218,7 +218,8 @@ class SamplingArgs:
                     what = "whole number" if kind is int else "number"
                     raise ValueError(f"{name} must be a {what}, got {shown(value)}.")
                 if not least <= value <= most:  # NaN is refused, too
-                    raise ValueError(f"{name} must be {says}, got {shown(value)}.")
+                    upper = f", at most {most:.3g}" if value > most and says in ("0 or greater", "at least 1") else ""
+                    raise ValueError(f"{name} must be {says}{upper}, got {shown(value)}.")
 
     def resolved(self, temperature: float) -> SamplingArgs:
         """The same with a checkpoint's own temperature where none is given."""
@@ -237,7 +238,7 @@ class SamplingArgs:
 
 
 SAMPLING_LIMITS: dict[str, tuple[Any, float, float, str]] = {  # type, least, most, in words
-    "temperature": ((int, float), 0, HOTTEST, f"0 or greater, and at most {HOTTEST:.0e}"),
+    "temperature": ((int, float), 0, HOTTEST, "0 or greater"),
     "top_k": (int, 1, 2**63 - 1, "at least 1"),
     "top_p": ((int, float), 0, 1, "between 0 and 1"),
     "seed": (int, 0, 2**63 - 1, "0 to 2**63 - 1"),

@@ -49,7 +49,7 @@ class LLM:
     ) -> None:
         self.model, self.tokenizer, self.prompt_style = model, tokenizer, prompt_style
         self.config, self.checkpoint_dir, self.fabric = config, checkpoint_dir, fabric
-        self.last_run: Run | None = None
+        self.last_run: Run | OpenRun | None = None
         self.decoder = model
         self.parallel: ParallelStrategy | None = None
 

@@ -159,8 +159,8 @@ class OpenRun:
         if llm.parallel is not None:
             requests = (request for each in requests for request in llm.parallel.own_requests([each]))
         options = dict(prefill=prefill, prefill_chunk=prefill_chunk, logprobs=logprobs, stats=self.stats)
-        self._steps = _served(llm, requests, self.cache, batch_size, **options)
-        llm.last_run = self
+        self.llm = llm
+        self._steps = self._noted(_served(llm, requests, self.cache, batch_size, **options))
 
     def __iter__(self) -> OpenRun:
         return self
@@ -171,6 +171,12 @@ class OpenRun:
     def close(self) -> None:
         """Breaks the run off."""
         self._steps.close()
+
+    def _noted(self, steps: Iterator[list[Sequence]]) -> Iterator[list[Sequence]]:
+        try:
+            yield from steps
+        finally:
+            self.llm.last_run = self
 
 
 def check_run(llm: TextModel, batch_size: int | None, prefill: str, prefill_chunk: int | None, logprobs: bool) -> None:

@@ -64,7 +64,7 @@ def test_memory_does_not_grow_with_the_lines(llm: LLM, tmp_path: Path, monkeypat
 
         stats, cache = Stats(), None
 
-        def __init__(self, _: LLM, requests: Iterator[Request], *__: object, **___: object) -> None:
+        def __init__(self, requests: Iterator[Request], *_: object, **__: object) -> None:
             self.requests = requests
 
         def __iter__(self) -> Iterator[list[Sequence]]:
