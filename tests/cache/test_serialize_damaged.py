@@ -172,13 +172,15 @@ def first(x: torch.Tensor, value: Any) -> torch.Tensor:
 
 
 CRAFTED_BUFFERS: list[tuple[str, Callable[[torch.Tensor], torch.Tensor | None]]] = [
-    ("pos", lambda x: first(x, -1)),
-    ("pos", lambda x: first(x, HUGE)),
-    ("pos", lambda x: first(x, 5)),
-    ("pos", lambda x: x.float()),
-    ("pos", lambda x: x[:1]),
-    ("pos", lambda x: None),
-    ("live", lambda x: x.to(torch.uint8)),
+    ("clock.pos", lambda x: first(x, -1)),
+    ("clock.pos", lambda x: first(x, HUGE)),
+    ("clock.pos", lambda x: first(x, 5)),
+    ("clock.pos", lambda x: x.float()),
+    ("clock.pos", lambda x: x[:1]),
+    ("clock.pos", lambda x: None),
+    ("clock.live", lambda x: x.to(torch.uint8)),
+    ("clock.prompt_length", lambda x: first(x, -1)),
+    ("clock.prompt_length", lambda x: first(x, HUGE)),
     ("slots.0.pos", lambda x: first(x, -2)),
     ("slots.0.pos", lambda x: first(x, -1)),
     ("slots.0.pos", lambda x: first(x, 19)),
@@ -186,9 +188,9 @@ CRAFTED_BUFFERS: list[tuple[str, Callable[[torch.Tensor], torch.Tensor | None]]]
     ("slots.0.pos", lambda x: x[..., :1].expand_as(x).contiguous()),
     ("slots.0.pos", lambda x: x.to(torch.int32)),
     ("slots.0.pos", lambda x: x.unsqueeze(0)),
-    ("slots.0.rank", lambda x: first(x, float("nan"))),
-    ("slots.0.rank", lambda x: x.float()),
-    ("slots.0.rank", lambda x: None),
+    ("slots.0.statistic_mass", lambda x: first(x, float("nan"))),
+    ("slots.0.statistic_mass", lambda x: x.float()),
+    ("slots.0.statistic_mass", lambda x: None),
     ("layers.0.keys.data", lambda x: first(x, float("nan"))),
     ("layers.0.keys.data", lambda x: x.to(torch.int8)),
     ("layers.1.values.data", lambda x: x[:, :, :4].contiguous()),
@@ -210,12 +212,23 @@ def test_tokens_in_slots_that_must_be_empty_are_refused(model: GPT, tmp_path: Pa
     with torch.inference_mode():
         model(torch.tensor([[1, 2, 3]]), cache, torch.tensor([3]))
     path = tmp_path / "a.safetensors"
-    for name in ("slots.0.pos", "slots.0.rank"):
+    for name in ("slots.0.pos", "slots.0.statistic_mass"):
         cache.save(path)
         assert outcome(path, model, cache) == "right"
         buffer = load_file(path)[name]
         craft(path, {}, {name: buffer.roll(1, -1) if name == "slots.0.pos" else first(buffer.flip(-1), 1.0).flip(-1)})
         assert outcome(path, model, cache) == "refused"
+
+
+@pytest.mark.parametrize("value", [-1, 2, HUGE])
+def test_owners_of_a_pool_are_its_heads(model: GPT, tmp_path: Path, value: int) -> None:
+    cache, path = KVCache.build(model, KVCacheArgs("h2o", 10, select="pool"), 1, 48), tmp_path / "a"
+    with torch.inference_mode():
+        model(torch.arange(14).unsqueeze(0), cache, torch.tensor([14]))
+    cache.save(path)
+    assert outcome(path, model, cache) == "right"
+    craft(path, {}, {"slots.0.owner": first(load_file(path)["slots.0.owner"], value)})
+    assert outcome(path, model, cache) == "refused"
 
 
 def test_damaged_metadata_is_refused(model: GPT, saved: tuple[KVCache, Path]) -> None:
