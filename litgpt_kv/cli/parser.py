@@ -250,7 +250,10 @@ def run(commands: dict[str, Callable[..., Any]], description: str, args: list[st
             show_strategy(shown_strategy)
         args = args or ["--help"]
         only = args[0] if args[0] in commands else None
-        found = build_parser(commands, description, only).parse_args(args)
+        try:
+            found = build_parser(commands, description, only).parse_args(args)
+        except OverflowError as error:  # jsonargparse makes a float of an integer that is too large for one
+            raise ValueError(f"A number of the command line or the config file is too large: {error}.") from error
         return call(commands[found.subcommand], found[found.subcommand])
 
 

@@ -179,6 +179,8 @@ CRAFTED_BUFFERS: list[tuple[str, Callable[[torch.Tensor], torch.Tensor | None]]]
     ("clock.pos", lambda x: x[:1]),
     ("clock.pos", lambda x: None),
     ("clock.live", lambda x: x.to(torch.uint8)),
+    ("clock.prompt_length", lambda x: first(x, -1)),
+    ("clock.prompt_length", lambda x: first(x, HUGE)),
     ("slots.0.pos", lambda x: first(x, -2)),
     ("slots.0.pos", lambda x: first(x, -1)),
     ("slots.0.pos", lambda x: first(x, 19)),
@@ -216,6 +218,17 @@ def test_tokens_in_slots_that_must_be_empty_are_refused(model: GPT, tmp_path: Pa
         buffer = load_file(path)[name]
         craft(path, {}, {name: buffer.roll(1, -1) if name == "slots.0.pos" else first(buffer.flip(-1), 1.0).flip(-1)})
         assert outcome(path, model, cache) == "refused"
+
+
+@pytest.mark.parametrize("value", [-1, 2, HUGE])
+def test_owners_of_a_pool_are_its_heads(model: GPT, tmp_path: Path, value: int) -> None:
+    cache, path = KVCache.build(model, KVCacheArgs("h2o", 10, select="pool"), 1, 48), tmp_path / "a"
+    with torch.inference_mode():
+        model(torch.arange(14).unsqueeze(0), cache, torch.tensor([14]))
+    cache.save(path)
+    assert outcome(path, model, cache) == "right"
+    craft(path, {}, {"slots.0.owner": first(load_file(path)["slots.0.owner"], value)})
+    assert outcome(path, model, cache) == "refused"
 
 
 def test_damaged_metadata_is_refused(model: GPT, saved: tuple[KVCache, Path]) -> None:

@@ -331,3 +331,8 @@ def test_an_error_shows_no_escape_codes_and_not_all_of_a_long_text(capsys):
     err = capsys.readouterr().err
     assert err.startswith("litgpt_kv: error: \\x1b[31mred\\x07 next \\udcff éxxx") and err.endswith("xxx the end\n")
     assert len(err) < 1100 and err.count("\n") == 1
+
+
+def test_an_integer_that_is_no_float_is_refused(capsys):
+    for option in (["plan", "pythia-14m", "--memory"], ["generate", "demo", "--temperature"]):
+        refused(capsys, *option, "9" * 400)
