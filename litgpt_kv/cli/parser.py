@@ -216,8 +216,10 @@ def flags_of(commands: Mapping[str, Callable[..., Any]]) -> set[str]:
     return found
 
 
-def build_parser(commands: Mapping[str, Callable[..., Any]], description: str) -> ArgumentParser:
-    """The parser of the whole program, a subcommand for each command."""
+def build_parser(
+    commands: Mapping[str, Callable[..., Any]], description: str, only: str | None = None
+) -> ArgumentParser:
+    """The parser of the whole program, a subcommand for each command; with `only`, the others have no options yet."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     set_loader("litgpt_kv", load_yaml, exceptions=(yaml.YAMLError,))
     parser = Parser(prog=PROG, description=description, parser_mode="litgpt_kv", default_meta=False)
@@ -226,7 +228,8 @@ def build_parser(commands: Mapping[str, Callable[..., Any]], description: str) -
     for name, command in commands.items():
         help_text = (inspect.getdoc(command) or "").partition("\n\n")[0]
         subparser = Parser(description=help_text, parser_mode="litgpt_kv", default_meta=False)
-        add_command(subparser, command)
+        if only in (None, name):  # types and docstrings take a tenth of a second to read for all of them
+            add_command(subparser, command)
         subcommands.add_subcommand(name, subparser, help=help_text)
     return parser
 
@@ -241,7 +244,9 @@ def run(commands: dict[str, Callable[..., Any]], description: str, args: list[st
         args, shown_strategy = normalise(args, flags_of(commands))
         if shown_strategy is not None:
             show_strategy(shown_strategy)
-        found = build_parser(commands, description).parse_args(args or ["--help"])
+        args = args or ["--help"]
+        only = args[0] if args[0] in commands else None
+        found = build_parser(commands, description, only).parse_args(args)
         return call(commands[found.subcommand], found[found.subcommand])
 
 

@@ -139,3 +139,42 @@ def test_the_ban_of_a_row_before_does_not_stay():
 def test_what_is_refused(given, says):
     with pytest.raises(ValueError, match=says):
         SamplingArgs(**given)
+
+
+def test_min_p_keeps_what_has_a_share_of_the_most_probable():
+    probs = torch.tensor([[0.4, 0.2, 0.2, 0.1, 0.06, 0.04]])
+    for min_p, kept in ((0.0, 6), (0.09, 6), (0.11, 5), (0.16, 4), (0.24, 4), (0.26, 3), (0.49, 3), (0.6, 1), (1.0, 1)):
+        found = sampler_of(SamplingArgs(min_p=min_p), 1, 6).probabilities(probs.log())
+        assert (found > 0).sum() == kept, min_p
+        assert torch.allclose(found[0, :kept], probs[0, :kept], atol=1e-6), "what stays keeps its odds"
+
+
+def test_min_p_comes_after_temperature_and_beside_top_p():
+    logits = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log()
+    hot = (logits / 2).softmax(-1)  # 0.36, 0.26, 0.20, 0.16: shares 1, 0.71, 0.55, 0.45
+    args = SamplingArgs(temperature=2.0, min_p=0.5)
+    assert (sampler_of(args, 1, 4).probabilities(logits) > 0).tolist() == [[True, True, True, False]]
+    assert hot[0, 1] / hot[0, 0] == pytest.approx(0.5**0.5)
+    both = SamplingArgs(min_p=0.25, top_p=0.6)
+    assert (sampler_of(both, 1, 4).probabilities(logits) > 0).tolist() == [[True, True, False, False]]
+    assert (sampler_of(SamplingArgs(min_p=0.4, top_k=2), 1, 4).probabilities(logits) > 0).sum() == 2
+
+
+def test_min_p_of_a_row_does_not_hang_on_its_partners():
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(40, 3000, generator=g)
+    shares = [0.0, 0.05, 0.5, 1.0] * 10
+    beside = sampler_of(SamplingArgs(min_p=shares), 40, 3000).probabilities(logits)
+    for b, share in enumerate(shares):
+        alone = sampler_of(SamplingArgs(min_p=share), 1, 3000).probabilities(logits[b : b + 1])
+        assert torch.equal(beside[b : b + 1], alone)
+        probs = logits[b].softmax(-1)
+        assert torch.equal(alone[0] > 0, probs >= share * probs.max())
+    drawn = sampler_of(SamplingArgs(min_p=1.0, seed=3), 40, 3000)(logits)
+    assert torch.equal(drawn, logits.argmax(-1))
+
+
+def test_seeds_go_on_from_the_last_to_the_first():
+    assert SamplingArgs(seed=2**63 - 1).shifted(2).seed == 1
+    assert SamplingArgs(seed=[5, None]).shifted(3).seed == [8, None]
+    assert SamplingArgs(temperature=[None, 0.5]).resolved(0.7).temperature == [0.7, 0.5]

@@ -1,0 +1,106 @@
+"""A strategy from a user's own file: named on the command line, never in YAML."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from litgpt_kv import KVCacheArgs, registry
+from litgpt_kv.__main__ import main
+from tests.test_contributing import STRATEGY
+
+FLAGS = ["--accelerator", "cpu", "--prompt", "def f(x):", "--max-new-tokens", "30", "--temperature", "0"]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """The strategy of CONTRIBUTING, saved in a file, and one that does not register itself."""
+    path = tmp_path / "my_file.py"
+    path.write_text(STRATEGY + '\n\n@dataclass(frozen=True)\nclass Plainest(Unusual):\n    """Keep the same."""\n')
+    known = dict(registry._KINDS["strategy"])
+    yield path
+    registry._KINDS["strategy"].clear()
+    registry._KINDS["strategy"].update(known)
+    for name in [name for name in sys.modules if name.startswith("litgpt_kv_file_")]:
+        del sys.modules[name]
+
+
+def run(capsys: pytest.CaptureFixture, *args: object) -> str:
+    main(["generate", "demo", *FLAGS, *map(str, args)])
+    return capsys.readouterr().out
+
+
+def refused(capsys: pytest.CaptureFixture, *args: object) -> str:
+    with pytest.raises(SystemExit) as end:
+        main(["generate", "demo", *FLAGS, *map(str, args)])
+    assert end.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    (line,) = err.splitlines()
+    return line
+
+
+def test_by_file_and_class_or_by_import_and_name(
+    file: Path, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    budget = ("--kv-cache.budget", 8)
+    texts = {
+        run(capsys, "--kv-cache", f"{file}:Unusual", *budget),
+        run(capsys, f"--kv-cache.strategy={file}:Unusual", *budget),
+        run(capsys, "--import", file, "--kv-cache", "unusual", *budget),
+        run(capsys, "--kv-cache", f"{file}:Plainest", *budget),
+    }
+    assert len(texts) == 1
+    assert run(capsys, "--kv-cache", "window", *budget) not in texts
+    options = tmp_path / "a.yaml"
+    options.write_text("kv_cache: {strategy: unusual, budget: 8, sharpness: 2.0}\n")
+    assert run(capsys, "--import", file, "--config", options) in texts
+    sharp = run(capsys, "--kv-cache", f"{file}:Unusual", *budget, "--kv-cache.sharpness", "-4")
+    assert sharp not in texts
+    assert "'sharpness' is" not in refused(capsys, "--kv-cache", "unusual", "--kv-cache.sharpness", "x")
+    assert KVCacheArgs("unusual", 8).strategy in registry.names("strategy")
+
+
+def test_yaml_alone_imports_nothing(file: Path, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    file.write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n" + file.read_text())
+    options = tmp_path / "a.yaml"
+    for text in (
+        f"kv_cache: {file}:Unusual\n",
+        f"kv_cache: {{strategy: {file}:Unusual, budget: 8}}\n",
+        f"kv_cache: {{strategy: [{file}:Unusual, dense, dense, dense]}}\n",
+        f"import: {file}\n",
+        f"generate: {{kv_cache: {file}:Unusual}}\n",
+    ):
+        options.write_text(text)
+        line = refused(capsys, "--config", options)
+        assert f"a YAML file imports no code: give --import {file} on the command line" in line
+        assert not (tmp_path / "ran").exists()
+    line = refused(capsys, f"--kv-cache={{strategy: {file}:Unusual}}")
+    assert "give --import" in line and not (tmp_path / "ran").exists()
+
+
+def test_what_is_refused(file: Path, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.py"
+    broken.write_text("1 / 0\n")
+    for args, says in (
+        (["--kv-cache", str(file)], "needs the name of its strategy's class"),
+        (["--kv-cache", f"{file}:Nothing"], "has no class 'Nothing'"),
+        (["--kv-cache", "no_file.py:Mine"], "There is no Python file 'no_file.py' to import"),
+        (["--import", str(tmp_path)], "There is no Python file"),
+        (["--import", str(broken)], "broken.py cannot be imported: ZeroDivisionError"),
+        (["--import"], "--import needs a value"),
+    ):
+        assert says in refused(capsys, *args)
+
+
+def test_in_python_and_in_a_process_of_its_own(file: Path) -> None:
+    module = registry.import_file(str(file))
+    assert registry.import_file(str(file)) is module, "a file is run once"
+    assert registry.get("strategy", "unusual") is module.Unusual
+    command = [sys.executable, "-m", "litgpt_kv", "strategies", "--import", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "unusual: " in done.stdout
