@@ -70,7 +70,7 @@ class RunArgs:
         for name in ("batch_size", "prefill_chunk"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name), 1, 2**31 - 1)
-        if self.prefill not in PREFILLS:
+        if not isinstance(self.prefill, str) or self.prefill not in PREFILLS:
             raise ValueError(f"prefill must be one of {', '.join(PREFILLS)}, got {shown(self.prefill)}.")
         check_flag("logprobs", self.logprobs)
 
@@ -109,7 +109,11 @@ class DeviceArgs:
     check_weights: bool = False
 
     def __post_init__(self) -> None:
-        if self.devices != "auto":
+        for name in ("precision", "accelerator", "generate_strategy", "quantize"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (value is not None or name == "accelerator"):
+                raise TypeError(f"{name} must be a name, got {shown(value)}.")
+        if not (isinstance(self.devices, str) and self.devices == "auto"):
             most = max(16, 4 * cores()) if self.accelerator == "cpu" else MOST_DEVICES
             check_count("devices", self.devices, 1, most, "or auto")
         check_count("num_nodes", self.num_nodes, 1, MOST_NODES)

@@ -24,6 +24,8 @@ from typing import Any, TypeVar
 ENTRY_POINT = "litgpt_kv.strategies"
 _KINDS: dict[str, dict[str, Any]] = {"strategy": {}, "storage": {}, "kernel": {}}
 
+IMPORTED: dict[str, str] = {}  # users' files that were run, with a digest of each
+
 C = TypeVar("C", bound=type)
 
 
@@ -66,7 +68,7 @@ def get(kind: str, name: str) -> Any:
     _load_entry_points()
     table = _table(kind)
     if name not in table:
-        raise ValueError(f"Unknown {kind} {name!r}. Available: {', '.join(sorted(table))}.")
+        raise ValueError(f"Unknown {kind} {name!r:.80}. Available: {', '.join(sorted(table))}.")
     return table[name]
 
 
@@ -116,10 +118,11 @@ def import_file(path: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up while it is run
+    IMPORTED[str(file)] = hashlib.sha256(file.read_bytes()).hexdigest()
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # a user's code: say whose
-        del sys.modules[name]
+        del sys.modules[name], IMPORTED[str(file)]
         raise ValueError(f"{path} cannot be imported: {error!r}") from error
     return module
 

@@ -55,6 +55,7 @@ class Chat:
         self.llm, self.sys_prompt, self.prefill = llm, sys_prompt, prefill
         stopping, sampling = grouped("chat", {"max_new_tokens": 256, **settings}, StoppingArgs, SamplingArgs)
         self.asked = TextRequest(sys_prompt=sys_prompt, stopping=stopping, sampling=sampling.resolved(llm.temperature))
+        RunArgs(prefill=prefill)  # raises for what is out of range
         args = KVCacheArgs.of(kv_cache, budget)
         if args is None:
             raise ValueError("Without a cache nothing is kept between turns: choose a strategy.")

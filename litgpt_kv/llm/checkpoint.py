@@ -26,6 +26,7 @@ ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps")
 PRECISIONS = ("32-true", "bf16-true", "16-true", "64-true", "bf16-mixed", "16-mixed")
 
 WEIGHTS = "lit_model.pth"
+MOST_OF_A_PATH = 250  # characters of a name that every system takes
 MOST_TO_MEND = 10_000  # characters of broken JSON: litgpt's mending takes time with their square
 TOKENIZER_CONFIG: dict[str, tuple[type, ...]] = {  # what litgpt's tokenizer reads of tokenizer_config.json
     "tokenizer_class": (str,),
@@ -43,9 +44,14 @@ def find(name: str | Path) -> Path:
     """
     if str(name) == "demo":
         return DEMO
-    folder = extend_checkpoint_dir(Path(name))
-    if not folder.is_dir():
-        raise ValueError(f"There is no checkpoint folder {str(name)!r} (nor checkpoints/{name}); 'demo' is shipped.")
+    where = f"There is no checkpoint folder {str(name)!r:.200} (nor checkpoints/{name!s:.200}); 'demo' is shipped."
+    try:
+        folder = extend_checkpoint_dir(Path(name))
+        found = folder.is_dir()
+    except (OSError, ValueError, IndexError) as error:  # too long, no path at all, or ""
+        raise ValueError(where) from error
+    if not found:
+        raise ValueError(where)
     needed = {"lit_model.pth": ["lit_model.pth"], "model_config.yaml": ["model_config.yaml"]}
     needed["tokenizer.json or tokenizer.model"] = ["tokenizer.json", "tokenizer.model"]
     if missing := [what for what, files in needed.items() if not any((folder / f).is_file() for f in files)]:
@@ -58,10 +64,10 @@ def precision_for(precision: str | None, accelerator: str) -> str:
     if precision is None:
         gpu = accelerator != "cpu" and torch.cuda.is_available()
         precision = "32-true" if not gpu else "bf16-true" if torch.cuda.is_bf16_supported() else "16-true"
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}.")
-    if accelerator not in ACCELERATORS:
-        raise ValueError(f"accelerator must be one of {', '.join(ACCELERATORS)}, got {accelerator!r}.")
+    if not isinstance(precision, str) or precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {shown(precision)}.")
+    if not isinstance(accelerator, str) or accelerator not in ACCELERATORS:
+        raise ValueError(f"accelerator must be one of {', '.join(ACCELERATORS)}, got {shown(accelerator)}.")
     return precision
 
 
@@ -73,7 +79,7 @@ def fabric_for(precision: str | None, accelerator: str = "auto", quantize: str |
     try:
         return L.Fabric(accelerator=accelerator, devices=1, precision=precision)
     except Exception as error:  # Lightning's error for a device that is not there differs by device
-        raise ValueError(f"accelerator {accelerator!r} cannot be used here: {one_line(error)}") from error
+        raise ValueError(f"accelerator {shown(accelerator)} cannot be used here: {one_line(error)}") from error
 
 
 def load_config(folder: Path) -> Config:
@@ -160,6 +166,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     Raises:
         ValueError: If one of them is damaged; the message names it.
     """
+    if len(str(folder)) > MOST_OF_A_PATH or "\0" in str(folder):
+        raise ValueError(f"There is no folder {shown(str(folder))} with a tokenizer.")
     generation_config(folder)
     path = folder / "tokenizer_config.json"
     if path.exists():

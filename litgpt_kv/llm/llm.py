@@ -14,7 +14,7 @@ from torch import Tensor
 from litgpt.config import Config
 from litgpt.prompts import PromptStyle
 from litgpt.tokenizer import Tokenizer
-from litgpt_kv.arguments import RunArgs, StoppingArgs, check_count, check_flag, grouped
+from litgpt_kv.arguments import DeviceArgs, RunArgs, StoppingArgs, check_count, check_flag, grouped
 from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.config import KVCacheArgs, SamplingArgs, check_type, shown
@@ -93,8 +93,11 @@ class LLM:
         Raises:
             ValueError: If the checkpoint is missing, incomplete or corrupt, or an argument is unknown.
         """
-        if init not in ("pretrained", "random"):
-            raise ValueError(f"init must be 'pretrained' or 'random', got {init!r}.")
+        for name, path in (("model", model), ("tokenizer_dir", model if tokenizer_dir is None else tokenizer_dir)):
+            if not isinstance(path, (str, Path)):
+                raise TypeError(f"{name} must be a name or a path, got {shown(path)}.")
+        if not isinstance(init, str) or init not in ("pretrained", "random"):
+            raise ValueError(f"init must be 'pretrained' or 'random', got {shown(init)}.")
         if quantize is not None and distribute is None:
             raise ValueError("Quantized weights are for one device: leave out quantize, or distribute=None.")
         fabric = checkpoint.fabric_for(precision, accelerator, quantize)
@@ -150,6 +153,7 @@ class LLM:
         Raises:
             ValueError: If the model cannot be divided so, or an argument is unknown.
         """
+        DeviceArgs(precision, accelerator, devices, num_nodes, generate_strategy)  # raises for what is out of range
         way = way_of(generate_strategy)
         if self.checkpoint_dir is None:
             raise ValueError("A model with random weights cannot be distributed: each process would draw its own.")

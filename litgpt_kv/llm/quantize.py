@@ -7,6 +7,8 @@ from importlib.util import find_spec
 import torch
 from lightning.fabric.plugins import BitsandbytesPrecision
 
+from litgpt_kv.config import shown
+
 QUANTIZERS = ("bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8")
 DTYPES = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "32-true": torch.float32}
 
@@ -22,14 +24,14 @@ def quantizer(name: str, precision: str | None, accelerator: str) -> Bitsandbyte
     Raises:
         ValueError: If it cannot run here; the message says what is missing.
     """
-    if name not in QUANTIZERS:
-        raise ValueError(f"quantize must be one of {', '.join(QUANTIZERS)}, got {name!r}.")
-    if precision is not None and precision not in DTYPES:
-        raise ValueError(f"quantize {name!r} goes with the precisions {', '.join(DTYPES)}, got {precision!r}.")
+    if not isinstance(name, str) or name not in QUANTIZERS:
+        raise ValueError(f"quantize must be one of {', '.join(QUANTIZERS)}, got {shown(name)}.")
+    if precision is not None and (not isinstance(precision, str) or precision not in DTYPES):
+        raise ValueError(f"quantize {name!r} goes with the precisions {', '.join(DTYPES)}, got {shown(precision)}.")
     if name == "bnb.int8" and precision not in (None, "16-true"):
-        raise ValueError(f"quantize 'bnb.int8' goes with precision 16-true only, got {precision!r}.")
+        raise ValueError(f"quantize 'bnb.int8' goes with precision 16-true only, got {shown(precision)}.")
     if accelerator not in ("auto", "cuda", "gpu") or not torch.cuda.is_available():
-        here = "there is none here" if accelerator in ("auto", "cuda", "gpu") else f"accelerator is {accelerator!r}"
+        here = "there is none here" if accelerator in ("auto", "cuda", "gpu") else f"accelerator is {accelerator!r:.60}"
         raise ValueError(f"quantize {name!r} needs an NVIDIA GPU, and {here}.")
     if find_spec("bitsandbytes") is None:
         raise ValueError(f"quantize {name!r} needs the package bitsandbytes: pip install 'litgpt-kv[quantize]'.")

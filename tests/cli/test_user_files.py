@@ -43,9 +43,7 @@ def refused(capsys: pytest.CaptureFixture, *args: object) -> str:
     return line
 
 
-def test_by_file_and_class_or_by_import_and_name(
-    file: Path, capsys: pytest.CaptureFixture, tmp_path: Path
-) -> None:
+def test_by_file_and_class_or_by_import_and_name(file: Path, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     budget = ("--kv-cache.budget", 8)
     texts = {
         run(capsys, "--kv-cache", f"{file}:Unusual", *budget),

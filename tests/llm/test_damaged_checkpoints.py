@@ -124,7 +124,9 @@ def test_flipped_bits(name: str, damaged: Path, outcome: Callable[[], str]) -> N
     rng, data = random.Random(name), (damaged / name).read_bytes()
     for n in range(30 if name != "tokenizer.json" else 6):
         broken = bytearray(data)
-        ends = [0, len(data)] if n % 3 else [0, min(len(data), 3000)] if n % 2 else [max(0, len(data) - 3500), len(data)]
+        ends = (
+            [0, len(data)] if n % 3 else [0, min(len(data), 3000)] if n % 2 else [max(0, len(data) - 3500), len(data)]
+        )
         for _ in range(rng.choice((1, 1, 3))):  # in the head and the tail of a zip are its names and sizes
             broken[rng.randrange(*ends)] ^= 1 << rng.randrange(8)
         (damaged / name).write_bytes(bytes(broken))
