@@ -54,8 +54,11 @@ class Group:
 
     def build(self, given: Mapping[str, Any]) -> Any:
         """The arguments that the parser found; `options` of a strategy get the types of its fields."""
-        values = {name: given[self.prefix + name] for name in self.names}
-        if self.cls is KVCacheArgs:
+        whole = given.get(self.parameter)
+        if self.prefix and whole is not None:
+            raise ValueError(f"{self.parameter} must be options by name, got {shown(whole)}.")
+        values = {name: given[self.prefix + name] for name in self.names if self.prefix + name in given}
+        if self.cls is KVCacheArgs and values:
             values["options"] = typed_options(values["strategy"], values["options"])
         return dataclasses.replace(self.default, **values)
 
@@ -96,7 +99,7 @@ class Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         message = " ".join(message.split())
-        if found := re.search(r'[Kk]ey "([^"]+)".*?Expected a.*Given value(?: type: .*? Given value)?: (.*)$', message):
+        if found := re.search(r'[Kk]ey "([^"]+)".*Expected .*G(?:iven|ot) value: (.*)$', message):
             name, value = found.groups()
             message = f"--{name.replace('_', '-')} cannot be {value[:200]}; --help says what it takes."
         fail(message[:900])

@@ -192,6 +192,28 @@ def test_limits(flags: list[str], says: str, capsys: pytest.CaptureFixture) -> N
 
 
 @pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("kv_cache: 3", "kv_cache must be options by name, got 3"),
+        ("kv_cache: [h2o]", "kv_cache must be options by name, got ['h2o']"),
+        ("kv_cache: {budget: {a: b}}", "--kv-cache.budget cannot be {'a': 'b'}"),
+        ("kv_cache: {options: 3}", "--kv-cache.options cannot be 3"),
+        ("max_new_tokens: ten", "--max-new-tokens cannot be ten; --help says what it takes"),
+        ("promt: a", "promt"),
+        ("a text", "a text"),
+        ("", "config"),
+    ],
+)
+def test_yaml_that_is_wrong(text: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(SystemExit) as end:
+        main(["generate", "demo", "--config", str(tmp_path / "a.yaml")])
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("litgpt_kv: error: ") and says in line
+
+
+@pytest.mark.parametrize(
     "args",
     [
         ["plan", "pythia-14m", "--devices", "1000000000"],
