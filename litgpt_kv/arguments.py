@@ -12,6 +12,7 @@ from typing import Any
 
 from litgpt_kv.config import shown
 
+PREFILLS = ("min-length", "full")
 MOST_NEW_TOKENS = 2**31 - 1
 MOST_NODES = 4096
 MOST_DEVICES = 1024  # of one machine
@@ -37,15 +38,14 @@ class StoppingArgs:
     def __post_init__(self) -> None:
         check_new_tokens(self.max_new_tokens, self.min_new_tokens)
         check_flag("ignore_eos", self.ignore_eos)
-        if not isinstance(self.stop, (str, list, tuple, type(None))) or not all(
-            isinstance(text, str) and text for text in self.stops or ([""] if self.stop == "" else [])
-        ):
+        texts = [self.stop] if isinstance(self.stop, str) else () if self.stop is None else self.stop
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) and text for text in texts):
             raise ValueError(f"stop must be a text of at least one character, or several, got {shown(self.stop)}.")
 
     @property
     def stops(self) -> list[str]:
         """The stop texts as a list."""
-        return [self.stop] if isinstance(self.stop, str) and self.stop else list(self.stop or ())
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,6 @@ class RunArgs:
         if not isinstance(self.prefill, str) or self.prefill not in PREFILLS:
             raise ValueError(f"prefill must be one of {', '.join(PREFILLS)}, got {shown(self.prefill)}.")
         check_flag("logprobs", self.logprobs)
-
-
-PREFILLS = ("min-length", "full")
 
 
 @dataclass(frozen=True)
