@@ -22,6 +22,7 @@ from litgpt_kv.cli.parser import build_parser, groups_of, is_plain, run
 GROUPS = (SamplingArgs, StoppingArgs, KVCacheArgs, RunArgs, DeviceArgs)
 OTHERS = {"strategy": "sink", "stop": ["a", "b"], "storage": "plain", "positions": "cache", "options": None}
 OTHERS |= {"prefill": "full", "precision": "bf16-true", "accelerator": "cpu", "generate_strategy": "sequential"}
+OTHERS |= {"select": "pool", "budget_pattern": "pyramid", "attention": "eager"}
 OTHERS |= {"quantize": None, "temperature": 0.25, "top_p": 0.5, "min_p": 0.125, "repetition_penalty": 1.5}
 
 
@@ -29,6 +30,8 @@ def another(field: dataclasses.Field) -> object:
     """A value of a field that is not its default."""
     if field.name in OTHERS:
         return OTHERS[field.name]
+    if field.default_factory is dict:
+        return {"size": 4}
     if isinstance(field.default, bool):
         return not field.default
     if isinstance(field.default, str):  # a name or one of several words: the first other one that is taken
@@ -88,7 +91,7 @@ def test_help_shows_every_field_with_its_line(capsys: pytest.CaptureFixture) -> 
         for field in dataclasses.fields(cls):
             option = ("--kv-cache." if cls is KVCacheArgs else "--") + field.name.replace("_", "-")
             assert f"{option} " in text
-            if field.name != "options":
+            if "options" not in field.name:
                 line = cls.__doc__.split(f"{field.name}: ")[1].split("\n")[0].strip()
                 assert line[:30] in text, (field.name, line)
 
