@@ -76,9 +76,11 @@ def test_every_field_is_an_option_and_a_yaml_key(
     nested = cls is KVCacheArgs
     option = ("--kv-cache." if nested else "--") + field.name.replace("_", "-")
     args = (option, spell(value)) if field.name != "stop" else ("--stop", "a", "--stop", "b")
+    beside = {"budget": 64} if field.name == "budget_pattern" else {}  # it spreads a budget
+    args += tuple(f"--kv-cache.{name}={number}" for name, number in beside.items())
     typed = got(monkeypatch, *args)[cls.__name__]
     file = tmp_path / "a.yaml"
-    file.write_text(yaml.safe_dump({"kv_cache": {field.name: value}} if nested else {field.name: value}))
+    file.write_text(yaml.safe_dump({"kv_cache": {**beside, field.name: value}} if nested else {field.name: value}))
     written = got(monkeypatch, "--config", str(file))[cls.__name__]
     assert getattr(typed, field.name) == getattr(written, field.name) == value
 
