@@ -116,7 +116,8 @@ def digest_of(
 ) -> str:
     """A digest of the settings that change answers: those of another digest are not continued."""
     how = [run.prefill, run.prefill_chunk, run.logprobs, num_samples > 1, device.precision, device.quantize]
-    made = [checkpoint_dir, asdict(asked), None if args is None else asdict(args), *how]
+    files = sorted(registry.IMPORTED.values())
+    made = [checkpoint_dir, asdict(asked), None if args is None else asdict(args), *how, files]
     return hashlib.sha256(json.dumps(made).encode()).hexdigest()[:8]
 
 

@@ -63,7 +63,7 @@ def calls(llm: LLM, rng: random.Random) -> dict[str, Callable[[], Any]]:
         "chat": chat,
         "load": lambda: LLM.load(**{"model": "demo", "accelerator": "cpu", **junk(LOAD)}),
         "cache": lambda: llm.generate("def f", max_new_tokens=1, kv_cache=KVCacheArgs(**junk(CACHE))),
-        "row": lambda: llm.row(rng.choice(JUNK)),
+        "request": lambda: llm.request(rng.choice(JUNK)),
         "encode": lambda: llm.encode(rng.choice(JUNK), rng.choice(JUNK)),
         "sampling": lambda: SamplingArgs(**junk(SAMPLING)).rows(2),
         "stopping": lambda: StoppingArgs(**junk(["max_new_tokens", *STOPPING])),
