@@ -42,21 +42,20 @@ class DecodePass(Pass):
 
     def commit(self) -> None:
         """Note statistics and counters of a step that went well."""
-        with torch.no_grad():
-            for step, layers, tables in zip(self.steps, self.layers, self.tables):
-                slots, live = step.slots, step.live
-                for name, masses in step.received.items():
-                    received = torch.stack(masses)  # (L, B, P, n)
-                    slots.add_received(name, received if slots.owner is not None else slots.per_set(received), live)
-                if step.entered and step.entered[0]:
-                    slots.enter_own(step.entered, step.slot, live)
-                if slots.updates:
-                    now = step.pos[:, -1]
-                    readers = stored_tokens(slots, layers, now, tables) if slots.strategy.needs else ()
-                    slots.update_own(now, step.prompt_length, readers, live)
-            self.clock.pos.add_(self.clock.live, alpha=self.tokens)
-            if not self.clock.static:
-                self.clock.end(self.seen, self.fills)
+        for step, layers, tables in zip(self.steps, self.layers, self.tables):
+            slots, live = step.slots, step.live
+            for name, masses in step.received.items():
+                received = torch.stack(masses)  # (L, B, P, n)
+                slots.add_received(name, received if slots.owner is not None else slots.per_set(received), live)
+            if step.entered and step.entered[0]:
+                slots.enter_own(step.entered, step.slot, live)
+            if slots.updates:
+                now = step.pos[:, -1]
+                readers = stored_tokens(slots, layers, now, tables) if slots.strategy.needs else ()
+                slots.update_own(now, step.prompt_length, readers, live)
+        self.clock.pos.add_(self.clock.live, alpha=self.tokens)
+        if not self.clock.static:
+            self.clock.end(self.seen, self.fills)
 
 
 def begin_decode(

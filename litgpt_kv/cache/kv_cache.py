@@ -344,14 +344,12 @@ class KVCache(nn.Module):
 
     # -- one pass: begin works out slots, masks and angles once for all layers; commit counts ------------------------
 
-    @torch.no_grad()
     def begin_prefill(self, T: int, length: Tensor, rope: RopeTables) -> Pass:
         """Prepare to seed empty rows with prompts of `length` (B,) tokens, padded on the right to T."""
         self._refresh()
         lengths = self.check_prompt(T, length)
         return begin_prefill(self.clock, self.slots, self.layers, self.group_of, T, length, lengths, rope)
 
-    @torch.no_grad()
     def begin_decode(self, T: int, rope: RopeTables) -> Pass:
         """Prepare to decode T tokens a row; more than one is a block, causal inside."""
         self._refresh()

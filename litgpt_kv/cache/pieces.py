@@ -70,7 +70,6 @@ class PromptReader:
         """Tokens still to be read."""
         return self.length - self.read
 
-    @torch.no_grad()
     def begin_decode(self, T: int, rope: RopeTables) -> PiecePass:
         """Prepare to read the next T tokens.
 
@@ -109,14 +108,13 @@ class PiecePass(Pass):
 
     def commit(self) -> None:
         """Note that the piece was read; after the last one the row counts its prompt."""
-        with torch.no_grad():
-            reader = self.reader
-            reader.read, reader._failed = self.end, False
-            if self.length is not None:
-                reader._prompts = []
-                reader.clock.pos.copy_(self.length)
-                fills = [[min(reader.length, slots.plan.slots)] for slots in reader.groups]
-                reader.clock.end({0: reader.length}, fills)
+        reader = self.reader
+        reader.read, reader._failed = self.end, False
+        if self.length is not None:
+            reader._prompts = []
+            reader.clock.pos.copy_(self.length)
+            fills = [[min(reader.length, slots.plan.slots)] for slots in reader.groups]
+            reader.clock.end({0: reader.length}, fills)
 
 
 @dataclass(eq=False)

@@ -323,10 +323,9 @@ class PrefillPass(Pass):
     groups: list[Slots]
 
     def commit(self) -> None:
-        with torch.no_grad():
-            self.clock.pos.copy_(self.length)
-            fills = [[min(n, slots.plan.slots) for n in self.lengths] for slots in self.groups]
-            self.clock.end(dict(enumerate(self.lengths)), fills)
+        self.clock.pos.copy_(self.length)
+        fills = [[min(n, slots.plan.slots) for n in self.lengths] for slots in self.groups]
+        self.clock.end(dict(enumerate(self.lengths)), fills)
 
 
 def begin_prefill(

@@ -77,7 +77,7 @@ class UpProjection:
         Args:
             q: (B, H, T, E + K) rotated. k: (B, 1, T, E) rotated. latent: (B, 1, T, R).
         """
-        rope, heads = self.attn.config.qk_rope_head_dim, self.spec.heads
+        rope, heads = q.size(-1) - self.widths[0], self.spec.heads  # a single rotated element has become two
         kv = self.attn.kv_b_proj(latent.squeeze(1)).unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, H, T, K + W)
         k_pass, v = kv.split(self.widths, dim=-1)
         q = torch.cat((q[..., rope:], q[..., :rope]), dim=-1)
@@ -85,7 +85,7 @@ class UpProjection:
 
     def absorb(self, q: Tensor) -> Tensor:
         """Bring queries (B, H, T, E + K) to where latents are: (B, H, T, E + R), and one element for a `bias`."""
-        rope = self.attn.config.qk_rope_head_dim
+        rope = q.size(-1) - self.widths[0]  # a single rotated element may have become two
         q_rope, q_pass = q[..., :rope], q[..., rope:]
         w_key, _, b_key, _ = self._weights()
         parts = [q_rope, torch.einsum("bhtk,hkr->bhtr", q_pass, w_key)]

@@ -26,8 +26,8 @@ def test_table_and_json(capsys, tmp_path):
         if name == "window":
             share = row["cache_bytes"] / rows["dense", context]["cache_bytes"]
             assert share == pytest.approx(0.25, abs=0.02)
-    # keys and values of two layers, three groups of eight, float32, and int64 positions and counters
-    assert rows["dense", 48]["cache_bytes"] == 2 * 2 * 3 * 8 * 51 * 4 + 51 * 8 + 8 + 1
+    # keys and values of two layers, three groups of eight, float32, int64 positions, two counters and a flag
+    assert rows["dense", 48]["cache_bytes"] == 2 * 2 * 3 * 8 * 51 * 4 + 51 * 8 + 17
 
 
 def test_a_checkpoint_one_strategy_without_litgpt(capsys):

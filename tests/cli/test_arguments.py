@@ -169,7 +169,7 @@ LONG = "9" * 400
         (["--devices", "many"], "devices must be a whole number or auto, got 'many'"),
         (["--num-nodes", "1000000"], "num_nodes must be at most 4,096"),
         (["--seed", LONG], "seed must be 0 to 2**63 - 1, got 9999"),
-        (["--top-k", LONG], "top_k must be at least 1, got 9999"),
+        (["--top-k", LONG], "top_k must be at least 1, at most 9.22e+18, got 9999"),
         (["--max-new-tokens", LONG], "max_new_tokens must be at most 2,147,483,647, got 9999"),
         (["--min-new-tokens", LONG], "min_new_tokens must be 0 to 50 (max_new_tokens), got 9999"),
         (["--batch-size", LONG], "batch_size must be at most"),

@@ -183,7 +183,7 @@ def test_help_shows_dashes_and_examples(capsys):
         (["--prompt", "x " * 1200], "over the limit of 1024"),
         (["--max-new-tokens", "2000"], "over the limit of 1024"),
         (["--max-new-tokens", "0"], "max_new_tokens must be at least 1, got 0"),
-        (["--max-new-tokens", "ten"], "max_new_tokens"),
+        (["--max-new-tokens", "ten"], "--max-new-tokens cannot be ten"),
         (["--top-p", "2"], "top_p must be between 0 and 1, got 2.0"),
         (["--top-k", "0"], "top_k must be at least 1, got 0"),
         (["--temperature", "-1"], "temperature must be 0 or greater, got -1.0"),
