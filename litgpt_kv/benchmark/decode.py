@@ -104,7 +104,8 @@ def benchmark(
         checkpoint_dir: A checkpoint, "demo" for the shipped model; by default a random model of the given shape.
         shape: The random model.
         contexts: Prompt lengths in tokens (default: 1024 and 4096; half and most of the context for a checkpoint).
-        strategies: Which strategies to run (default: all that are registered); "none" runs the whole text each step.
+        strategies: Which strategies to run (default: all that are registered), and after a colon who chooses, as in
+            h2o:pool; "none" runs the whole text each step.
         budget: Of the strategies that evict: tokens, or a share of the context.
         batch_size: Rows.
         steps: Decode steps timed together in each repetition.
@@ -205,9 +206,11 @@ def _contenders(
         if name == "none":
             made.append(_none(model))
             continue
-        args = KVCacheArgs(strategy=name, budget=budget if registry.get("strategy", name).evicts else None)
+        strategy, _, select = name.partition(":")
+        size = budget if registry.get("strategy", strategy).evicts else None
+        args = KVCacheArgs(strategy, size, select=select or None)
         total = context + steps
-        cache = KVCache.build(model, args, batch_size, total)
+        cache = KVCache.build(model, args, batch_size, total, static=compiled)
         dtype = model.transformer.wte.weight.dtype
         formula = KVCache.nbytes(model.config, args, batch_size, total, dtype)["total"]
         held = cache.allocated()

@@ -22,7 +22,7 @@ from litgpt_kv.generate import Request, Stats, raise_failed
 from litgpt_kv.llm import checkpoint
 from litgpt_kv.llm.chat import Chat, conversation_text
 from litgpt_kv.llm.check_weights import check_finite, check_fit
-from litgpt_kv.llm.run import OpenRun, Pieces, Run
+from litgpt_kv.llm.run import OpenRun, Pieces, Run, RunResult
 from litgpt_kv.llm.text_request import TextRequest, check_text
 from litgpt_kv.parallel import DeviceRequest, ParallelStrategy, find_parallel_strategy
 
@@ -49,7 +49,7 @@ class LLM:
     ) -> None:
         self.model, self.tokenizer, self.prompt_style = model, tokenizer, prompt_style
         self.config, self.checkpoint_dir, self.fabric = config, checkpoint_dir, fabric
-        self.last_run: Run | OpenRun | None = None
+        self.last_run: RunResult | None = None
         self.decoder = model
         self.parallel: ParallelStrategy | None = None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import abc
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from litgpt_kv.arguments import RunArgs
@@ -66,7 +66,7 @@ class Run:
         if mine or not requests:  # a process may have nothing to do
             options = dict(prefill=prefill, prefill_chunk=prefill_chunk, logprobs=logprobs, stats=self.stats)
             self._steps = _served(llm, mine, self.cache, rows, **options)
-        self._steps = self._noted(self._steps)
+        self._steps = _noted(llm, requests, RunResult(self.stats, self.cache), self._steps)
 
     def __iter__(self) -> Run:
         return self
@@ -92,32 +92,48 @@ class Run:
             yield [made.get(request.id, "") for request in self.requests]
         raise_failed(failed)
 
-    def _noted(self, steps: Iterator[list[Sequence]]) -> Iterator[list[Sequence]]:
-        parallel, stats, answered = self.llm.parallel, self.stats, []
-        number = {request.id: n for n, request in enumerate(self.requests)}
-        stats.reasons, stats.logprobs = [None] * len(number), [[] for _ in number]
 
-        def note(sequences: abc.Sequence[Sequence]) -> None:
-            for sequence in sequences:
-                if sequence.reason is not None:
-                    answered.append(sequence)
-                    at = number[sequence.index]
-                    stats.reasons[at], stats.logprobs[at] = sequence.reason, sequence.logprobs
+@dataclass(frozen=True)
+class RunResult:
+    """What a run that ended leaves: its `stats`, and its `cache` or None."""
 
+    stats: Stats
+    cache: KVCache | None
+
+
+def _noted(
+    llm: TextModel, requests: abc.Sequence[Request], result: RunResult, steps: Iterator[list[Sequence]]
+) -> Iterator[list[Sequence]]:
+    """The steps of a run, which tells the other processes how it ended.
+
+    It knows nothing of the run itself: a run that is dropped in the middle must end at once, not when the garbage
+    collector finds it, as other processes wait for it.
+    """
+    parallel, stats, answered = llm.parallel, result.stats, []
+    number = {request.id: n for n, request in enumerate(requests)}
+    stats.reasons, stats.logprobs = [None] * len(number), [[] for _ in number]
+
+    def note(sequences: abc.Sequence[Sequence]) -> None:
+        for sequence in sequences:
+            if sequence.reason is not None:
+                answered.append(sequence)
+                at = number[sequence.index]
+                stats.reasons[at], stats.logprobs[at] = sequence.reason, sequence.logprobs
+
+    try:
         try:
-            try:
-                for step in steps:
-                    note(step)
-                    yield step
-            except BaseException as error:
-                if parallel is not None and parallel.divides_prompts:
-                    parallel.synchronize(f"{type(error).__name__}: {error}")
-                raise
-            if parallel is not None and (others := parallel.exchange_answers(self.requests, answered, stats)):
-                note(others)
-                yield others
-        finally:
-            self.llm.last_run = self
+            for step in steps:
+                note(step)
+                yield step
+        except BaseException as error:
+            if parallel is not None and parallel.divides_prompts:
+                parallel.synchronize(f"{type(error).__name__}: {error}")
+            raise
+        if parallel is not None and (others := parallel.exchange_answers(requests, answered, stats)):
+            note(others)
+            yield others
+    finally:
+        llm.last_run = result
 
 
 class OpenRun:
@@ -160,7 +176,9 @@ class OpenRun:
             requests = (request for each in requests for request in llm.parallel.own_requests([each]))
         options = dict(prefill=prefill, prefill_chunk=prefill_chunk, logprobs=logprobs, stats=self.stats)
         self.llm = llm
-        self._steps = self._noted(_served(llm, requests, self.cache, batch_size, **options))
+        self._steps = _last(
+            llm, RunResult(self.stats, self.cache), _served(llm, requests, self.cache, batch_size, **options)
+        )
 
     def __iter__(self) -> OpenRun:
         return self
@@ -172,11 +190,12 @@ class OpenRun:
         """Breaks the run off."""
         self._steps.close()
 
-    def _noted(self, steps: Iterator[list[Sequence]]) -> Iterator[list[Sequence]]:
-        try:
-            yield from steps
-        finally:
-            self.llm.last_run = self
+
+def _last(llm: TextModel, result: RunResult, steps: Iterator[list[Sequence]]) -> Iterator[list[Sequence]]:
+    try:
+        yield from steps
+    finally:
+        llm.last_run = result
 
 
 def check_run(llm: TextModel, batch_size: int | None, prefill: str, prefill_chunk: int | None, logprobs: bool) -> None:
