@@ -23,6 +23,7 @@ from litgpt_kv.cache import KVCache
 from litgpt_kv.cache.pieces import PromptReader
 from litgpt_kv.cache.spec import LayerSpec
 from litgpt_kv.cache.views import LatentProjection, Pass, SequenceView
+from litgpt_kv.config import shown
 from litgpt_kv.model import attention, block, gpt, latent
 
 
@@ -87,6 +88,8 @@ class GPT(gpt.GPT):
             return super().forward(idx, cache, length, lm_head_chunk_size)
         if cache is not None:
             raise ValueError("Pass a cache, which counts by itself, or input_pos, not both.")
+        if not isinstance(idx, Tensor):
+            raise TypeError(f"Tokens must be a tensor of shape (B, T), got {shown(idx)}.")
         if idx.dim() != 2:
             raise ValueError(f"Tokens must have shape (B, T), got {tuple(idx.shape)}.")
         step = attached_pass(self, idx, input_pos, input_pos_maxp1)

@@ -192,8 +192,19 @@ class LLM:
         return ids.long()
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids."""
-        return self.tokenizer.decode(torch.tensor(ids, dtype=torch.int64)) if len(ids) else ""
+        """The text of token ids.
+
+        Raises:
+            TypeError: If they are no whole numbers. ValueError: If one cannot be a token.
+        """
+        if not len(ids):
+            return ""
+        tokens = torch.as_tensor(ids)
+        if tokens.dim() != 1 or tokens.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"Token ids must be a list of whole numbers, got {shown(ids)}.")
+        if not 0 <= int(tokens.min()) <= int(tokens.max()) < 2**31:
+            raise ValueError(f"Token ids must be 0 to 2**31 - 1, got {shown(ids)}.")
+        return self.tokenizer.decode(tokens)
 
     def generate(
         self,
