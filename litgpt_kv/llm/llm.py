@@ -197,6 +197,8 @@ class LLM:
         Raises:
             TypeError: If they are no whole numbers. ValueError: If one cannot be a token.
         """
+        if not isinstance(ids, (Tensor, list, tuple)):
+            raise TypeError(f"Token ids must be a list of whole numbers, got {shown(ids)}.")
         if not len(ids):
             return ""
         tokens = torch.as_tensor(ids)
