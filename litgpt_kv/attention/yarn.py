@@ -1,4 +1,4 @@
-"""YaRN's rope tables as its paper and Hugging Face have them; litgpt's blend the other way round. Floor 1.
+"""YaRN's rope tables as its paper and Hugging Face have them; litgpt's blend the other way round.
 
 N table length · E rotated elements.
 """

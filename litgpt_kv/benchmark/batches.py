@@ -1,4 +1,4 @@
-"""`litgpt_kv benchmark_batches`: many prompts of different lengths through few rows, in every way there is. Floor 6."""
+"""`litgpt_kv benchmark_batches`: many prompts of different lengths through few rows, in every way there is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`litgpt_kv benchmark`: our caches and litgpt's own, on the same weights, in one interleaved run. Floor 6."""
+"""`litgpt_kv benchmark`: our caches and litgpt's own, on the same weights, in one interleaved run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`litgpt_kv benchmark --devices 2`: one process beside several, computing and talking apart. Floor 6."""
+"""`litgpt_kv benchmark --devices 2`: one process beside several, computing and talking apart."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands of `litgpt_kv`. Text goes to standard output, everything else to standard error. Floor 6."""
+"""The commands of `litgpt_kv`. Text goes to standard output, everything else to standard error."""
 
 from __future__ import annotations
 

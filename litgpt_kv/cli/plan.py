@@ -1,4 +1,4 @@
-"""`litgpt_kv plan`: what fits on which devices, computed before anything is bought or loaded. Floor 6."""
+"""`litgpt_kv plan`: what fits on which devices, computed before anything is bought or loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The terminal's side of a conversation: reading turns, commands, showing replies. Floor 6."""
+"""The terminal's side of a conversation: reading turns, commands, showing replies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our classes in the place of litgpt's, in litgpt itself: its commands, fine-tuning, LoRA and adapters. Floor 5."""
+"""Our classes in the place of litgpt's, in litgpt itself: its commands, fine-tuning, LoRA and adapters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Choosing the next token of every row at once, with litgpt's meaning of temperature, top-k and top-p. Floor 5.
+"""Choosing the next token of every row at once, with litgpt's meaning of temperature, top-k and top-p.
 
 B rows · V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""A conversation: the cache stays between turns, so that only what is new is read. Floor 6."""
+"""A conversation: the cache stays between turns, so that only what is new is read."""
 
 from __future__ import annotations
 

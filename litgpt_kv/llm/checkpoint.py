@@ -1,4 +1,4 @@
-"""From a name or a folder to a model, a tokenizer and a prompt style: litgpt's checkpoint layout. Floor 6."""
+"""From a name or a folder to a model, a tokenizer and a prompt style: litgpt's checkpoint layout."""
 
 from __future__ import annotations
 

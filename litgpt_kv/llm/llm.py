@@ -1,4 +1,4 @@
-"""`LLM`: a checkpoint and its tokenizer in one object, with litgpt's method names. Floor 6."""
+"""`LLM`: a checkpoint and its tokenizer in one object, with litgpt's method names."""
 
 from __future__ import annotations
 

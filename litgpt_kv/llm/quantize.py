@@ -1,4 +1,4 @@
-"""Weights quantized as they are loaded, litgpt's way: Lightning's plugin for bitsandbytes. Floor 6."""
+"""Weights quantized as they are loaded, litgpt's way: Lightning's plugin for bitsandbytes."""
 
 from __future__ import annotations
 

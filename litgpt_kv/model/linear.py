@@ -1,4 +1,4 @@
-"""Linear layers for a few rows on a CPU with all its threads. Floor 1.
+"""Linear layers for a few rows on a CPU with all its threads.
 
 The CPU library that torch multiplies float32 with runs a product of a few rows on one thread; a decode step is nothing
 but such products, and is bound by how fast weights are read. Cut into one piece of the weight a thread they run side by

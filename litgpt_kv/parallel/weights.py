@@ -1,4 +1,4 @@
-"""From a checkpoint's parameters to those of a part of the model, one at a time. Floor 5."""
+"""From a checkpoint's parameters to those of a part of the model, one at a time."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from litgpt_kv import GPT, KVCache, KVCacheArgs, Strategy, Tokens, registry
 from litgpt_kv.cache.plan import pattern
-from tests.oracle.reference import Policy, arguments, compare, kept_of, logits_of, scores_of, tiny, tokens_of, walk
+from tests.oracle.reference import Policy, compare, kept_of, logits_of, scores_of, tiny, tokens_of, walk
 
 C = 9
 LENGTHS = [1, C - 1, C, 2 * C + 1]
@@ -147,6 +146,26 @@ def test_29_shares_floors_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         assert cache.layers[0].keys.read(40).shape == (1, 1, 40, 6)
         promised = KVCache.nbytes(model.config, args, 1, 90, dtype=torch.float64)
         assert promised == cache.allocated() and promised["keys"] == 2 * 4 * 10 * 6 * 8
+
+
+@dataclass(frozen=True)
+class Incomparable(Favourite):
+    """Every head has its own scale: compared as they are, head 1 would take all."""
+
+    comparable: ClassVar[bool] = False
+
+    def score(self, tokens: Tokens) -> Tensor:
+        scale = torch.tensor([1.0, 1000.0, 1.0, 1.0]).view(1, 4, 1)
+        return (tokens.pos + 1).clamp(min=0) * scale
+
+
+def test_29_scores_that_cannot_be_compared_are_divided_by_their_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry._KINDS["strategy"], "incomparable", Incomparable)
+    model, tokens = tiny(seed=8, n_query_groups=4), torch.tensor([tokens_of(1, 45)])
+    args = KVCacheArgs("incomparable", budget=10, recent=0, sinks=0, select="pool", floor=0.0)
+    cache = KVCache.build(model, args, max_tokens=90)
+    model(tokens, cache, torch.tensor([45]))
+    assert kept_of(cache, 0)[0] == [list(range(35, 45))] * 4
 
 
 def test_29_pools_must_divide_the_heads(gqa: GPT) -> None:
@@ -384,56 +403,3 @@ def test_31_a_piece_that_fails_is_noticed(gqa: GPT, monkeypatch: pytest.MonkeyPa
     for part in (tokens[:, :4], tokens[:, 4:]):
         logits = gqa(part, again)
     torch.testing.assert_close(logits, gqa(tokens, whole, torch.tensor([12])), rtol=0, atol=1e-8)
-
-
-# -- views, moves and what a row holds ---------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def test_a_view_follows_its_cache_to_other_buffers(gqa: GPT) -> None:
-    cache = KVCache.build(gqa, KVCacheArgs("h2o", budget=C), 3)
-    view, tokens = cache.row(1), torch.tensor([tokens_of(1, 20)])
-    assert cache.row(1) is view
-    cache.to(torch.float32).to(torch.float64)  # new buffers, twice
-    logits = gqa(tokens[:, :12], view, torch.tensor([12]))
-    alone = KVCache.build(gqa, KVCacheArgs("h2o", budget=C))
-    torch.testing.assert_close(logits, gqa(tokens[:, :12], alone, torch.tensor([12])), rtol=0, atol=1e-8)
-    assert cache.seen == [0, 12, 0] and kept_of(cache, 1) == kept_of(alone, 0)
-    view.row(0).reset()
-    assert cache.seen == cache.pos.tolist() == [0, 0, 0]
-
-
-@torch.no_grad()
-def test_inspect_says_what_a_row_holds(gqa: GPT) -> None:
-    cache, tokens = (
-        KVCache.build(gqa, KVCacheArgs("h2o", budget=C), 2),
-        torch.tensor([tokens_of(b, 14) for b in (1, 2)]),
-    )
-    gqa(tokens[:, :13], cache, torch.tensor([13, 4]))
-    layers = cache.inspect(0)
-    assert len(layers) == 2 and all(len(layer.heads) == 2 and not layer.unrotated for layer in layers)
-    for head in layers[1].heads:
-        assert head.positions.shape == (C,) and head.positions.tolist() == sorted(head.positions.tolist())
-        assert torch.equal(head.scores, head.statistics["mass"]) and head.keys.shape == head.values.shape == (C, 6)
-    assert [head.positions.tolist() for head in cache.inspect(1)[0].heads] == [[0, 1, 2, 3]] * 2
-    with pytest.raises(ValueError, match="The cache has rows 0 to 1, got 2"):
-        cache.inspect(2)
-
-
-def test_a_static_cache_counts_and_evicts_as_another(gqa: GPT) -> None:
-    rows, prompts = rows_of(LENGTHS), LENGTHS
-    for policy in (Policy("sink", C, 2, 0, interval=3), Policy("h2o", C, 1, 2, interval=3), Policy("h2o", C, 1, 2)):
-        caches = [KVCache.build(gqa, arguments(policy), 4, static=static) for static in (False, True)]
-        plain, static = (logits_of(gqa, cache, rows, prompts, "full") for cache in caches)
-        assert caches[0].seen == caches[1].seen
-        for b in range(4):
-            assert kept_of(caches[0], b) == kept_of(caches[1], b)
-            for i, logits in plain[b].items():
-                torch.testing.assert_close(static[b][i], logits, rtol=0, atol=1e-10)
-        caches[1].static = False
-        assert caches[1].seen == caches[0].seen
-        token = torch.tensor([[1]] * 4)
-        for cache in caches:
-            cache.revive()
-        torch.testing.assert_close(gqa(token, caches[1]), gqa(token, caches[0]), rtol=0, atol=1e-10)
-    assert math.isfinite(float(plain[0][0].sum()))

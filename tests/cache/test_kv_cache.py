@@ -1,0 +1,61 @@
+"""Views of rows, what a row holds, and the static mode of compiled models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from litgpt_kv import GPT, KVCache, KVCacheArgs
+from tests.oracle.reference import Policy, arguments, kept_of, logits_of, tokens_of
+from tests.semantics.test_options import LENGTHS, C, rows_of
+
+# -- views, moves and what a row holds ---------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_view_follows_its_cache_to_other_buffers(gqa: GPT) -> None:
+    cache = KVCache.build(gqa, KVCacheArgs("h2o", budget=C), 3)
+    view, tokens = cache.row(1), torch.tensor([tokens_of(1, 20)])
+    assert cache.row(1) is view
+    cache.to(torch.float32).to(torch.float64)  # new buffers, twice
+    logits = gqa(tokens[:, :12], view, torch.tensor([12]))
+    alone = KVCache.build(gqa, KVCacheArgs("h2o", budget=C))
+    torch.testing.assert_close(logits, gqa(tokens[:, :12], alone, torch.tensor([12])), rtol=0, atol=1e-8)
+    assert cache.seen == [0, 12, 0] and kept_of(cache, 1) == kept_of(alone, 0)
+    view.row(0).reset()
+    assert cache.seen == cache.pos.tolist() == [0, 0, 0]
+
+
+@torch.no_grad()
+def test_inspect_says_what_a_row_holds(gqa: GPT) -> None:
+    cache, tokens = (
+        KVCache.build(gqa, KVCacheArgs("h2o", budget=C), 2),
+        torch.tensor([tokens_of(b, 14) for b in (1, 2)]),
+    )
+    gqa(tokens[:, :13], cache, torch.tensor([13, 4]))
+    layers = cache.inspect(0)
+    assert len(layers) == 2 and all(len(layer.heads) == 2 and not layer.unrotated for layer in layers)
+    for head in layers[1].heads:
+        assert head.positions.shape == (C,) and head.positions.tolist() == sorted(head.positions.tolist())
+        assert torch.equal(head.scores, head.statistics["mass"]) and head.keys.shape == head.values.shape == (C, 6)
+    assert [head.positions.tolist() for head in cache.inspect(1)[0].heads] == [[0, 1, 2, 3]] * 2
+    with pytest.raises(ValueError, match="The cache has rows 0 to 1, got 2"):
+        cache.inspect(2)
+
+
+def test_a_static_cache_counts_and_evicts_as_another(gqa: GPT) -> None:
+    rows, prompts = rows_of(LENGTHS), LENGTHS
+    for policy in (Policy("sink", C, 2, 0, interval=3), Policy("h2o", C, 1, 2, interval=3), Policy("h2o", C, 1, 2)):
+        caches = [KVCache.build(gqa, arguments(policy), 4, static=static) for static in (False, True)]
+        plain, static = (logits_of(gqa, cache, rows, prompts, "full") for cache in caches)
+        assert caches[0].seen == caches[1].seen
+        for b in range(4):
+            assert kept_of(caches[0], b) == kept_of(caches[1], b)
+            for i, logits in plain[b].items():
+                torch.testing.assert_close(static[b][i], logits, rtol=0, atol=1e-10)
+        caches[1].static = False
+        assert caches[1].seen == caches[0].seen
+        token = torch.tensor([[1]] * 4)
+        for cache in caches:
+            cache.revive()
+        torch.testing.assert_close(gqa(token, caches[1]), gqa(token, caches[0]), rtol=0, atol=1e-10)
