@@ -40,6 +40,7 @@ def test_two_runs_on_one_file_are_refused_and_the_first_ones_answers_stay(
         while not (out.exists() and out.stat().st_size):
             assert first.poll() is None
             time.sleep(0.01)
+        first.send_signal(signal.SIGSTOP)  # so that it cannot end meanwhile; its lock stays
         for second in ([], ["--resume"]):
             assert run(*options, "--out", out, *second) == 2
             err = capsys.readouterr().err
@@ -47,7 +48,6 @@ def test_two_runs_on_one_file_are_refused_and_the_first_ones_answers_stay(
                 err
                 == f"litgpt_kv: error: {out} is being written by another run: wait for it, or choose another name.\n"
             )
-        assert first.poll() is None, "it must still be at work"
         first.send_signal(signal.SIGKILL)
     finished = texts(out)
     assert run(*options, "--out", out, "--resume") == 0, "the lock went with the process"
