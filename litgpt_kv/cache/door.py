@@ -13,15 +13,17 @@ from litgpt_kv.cache.row_clock import RowClock
 from litgpt_kv.config import KVCacheArgs, shown
 
 
-def check_args(args: Any) -> KVCacheArgs:
-    """What the user asked for, also given as a strategy's name.
+def check_build(args: Any, batch_size: Any, max_tokens: Any) -> KVCacheArgs:
+    """What the user asked for, also given as a strategy's name; the sizes must be counts.
 
     Raises:
-        TypeError: If it is something else. ValueError: For "none", which is no cache.
+        TypeError: If it is something else. ValueError: For "none", which is no cache, and for sizes.
     """
     found = KVCacheArgs.of(args)
     if found is None:
         raise ValueError("kv_cache 'none' keeps nothing: there is no cache to build.")
+    check_count("batch_size", batch_size)
+    check_count("max_tokens", max_tokens)
     return found
 
 
@@ -51,6 +53,15 @@ def check_rows(rows: Iterable[int] | Tensor, batch_size: int) -> list[int]:
     if bad := [b for b in rows if isinstance(b, bool) or not isinstance(b, int) or not 0 <= b < batch_size]:
         raise ValueError(f"The cache has rows 0 to {batch_size - 1}, got {shown(bad[0])}.")
     return rows
+
+
+def check_context(length: int, context: int) -> None:
+    """Raise ValueError if a prompt that is to be read in pieces is longer than the model's context."""
+    if length > context:
+        raise ValueError(
+            f"A prompt of {length} tokens is over the limit of {context}: the model's context. "
+            "The min-length prefill reads longer prompts into a cache that evicts."
+        )
 
 
 def check_prompt(

@@ -1,7 +1,6 @@
 """The cache of a model: its layers, the slots their tokens are in, and a counter for every row.
 
-L layers of a group · B rows · T new tokens · S slots of a set · N keys attended to (S, or S + T for a block) ·
-P sets of kept tokens (1, one a key/value head, or one a pool) · E rotated elements.
+B rows · T new tokens · V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from litgpt.config import Config
 from litgpt_kv.attention.rope import RopeTables
 from litgpt_kv.cache import serialize
 from litgpt_kv.cache.decode import begin_decode
-from litgpt_kv.cache.door import check_args, check_count, check_prompt, check_rows, check_step
+from litgpt_kv.cache.door import check_build, check_context, check_count, check_prompt, check_rows, check_step
 from litgpt_kv.cache.inspection import LayerContents, inspect_row
-from litgpt_kv.cache.layer import LayerCache
+from litgpt_kv.cache.layer import build_layers
 from litgpt_kv.cache.pieces import PromptReader
-from litgpt_kv.cache.plan import LayerPlan, check_prompt_kept, limit_of, resolve
+from litgpt_kv.cache.plan import check_prompt_kept, limit_of, resolve
 from litgpt_kv.cache.row_clock import RowClock
-from litgpt_kv.cache.slots import Slots
+from litgpt_kv.cache.rows import RowViews, allocated, refresh, repeated, reset_rows, view_of
 from litgpt_kv.cache.views import Pass, begin_prefill
 from litgpt_kv.config import KVCacheArgs
 
@@ -38,6 +37,8 @@ class KVCache(nn.Module):
         args: What the user asked for. max_tokens: How many tokens a row may see. context: The model's.
         dtype: Of the model, for which the cache was built.
         limit: The most tokens a row may see, None without an end; why: The reason.
+        longest_block: The most tokens of one decode step. first_chunk: The most prompt tokens that every layer keeps.
+        exact_blocks: Whether a block of tokens gives what they give one at a time, whatever attention they pay.
         evicting: In static mode, whether the next step may find a row full; False saves it the search for victims.
     """
 
@@ -59,27 +60,14 @@ class KVCache(nn.Module):
         self.theta: list[tuple[Tensor, Tensor, Tensor]] = []  # of each rope base, for angles beyond the tables
         devices = devices or [torch.device("cpu")] * config.n_layer
         plans = self.plans = resolve(config, args, max_tokens, context)
-        groups: dict[tuple, list[LayerPlan]] = {}
-        for plan in plans:
-            groups.setdefault((*plan.stack_key, devices[plan.spec.index]), []).append(plan)
-        self.clock = RowClock(batch_size, len(groups), devices[0], static)
-        self.slots = nn.ModuleList()
-        layers: dict[int, LayerCache] = {}
-        self.group_of = [0] * config.n_layer
-        for number, group in enumerate(groups.values()):
-            device = devices[group[0].spec.index]
-            exact = torch.promote_types(dtype, torch.float32)
-            slots = Slots(group[0], tuple(plan.spec for plan in group), batch_size, exact, device)
-            self.slots.append(slots)
-            for i, plan in enumerate(group):
-                layers[plan.spec.index] = LayerCache(plan, args, slots, slots.stack_index(i), batch_size, dtype, device)
-                self.group_of[plan.spec.index] = number
-        self.layers = nn.ModuleList(layers[i] for i in range(config.n_layer))
+        slots, layers, self.group_of = build_layers(plans, args, batch_size, dtype, devices)
+        self.slots, self.layers = nn.ModuleList(slots), nn.ModuleList(layers)
+        self.clock = RowClock(batch_size, len(slots), devices[0], static)
         self.limit, self.why = limit_of(plans, context)
         self.longest_block = max(1, min(plan.slots - plan.sinks for plan in plans))
-        self._views: dict[tuple[int, int], KVCache] = {}
-        self._source: tuple[nn.Module, ...] | None = None  # of a view: the modules whose rows it shows
-        self._moves = 0
+        self.first_chunk = min(plan.slots for plan in plans)
+        self.exact_blocks = all(plan.exact_blocks for plan in plans)
+        self._views = RowViews()
 
     @classmethod
     def build(
@@ -105,11 +93,9 @@ class KVCache(nn.Module):
         Raises:
             ValueError: If the arguments contradict each other or ask for more than the model's context.
         """
-        args = check_args("dense" if args is None else args)
-        check_count("batch_size", batch_size)
         context = model.max_seq_length
         max_tokens = context if max_tokens is None else max_tokens
-        check_count("max_tokens", max_tokens)
+        args = check_build("dense" if args is None else args, batch_size, max_tokens)
         devices = [next(block.attn.proj.parameters()).device for block in model.transformer.h]
         dtype = dtype or model.transformer.wte.weight.dtype
         with torch.inference_mode(False):  # tensors made inside could not be used outside of it
@@ -133,24 +119,13 @@ class KVCache(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> dict[str, int]:
         """Exact bytes of a cache before anything is allocated: keys, values, positions, statistics and total."""
-        args = check_args(args)
-        check_count("batch_size", batch_size)
-        check_count("max_tokens", max_tokens)
+        args = check_build(args, batch_size, max_tokens)
         devices = [torch.device("meta")] * config.n_layer
         return cls(config, args, batch_size, max_tokens, config.block_size, dtype, devices).allocated()
 
     def allocated(self) -> dict[str, int]:
         """Bytes held by this cache's buffers, as `nbytes` names them; they never grow."""
-        statistics = sum(s.nbytes for slots in self.slots for s in slots.statistics.values())
-        statistics += sum(_bytes(layer.ring) for layer in self.layers if layer.ring is not None)
-        positions = sum(_bytes(slots) for slots in self.slots) + _bytes(self.clock)
-        size = {
-            "keys": sum(_bytes(layer.keys) for layer in self.layers),
-            "values": sum(_bytes(layer.values) for layer in self.layers),
-            "positions": positions - sum(s.nbytes for slots in self.slots for s in slots.statistics.values()),
-            "statistics": statistics,
-        }
-        return {**size, "total": sum(size.values())}
+        return allocated(self)
 
     def save(self, path: str | Path, model: Any = None) -> None:
         """Write the cache to a file in safetensors' format, with its arguments and a fingerprint of its model.
@@ -159,10 +134,7 @@ class KVCache(nn.Module):
             path: Where to write the file.
             model: Not needed: the fingerprint was taken when the cache was built. Given, it must be the same model.
         """
-        if model is not None and serialize.fingerprint(model) != self.fingerprint:
-            raise ValueError("This cache was built for another model than the one given.")
-        self.clock.check_whole("Saving")
-        serialize.write(self, path)
+        serialize.write(self, path, model)
 
     @classmethod
     def load(cls, path: str | Path, model: Any, args: KVCacheArgs | str | None = None) -> KVCache:
@@ -204,16 +176,6 @@ class KVCache(nn.Module):
         return self.clock.seen
 
     @property
-    def first_chunk(self) -> int:
-        """The most prompt tokens that every layer can keep: the first pass of the min-length prefill."""
-        return min(plan.slots for plan in self.plans)
-
-    @property
-    def exact_blocks(self) -> bool:
-        """Whether a block of tokens gives what they give one at a time: what stays does not depend on attention."""
-        return all(plan.exact_blocks for plan in self.plans)
-
-    @property
     def static(self) -> bool:
         """Whether shapes and branches of a step never depend on the rows' counters, as a compiled model needs it."""
         return self.clock.static
@@ -224,26 +186,13 @@ class KVCache(nn.Module):
             self.recount()
         self.clock.host.static = value
 
-    @property
-    def full(self) -> bool:
-        """Whether the next token of some live row evicts another one in some layer."""
-        alive = self.clock.alive
-        fills = ((self.clock.fill(g), slots.plan.slots) for g, slots in enumerate(self.slots))
-        return any(live and n >= size for fill, size in fills for n, live in zip(fill, alive))
-
     def tokens(self) -> dict[str, list[int]]:
         """For each row the tokens it has "seen" and the most that any head has "kept" of them (a device sync)."""
         kept = torch.stack([slots.kept_per_head().to(self.pos.device) for slots in self.slots]).amax(0)
         return {"seen": self.pos.tolist(), "kept": kept.tolist()}
 
     def inspect(self, row: int) -> list[LayerContents]:
-        """What a row holds: of each layer and key/value head the kept tokens' positions, statistics, scores, keys and
-        values (a copy on the host).
-
-        Raises:
-            ValueError: If there is no such row.
-        """
-        (row,) = check_rows([row], self.batch_size)
+        """What a row holds, of each layer and head: the tokens' positions, statistics, scores, keys and values."""
         view = self.row(row)
         return inspect_row(view.clock, view.slots, view.layers, view.group_of, self.rope)
 
@@ -254,11 +203,7 @@ class KVCache(nn.Module):
         """Empty all rows, or some; they may then be seeded again."""
         self._refresh()
         chosen = check_rows(range(self.batch_size) if rows is None else rows, self.batch_size)
-        where = slice(None) if rows is None else self.clock.index(chosen)
-        for module in self.modules():
-            if module is not self and module is not self.clock and hasattr(module, "reset"):
-                index = where if rows is None else where.to(next(module.buffers()).device)
-                module.reset(index)
+        reset_rows((*self.slots, *self.layers), None if rows is None else self.clock.index(chosen))
         self.clock.reset(chosen)
 
     @torch.no_grad()
@@ -282,8 +227,7 @@ class KVCache(nn.Module):
         """
         self._refresh()
         check_rows(list(lengths), self.batch_size)
-        for length in lengths.values():
-            check_prompt_kept(self.plans, length)
+        check_prompt_kept(self.plans, max(lengths.values(), default=0))
         self.clock.set_prompt_lengths(lengths)
 
     def row(self, b: int) -> KVCache:
@@ -297,13 +241,7 @@ class KVCache(nn.Module):
         if start >= stop:
             raise ValueError(f"rows must start before they stop, got {start} and {stop}.")
         self._refresh()
-        if (start, stop) not in self._views:
-            view = _with_rows(self, lambda buffer, dim: buffer.narrow(dim, start, stop - start))
-            view.clock.rows = self.clock.rows[start:stop]
-            view._views, view._source = {}, (self.clock, self.slots, self.layers)
-            view._range = (start, stop)
-            self._views[start, stop] = view
-        return self._views[start, stop]
+        return view_of(self, self._views, start, stop)
 
     def repeat(self, count: int) -> KVCache:
         """A cache of its own in which every row stands `count` times, side by side: one context, many questions."""
@@ -311,11 +249,7 @@ class KVCache(nn.Module):
         self.clock.check_whole("Repeating")
         self._refresh()
         with torch.inference_mode(False), torch.no_grad():  # see `build`
-            copy = _with_rows(self, lambda buffer, dim: buffer.repeat_interleave(count, dim))
-        copy._views, copy._source = {}, None
-        copy.clock.host = self.clock.host.repeated(self.clock.rows, count)
-        copy.clock.rows = range(copy.batch_size)
-        return copy
+            return repeated(self, count)
 
     def recount(self) -> None:
         """Read the counters off the buffers, after these were written from outside (a device sync)."""
@@ -327,18 +261,11 @@ class KVCache(nn.Module):
         `model(tokens[:, a:b], reader)` reads the next piece and gives the logits (1, V) after its last token; the last
         piece compresses the prompt and seeds the row.
 
-        Args:
-            row: Its number. length: Tokens of the whole prompt.
-
         Raises:
-            ValueError: If the row is not empty or the prompt does not fit.
+            ValueError: If the row is not empty or the prompt of `length` tokens does not fit.
         """
         view = self.row(row)
-        if length > self.context:
-            raise ValueError(
-                f"A prompt of {length} tokens is over the limit of {self.context}: the model's context. "
-                "The min-length prefill reads longer prompts into a cache that evicts."
-            )
+        check_context(length, self.context)
         view.check_prompt(length, torch.tensor([length], device=view.pos.device))
         return PromptReader(view.clock, view.slots, view.layers, view.group_of, length)
 
@@ -364,41 +291,9 @@ class KVCache(nn.Module):
         """Raise ValueError if T more tokens do not fit, or a row is in the middle of a step that failed."""
         check_step(self.clock, self.longest_block, self.limit, self.why, T)
 
-    # -- buffers -----------------------------------------------------------------------------------------------------
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KVCache:
         self.clock.host.moves += 1  # views take the new buffers when they are used next
         return super()._apply(fn, recurse)
 
     def _refresh(self) -> None:
-        """A view takes its rows of buffers that were replaced since it was made."""
-        if self._moves == self.clock.host.moves:
-            return
-        self._moves = self.clock.host.moves
-        if self._source is not None:
-            start, stop = self._range
-            for module, source in zip((self.clock, self.slots, self.layers), self._source):
-                _take_rows(module, source, start, stop)
-
-
-def _bytes(module: nn.Module) -> int:
-    return sum(buffer.nbytes for buffer in module.buffers())
-
-
-def _with_rows(module: nn.Module, change: Callable[[Tensor, int], Tensor]) -> Any:
-    """A shallow copy of a tree of modules in which every buffer is changed along its dimension of rows."""
-    copy = module.__new__(type(module))
-    copy.__dict__.update(module.__dict__)
-    dim = getattr(module, "row_dim", 0)
-    copy._buffers = {k: t if t is None else change(t, dim) for k, t in module._buffers.items()}
-    copy._modules = {k: _with_rows(m, change) for k, m in module._modules.items() if m is not None}
-    return copy
-
-
-def _take_rows(module: nn.Module, source: nn.Module, start: int, stop: int) -> None:
-    dim = getattr(module, "row_dim", 0)
-    for name, buffer in source._buffers.items():
-        module._buffers[name] = buffer if buffer is None else buffer.narrow(dim, start, stop - start)
-    for name, child in source._modules.items():
-        if child is not None:
-            _take_rows(module._modules[name], child, start, stop)
+        refresh(self, self._views)

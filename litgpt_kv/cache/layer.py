@@ -6,7 +6,7 @@ of a pool · H query heads · G key/value heads · D head size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -128,6 +128,29 @@ class LayerCache(nn.Module):
         tokens.statistics = {**tokens.statistics, **own}
         score = slots.prompt_score(tokens) if T > slots.plan.slots else None
         return slots.select_prompt(score, step.length, T), own
+
+
+def build_layers(
+    plans: Sequence[LayerPlan],
+    args: KVCacheArgs,
+    batch_size: int,
+    dtype: torch.dtype,
+    devices: Sequence[torch.device],
+) -> tuple[list[Slots], list[LayerCache], list[int]]:
+    """The slots of each group of layers that keep their books together, each layer's cache, and each layer's group."""
+    groups: dict[tuple, list[LayerPlan]] = {}
+    for plan in plans:
+        groups.setdefault((*plan.stack_key, devices[plan.spec.index]), []).append(plan)
+    every, layers, group_of = [], {}, [0] * len(plans)
+    for number, group in enumerate(groups.values()):
+        device = devices[group[0].spec.index]
+        exact = torch.promote_types(dtype, torch.float32)
+        slots = Slots(group[0], tuple(plan.spec for plan in group), batch_size, exact, device)
+        every.append(slots)
+        for i, plan in enumerate(group):
+            layers[plan.spec.index] = LayerCache(plan, args, slots, slots.stack_index(i), batch_size, dtype, device)
+            group_of[plan.spec.index] = number
+    return every, [layers[i] for i in range(len(plans))], group_of
 
 
 def prompt_statistics(

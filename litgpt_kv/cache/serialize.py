@@ -44,8 +44,11 @@ MODEL_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in list(DTYPE
 MOST_TOKENS = 2**40  # more than any text has, and small enough to calculate with
 
 
-def write(cache: Any, path: str | Path) -> None:
+def write(cache: Any, path: str | Path, model: Any) -> None:
     """Do the work of `KVCache.save`."""
+    if model is not None and fingerprint(model) != cache.fingerprint:
+        raise ValueError("This cache was built for another model than the one given.")
+    cache.clock.check_whole("Saving")
     about = {"args": asdict(cache.args), "batch_size": cache.batch_size, "max_tokens": cache.max_tokens}
     about["dtype"] = str(cache.dtype).removeprefix("torch.")
     metadata = {"format": FORMAT, "cache": json.dumps(about), "model": cache.fingerprint}
