@@ -1,4 +1,4 @@
-"""`litgpt_kv benchmark_batches`: many prompts of different lengths through few rows, in every way there is."""
+"""`litgpt_kv benchmark_batches`: many prompts of different lengths, one by one, in batches, and in rows that refill."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GREEDY = SamplingArgs(temperature=0)
 
 
 @dataclass
-class Way:
+class Candidate:
     """One way to answer all requests: its name, and the run."""
 
     name: str
@@ -90,32 +90,32 @@ def benchmark_batches(
         return [Request(i, n, sampling=GREEDY) for i, n in zip(ids, new)]
 
     print(f"{checkpoint_dir}, {llm.fabric.device}, {args.strategy}, {rows} rows, best and median of {repeats}\n")
-    every = ways(llm, requests(ragged, [new_tokens] * prompts), args, rows)
+    every = candidates(llm, requests(ragged, [new_tokens] * prompts), args, rows)
     _table(f"{prompts} prompts of {shortest} to {longest} tokens, {new_tokens} new ones each", every, repeats)
-    every = ways(llm, requests([shortest] * answers, new), args, rows)
-    equal = [way for way in every if way.name.endswith("min-length")]  # prompts of one length: both prefills are one
+    every = candidates(llm, requests([shortest] * answers, new), args, rows)
+    equal = [one for one in every if one.name.endswith("min-length")]  # prompts of one length: both prefills agree
     _table(f"{answers:,} prompts of {shortest} tokens, {fewest} to {fewest * spread} new ones", equal, repeats)
 
 
-def ways(llm: LLM, requests: list[Request], args: KVCacheArgs, rows: int) -> list[Way]:
-    """All that there are; each makes as many tokens."""
+def candidates(llm: LLM, requests: list[Request], args: KVCacheArgs, rows: int) -> list[Candidate]:
+    """The methods to compare; each makes as many tokens."""
     tokens = max(len(r.prompt) + r.max_new_tokens for r in requests)
     one, many = (KVCache.build(llm.model, args, n, tokens) for n in (1, rows))
 
-    def waiting(cache: KVCache, prefill: str) -> Stats:
+    def in_batches(cache: KVCache, prefill: str) -> Stats:
         """Batches that begin and end together; the last one may be smaller."""
         total = Stats()
         for start in range(0, len(requests), cache.batch_size):
             part = requests[start : start + cache.batch_size]
             cache.reset()
-            its = cache if len(part) == cache.batch_size else KVCache.build(llm.model, args, len(part), tokens)
+            used = cache if len(part) == cache.batch_size else KVCache.build(llm.model, args, len(part), tokens)
             ids, new, stats = [r.prompt for r in part], [r.max_new_tokens for r in part], Stats()
-            generate(llm.model, ids, its, max_new_tokens=new, sampling=GREEDY, prefill=prefill, stats=stats)
+            generate(llm.model, ids, used, max_new_tokens=new, sampling=GREEDY, prefill=prefill, stats=stats)
             total.prompt_tokens += stats.prompt_tokens
             total.new_tokens += stats.new_tokens
         return total
 
-    def coming(prefill: str) -> Stats:
+    def refilled(prefill: str) -> Stats:
         stats = Stats()
         many.reset()
         for _ in serve(llm.model, requests, many, prefill=prefill, stats=stats):
@@ -123,25 +123,25 @@ def ways(llm: LLM, requests: list[Request], args: KVCacheArgs, rows: int) -> lis
         return stats
 
     return [
-        Way("one by one", lambda: waiting(one, "full")),
-        Way("waiting, min-length", lambda: waiting(many, "min-length")),
-        Way("waiting, full", lambda: waiting(many, "full")),
-        Way("rows come and go, min-length", lambda: coming("min-length")),
-        Way("rows come and go, full", lambda: coming("full")),
+        Candidate("one by one", lambda: in_batches(one, "full")),
+        Candidate("waiting, min-length", lambda: in_batches(many, "min-length")),
+        Candidate("waiting, full", lambda: in_batches(many, "full")),
+        Candidate("rows come and go, min-length", lambda: refilled("min-length")),
+        Candidate("rows come and go, full", lambda: refilled("full")),
     ]
 
 
-def _table(title: str, them: list[Way], repeats: int) -> None:
-    order = [way for _ in range(repeats) for way in them]
-    for way in tqdm(order, disable=None, leave=False, file=sys.stderr):
+def _table(title: str, every: list[Candidate], repeats: int) -> None:
+    order = [candidate for _ in range(repeats) for candidate in every]
+    for candidate in tqdm(order, disable=None, leave=False, file=sys.stderr):
         began = time.perf_counter()
-        way.stats = way.run()
-        way.seconds.append(time.perf_counter() - began)
+        candidate.stats = candidate.run()
+        candidate.seconds.append(time.perf_counter() - began)
     print(title)
     print(f"{'':30}{'new tokens/s':>18}{'all tokens/s':>14}{'seconds':>10}")
-    for way in them:
-        best, median = min(way.seconds), statistics.median(way.seconds)
-        new = way.stats.new_tokens
+    for candidate in every:
+        best, median = min(candidate.seconds), statistics.median(candidate.seconds)
+        new = candidate.stats.new_tokens
         speed = f"{new / best:,.0f} · {new / median:,.0f}"
-        print(f"{way.name:30}{speed:>18}{(new + way.stats.prompt_tokens) / best:>14,.0f}{best:>10.2f}")
+        print(f"{candidate.name:30}{speed:>18}{(new + candidate.stats.prompt_tokens) / best:>14,.0f}{best:>10.2f}")
     print()

@@ -95,7 +95,7 @@ def generate(
     failed: list[Sequence] = []
     for sample in range(num_samples):
         asked = [llm.request(request.sample(sample), b) for b, request in enumerate(requests)]
-        steps = llm.run(asked, args, run.batch_size, run.prefill, run.prefill_chunk)
+        steps = llm.run(asked, args, run)
         _announce(Output.of(llm), asked, steps.cache, run)
         sequences = show(llm, steps)
         report(Output.of(llm), steps.stats, steps.cache, parallel=llm.parallel)
@@ -141,11 +141,11 @@ def _answer(
     llm: LLM, prompts: PromptFile, answers: Answers, args: KVCacheArgs | None, run: RunArgs, num_samples: int
 ) -> None:
     output = Output.of(llm)
-    telling = _Telling(output, run)
-    telling_how = {"on_begin": telling.begin, "on_bad": telling.bad, "on_failed": telling.failed}
+    notes = _FileNotes(output, run)
+    callbacks = {"on_begin": notes.begin, "on_bad": notes.bad, "on_failed": notes.failed}
     with answers, contextlib.closing(prompts):
         try:
-            counts = answer_file(llm, prompts, answers, args, run, num_samples=num_samples, **telling_how)
+            counts = answer_file(llm, prompts, answers, args, run, num_samples=num_samples, **callbacks)
         except KeyboardInterrupt:
             if answers.path is not None:
                 where = f"{answers.path} and its parts" if answers.divided else answers.path
@@ -170,9 +170,8 @@ def _answer(
         raise SystemExit(1)
 
 
-class _Telling:
-    """What is said while a file of prompts is answered: the first bad lines and failed answers, and one prompt that is
-    read slowly."""
+class _FileNotes:
+    """Notes on standard error while a file of prompts is answered: bad lines, failed answers, a slow first read."""
 
     def __init__(self, output: Output, run: RunArgs) -> None:
         self.output, self.run, self.bad_lines, self.failed_lines, self.announced = output, run, 0, 0, False

@@ -62,15 +62,13 @@ def answer_file(
     if num_samples > MOST_SAMPLES:
         raise ValueError(f"num_samples must be at most {MOST_SAMPLES:,} for a file of prompts, got {num_samples:,}.")
     answers.begin(llm.parallel)
-    run_args = run_args or RunArgs()
-    telling = on_begin, on_bad, on_failed
-    run = FileRun(llm, answers, args, num_samples, run_args.batch_size or ROWS, run_args.prefill, *telling)
+    run_args = replace(run_args or RunArgs(), batch_size=(run_args.batch_size if run_args else None) or ROWS)
+    run = FileRun(llm, answers, args, num_samples, run_args, on_begin, on_bad, on_failed)
     if len(answers.before) and prompts.is_repeatable:
         run.compare(prompts)
     tokens = run.longest(prompts.repeatable()) if run.needs_longest else None
-    options = {name: getattr(run_args, name) for name in ("prefill", "prefill_chunk", "logprobs")}
     divided = llm.parallel is not None and llm.parallel.divides_prompts
-    steps = (run.divided if divided else run.streamed)(run.requests(prompts, tokens), tokens, options)
+    steps = (run.divided if divided else run.streamed)(run.requests(prompts, tokens), tokens)
     hidden = None if llm.fabric.is_global_zero else True  # None: a bar on terminals only
     with tqdm(initial=len(answers), unit="prompt", disable=hidden) as bar:
         for sequence in (sequence for step in steps for sequence in step if sequence.reason is not None):
@@ -88,8 +86,7 @@ class FileRun:
     answers: Answers
     args: KVCacheArgs | None
     num_samples: int
-    batch_size: int
-    prefill: str
+    batching: RunArgs
     on_begin: Callable[[abc.Sequence[Request], KVCache | None], None]
     on_bad: Callable[[Line], None]
     on_failed: Callable[[Line, str], None]
@@ -124,13 +121,13 @@ class FileRun:
 
     def longest(self, prompts: Iterable[Line]) -> int:
         """The most tokens that a row will see, of all usable lines, answered or not."""
-        limits = Limits.of(self.llm.model, self.args, self.prefill)
+        limits = Limits.of(self.llm.model, self.args, self.batching.prefill)
         requests = (self._request(line, limits) for line in prompts)
         return max((request.sees for request in requests if request is not None), default=1)
 
     def requests(self, prompts: Iterable[Line], tokens: int | None) -> Iterator[Request]:
         """Yield what is to be answered; bad lines are counted and told, answers that are there left out."""
-        limits = Limits.of(self.llm.model, self.args, self.prefill, tokens)
+        limits = Limits.of(self.llm.model, self.args, self.batching.prefill, tokens)
         for line in prompts:
             self.counts.lines += 1
             request = self._request(line, limits)
@@ -154,15 +151,13 @@ class FileRun:
                 request = self.llm.request(line.request)
                 limits.check(request)
                 if self.grows and self.args.keep_prompt:  # in the smallest cache that it may get
-                    Limits.of(self.llm.model, self.args, self.prefill, request.sees).check(request)
+                    Limits.of(self.llm.model, self.args, self.batching.prefill, request.sees).check(request)
                 return request
             except (ValueError, TypeError, OverflowError, RecursionError) as error:
                 line.error = str(error)
         return None
 
-    def streamed(
-        self, requests: Iterator[Request], tokens: int | None, options: dict[str, Any]
-    ) -> Iterator[list[Sequence]]:
+    def streamed(self, requests: Iterator[Request], tokens: int | None) -> Iterator[list[Sequence]]:
         """Answer requests as they come. Where the cache grows, a request that is too long for it waits until all others
         have ended; then a larger one is made."""
         ahead: deque[Request] = deque()
@@ -178,23 +173,21 @@ class FileRun:
                     self.on_begin([ahead[0]], self.cache)
                 yield ahead.popleft()
 
-        limit = Limits.of(self.llm.model, self.args, self.prefill).limit
-        while fill(self.batch_size):
+        limit = Limits.of(self.llm.model, self.args, self.batching.prefill).limit
+        while fill(self.batching.batch_size or ROWS):
             longest = max(request.sees for request in ahead)
             size = tokens or max(longest, int(size * GROWTH) if limit is None else min(limit, int(size * GROWTH)))
             first, self.cache = list(ahead), None
-            run = self.llm.answer(fitting(), self.args, len(ahead), size, **options)
+            run = self.llm.answer(fitting(), self.args, replace(self.batching, batch_size=len(ahead)), size)
             self.cache = run.cache
             self.on_begin(first, run.cache)
             yield from run
             self._count(run)
 
-    def divided(
-        self, requests: Iterator[Request], tokens: int | None, options: dict[str, Any]
-    ) -> Iterator[list[Sequence]]:
+    def divided(self, requests: Iterator[Request], tokens: int | None) -> Iterator[list[Sequence]]:
         """Answer requests over processes, each of which takes some of a window of them."""
         while window := list(islice(requests, WINDOW)):
-            run = self.llm.run(window, self.args, self.batch_size, tokens=tokens, **options)
+            run = self.llm.run(window, self.args, self.batching, tokens)
             self.on_begin(window, run.cache)
             yield from run
             self._count(run)

@@ -262,8 +262,7 @@ class LLM:
             self.request(TextRequest(text, sys_prompt=sys_prompt, stopping=stopping, sampling=own), b)
             for b, (text, own) in enumerate(zip(texts, sampling.rows(len(texts))))
         ]
-        options = [getattr(batching, name) for name in ("batch_size", "prefill", "prefill_chunk", "logprobs")]
-        run = self.run(requests, args, *options)
+        run = self.run(requests, args, batching)
         if stream:
             return Pieces(run, single=isinstance(prompt, str))
         sequences = run.sequences()
@@ -303,15 +302,19 @@ class LLM:
         """The token sequences with which the model ends its text, by its prompt style."""
         return [list(stop) for stop in self.prompt_style.stop_tokens(self.tokenizer) if None not in stop]
 
-    def run(self, requests: Sequence[Request], args: KVCacheArgs | None, *options: Any, **named: Any) -> Run:
-        """Answers requests; see `Run` for the options, and for what it gives."""
-        return Run(self, requests, args, *options, **named)
+    def run(
+        self,
+        requests: Sequence[Request],
+        args: KVCacheArgs | None,
+        batching: RunArgs = RunArgs(),
+        tokens: int | None = None,
+    ) -> Run:
+        """Answers requests; see `Run`."""
+        return Run(self, requests, args, batching, tokens)
 
-    def answer(
-        self, requests: Iterable[Request], args: KVCacheArgs | None, batch_size: int, tokens: int, **options: Any
-    ) -> OpenRun:
+    def answer(self, requests: Iterable[Request], args: KVCacheArgs | None, batching: RunArgs, tokens: int) -> OpenRun:
         """Answers any number of requests, each taken from the iterator only when a row is free; see `OpenRun`."""
-        return OpenRun(self, requests, args, batch_size, tokens, **options)
+        return OpenRun(self, requests, args, batching, tokens)
 
     def build_cache(self, args: KVCacheArgs, batch_size: int, tokens: int) -> KVCache:
         """A cache in the dtype of this model's keys and values; `tokens` are what a row will see."""

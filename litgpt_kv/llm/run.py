@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import abc
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 from litgpt_kv.arguments import RunArgs
 from litgpt_kv.cache.kv_cache import KVCache
@@ -24,9 +23,8 @@ class Run:
         llm: The model and its tokenizer.
         requests: What to answer; one without an id gets its place in this list.
         args: What the cache keeps; None: no cache.
-        batch_size: The most rows; None: one a request.
+        batching: How prompts are read and batched; without a batch size, one row a request.
         tokens: What the longest row will see, prompt and new ones; None: as these requests ask.
-        prefill, prefill_chunk, logprobs: See `litgpt_kv.generate.stream`.
 
     Attributes:
         stats: What the run did. cache: What it keeps, None without one.
@@ -40,32 +38,29 @@ class Run:
         llm: TextModel,
         requests: abc.Sequence[Request],
         args: KVCacheArgs | None,
-        batch_size: int | None = None,
-        prefill: str = "min-length",
-        prefill_chunk: int | None = None,
-        logprobs: bool = False,
+        batching: RunArgs = RunArgs(),
         tokens: int | None = None,
     ) -> None:
-        check_run(llm, batch_size, prefill, prefill_chunk, logprobs)
+        check_loaded(llm)
+        check_type("batching", batching, RunArgs, "RunArgs")
         check_type("requests", requests, abc.Sequence, "a list of Requests")
         for request in requests:
             check_type("requests", request, Request, "a list of Requests")
         requests = [r if r.id is not None else replace(r, id=number) for number, r in enumerate(requests)]
         self.llm, self.requests, self.stats = llm, requests, Stats()
         tokens = tokens or max((request.sees for request in requests), default=1)
-        mine = requests
+        own = requests
         if llm.parallel is not None:
             if llm.parallel.divides_prompts:  # what one process would refuse, all refuse
-                limits = Limits.of(llm.model, args, prefill, tokens)
+                limits = Limits.of(llm.model, args, batching.prefill, tokens)
                 for request in requests:
                     limits.check(request, f"Prompt {request.id}")
-            mine = llm.parallel.own_requests(requests)
-        rows = max(1, min(len(mine), batch_size or len(mine)))
+            own = llm.parallel.own_requests(requests)
+        rows = max(1, min(len(own), batching.batch_size or len(own)))
         self.cache: KVCache | None = None if args is None else llm.build_cache(args, rows, tokens)
         self._steps: Iterator[list[Sequence]] = iter(())
-        if mine or not requests:  # a process may have nothing to do
-            options = dict(prefill=prefill, prefill_chunk=prefill_chunk, logprobs=logprobs, stats=self.stats)
-            self._steps = _served(llm, mine, self.cache, rows, **options)
+        if own or not requests:  # a process may have nothing to do
+            self._steps = _served(llm, own, self.cache, rows, batching, self.stats)
         self._steps = _noted(llm, requests, RunResult(self.stats, self.cache), self._steps)
 
     def __iter__(self) -> Run:
@@ -145,9 +140,8 @@ class OpenRun:
         llm: The model and its tokenizer.
         requests: What to answer; those without an id are numbered as they come.
         args: What the cache keeps; None: no cache.
-        batch_size: Rows.
+        batching: How prompts are read and batched; its batch size is needed: the rows of the cache.
         tokens: What the longest row will see, prompt and new tokens.
-        prefill, prefill_chunk, logprobs: See `litgpt_kv.generate.stream`.
 
     Attributes:
         stats: What the run did, nothing of single requests. cache: What it keeps, None without one.
@@ -161,24 +155,22 @@ class OpenRun:
         llm: TextModel,
         requests: abc.Iterable[Request],
         args: KVCacheArgs | None,
-        batch_size: int,
+        batching: RunArgs,
         tokens: int,
-        prefill: str = "min-length",
-        prefill_chunk: int | None = None,
-        logprobs: bool = False,
     ) -> None:
-        check_run(llm, batch_size, prefill, prefill_chunk, logprobs)
+        check_loaded(llm)
+        check_type("batching", batching, RunArgs, "RunArgs")
+        rows = batching.batch_size
+        if rows is None:
+            raise ValueError("Any number of requests needs a batch size: the rows of the cache.")
         if llm.parallel is not None and llm.parallel.divides_prompts:
             raise ValueError("Processes that divide the requests need all of them at once: use run().")
         self.stats = Stats()
-        self.cache: KVCache | None = None if args is None else llm.build_cache(args, batch_size, tokens)
+        self.cache: KVCache | None = None if args is None else llm.build_cache(args, rows, tokens)
         if llm.parallel is not None:
             requests = (request for each in requests for request in llm.parallel.own_requests([each]))
-        options = dict(prefill=prefill, prefill_chunk=prefill_chunk, logprobs=logprobs, stats=self.stats)
-        self.llm = llm
-        self._steps = _last(
-            llm, RunResult(self.stats, self.cache), _served(llm, requests, self.cache, batch_size, **options)
-        )
+        steps = _served(llm, requests, self.cache, rows, batching, self.stats)
+        self._steps = _last(llm, RunResult(self.stats, self.cache), steps)
 
     def __iter__(self) -> OpenRun:
         return self
@@ -198,18 +190,23 @@ def _last(llm: TextModel, result: RunResult, steps: Iterator[list[Sequence]]) ->
         llm.last_run = result
 
 
-def check_run(llm: TextModel, batch_size: int | None, prefill: str, prefill_chunk: int | None, logprobs: bool) -> None:
-    """Raises ValueError if there is no model, or an argument of a run is out of range."""
+def check_loaded(llm: TextModel) -> None:
+    """Raises ValueError if there is no model."""
     if llm.model is None:
         raise ValueError("No weights are loaded: call distribute() first, or load without distribute=None.")
-    RunArgs(batch_size, prefill, prefill_chunk, logprobs)
 
 
 def _served(
-    llm: TextModel, requests: abc.Iterable[Request], cache: KVCache | None, rows: int, **options: Any
+    llm: TextModel,
+    requests: abc.Iterable[Request],
+    cache: KVCache | None,
+    rows: int,
+    batching: RunArgs,
+    stats: Stats,
 ) -> Iterator[list[Sequence]]:
-    options |= dict(decoder=llm.decoder, decode_text=llm.decode)
-    return serve(llm.model, requests, cache, rows=rows, **options)
+    options = {name: getattr(batching, name) for name in ("prefill", "prefill_chunk", "logprobs")}
+    options |= {"rows": rows, "stats": stats, "decoder": llm.decoder, "decode_text": llm.decode}
+    return serve(llm.model, requests, cache, **options)
 
 
 class Pieces(Iterator):
