@@ -57,7 +57,8 @@ class RunArgs:
         prefill: How prompts are read: "min-length", each in one pass as far as the budget allows and then in blocks or
             token by token; or "full", each in one pass and then compressed to the budget.
         prefill_chunk: Read what prompts have beyond the first pass in blocks of so many tokens; None: in blocks for
-            strategies whose results do not depend on it (dense, window, sink), one at a time for others.
+            strategies whose results do not depend on it (dense, window, sink), one at a time for others. With prefill
+            "full": read prompts in passes of so many tokens, which give what one pass gives and need less memory.
         logprobs: Also give each new token and its log-probability.
     """
 

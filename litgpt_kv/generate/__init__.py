@@ -117,7 +117,8 @@ def stream(
         prefill_chunk: With "min-length", read what a prompt still has after the first pass in blocks of so many tokens.
             None: in blocks where that changes nothing (dense, window, sink), else one at a time. A strategy that looks
             at attention, such as h2o, evicts for a whole block before the block attends, so that its results then
-            depend on the blocks.
+            depend on the blocks. With "full", read a prompt in passes of so many tokens: they give what one pass gives,
+            with the memory of a shorter one.
         decoder: Runs the one-token steps instead of `model`, a compiled one for instance.
         stats: Filled with what the run did.
         logprobs: Fill `stats.logprobs`, too.

@@ -239,7 +239,7 @@ class Engine:
                 if not self.runner.piece_size(sequence):
                     self.scheduler.finish_reading(sequence)
             self.sampler.assign({s.row: s.request for s in admitted})
-        return self.scheduler.next_to_read(self.pieces is None, self.runner.piece_size)
+        return self.scheduler.next_to_read(self.pieces is None and self.runner.joins, self.runner.piece_size)
 
     def _read(self, group: list[Sequence]) -> Tensor:
         """The next piece of some prompts of neighbouring rows: logits (N, V)."""

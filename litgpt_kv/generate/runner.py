@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from litgpt_kv.arguments import check_count
 from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.cache.pieces import PromptReader
 from litgpt_kv.compat.input_pos import GPT
@@ -28,9 +29,11 @@ class Runner(Protocol):
 
     Attributes:
         size: Rows, B. device: Of tokens and logits. limits: What a request must fit.
+        joins: Whether prompts of one length may be read together.
     """
 
     size: int
+    joins: bool
     device: torch.device
     limits: Limits
 
@@ -64,10 +67,13 @@ class CacheRunner:
         decoder: Runs the one-token steps, a compiled model for instance; None: the model.
         cache: Empty, or with what came before the prompts.
         prefill: "min-length" or "full".
-        chunk: Tokens of a block in which the rest of a prompt is read after the first pass; None: the longest that
-            changes nothing.
+        chunk: With "min-length", tokens of a block in which the rest of a prompt is read after the first pass; None:
+            the longest that changes nothing. With "full", as `piece`.
         piece: The most tokens of the first pass over a prompt; a longer one is read in several passes that give what
             one gives. None: no limit.
+
+    Attributes:
+        joins: Whether prompts of one length are read together: a prompt that is read in pieces is alone.
     """
 
     def __init__(
@@ -80,11 +86,14 @@ class CacheRunner:
         piece: int | None = None,
     ) -> None:
         check_prefill(prefill)
+        if prefill == "full" and chunk is not None:
+            check_count("prefill_chunk", chunk, 1, 2**31 - 1)
+            piece, chunk = min(chunk, piece or chunk), None
         if chunk is not None and not (isinstance(chunk, int) and 1 <= chunk <= cache.longest_block):
             most = cache.longest_block
             raise ValueError(f"prefill_chunk must be 1 to {most} (budget less sinks), got {shown(chunk)}.")
         self.model, self.decoder, self.cache = model, model if decoder is None else decoder, cache
-        self.full, self.piece = prefill == "full", piece
+        self.full, self.piece, self.joins = prefill == "full", piece, piece is None
         self.chunk = chunk or (min(BLOCK, cache.longest_block) if cache.exact_blocks else 1)
         self.size, self.device = cache.batch_size, cache.pos.device
         self.limits = Limits.of_cache(model, cache, prefill)
@@ -184,7 +193,7 @@ class RecomputeRunner:
     """No cache: every step runs the whole text again, the baseline."""
 
     def __init__(self, model: GPT, rows: int) -> None:
-        self.model, self.size = model, rows
+        self.model, self.size, self.joins = model, rows, True
         self.limits = Limits.of(model, None, "min-length")
         self.device = next(model.parameters()).device
         self.text = torch.zeros(rows, model.max_seq_length, dtype=torch.int64, device=self.device)
