@@ -50,6 +50,7 @@ def causal_attention(
     softcap: float | None,
     window: int | None,
     masks: CausalMasks | None = None,
+    last: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of a whole sequence to itself: training and prefill, the same numbers as litgpt's to the bit.
 
@@ -59,10 +60,14 @@ def causal_attention(
         q: (B, H, T, D) rotated queries. k, v: (B, G, T, D) and (B, G, T, Dv).
         scale: Multiplies the scores. softcap: tanh-bounds them. window: sliding window in tokens, or None.
         masks: Of this pass, shared by its layers.
+        last: (B,) positions of the only query of each row, q then being (B, H, 1, D); None: all of them.
 
     Returns:
-        (B, H, T, Dv).
+        (B, H, T, Dv), or (B, H, 1, Dv) with `last`.
     """
+    if last is not None:
+        mask = visible(last.view(-1, 1, 1), torch.arange(k.size(2), device=k.device), window)  # (B, 1, 1, T)
+        return slot_attention(q, k, v, mask, scale=scale, softcap=softcap)[0]
     per_group = q.size(1) // k.size(1)
     if per_group > 1:
         k, v = k.repeat_interleave(per_group, dim=1), v.repeat_interleave(per_group, dim=1)  # (B, H, T, D)
@@ -76,14 +81,6 @@ def causal_attention(
 def queries_at(q: Tensor, pos: Tensor) -> Tensor:
     """One query a row: q (B, H, T, D) at pos (B,) is (B, H, 1, D)."""
     return q.gather(2, pos.view(-1, 1, 1, 1).expand(-1, q.size(1), 1, q.size(-1)))
-
-
-def last_token_attention(
-    q: Tensor, k: Tensor, v: Tensor, last: Tensor, *, scale: float, softcap: float | None, window: int | None
-) -> Tensor:
-    """What `causal_attention` gives at one token a row: q (B, H, 1, D) at the positions last (B,), to (B, H, 1, Dv)."""
-    mask = visible(last.view(-1, 1, 1), torch.arange(k.size(2), device=k.device), window)  # (B, 1, 1, T)
-    return slot_attention(q, k, v, mask, scale=scale, softcap=softcap)[0]
 
 
 def slot_attention(

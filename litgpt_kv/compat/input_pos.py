@@ -93,7 +93,10 @@ class GPT(gpt.GPT):
         if idx.dim() != 2:
             raise ValueError(f"Tokens must have shape (B, T), got {tuple(idx.shape)}.")
         step = attached_pass(self, idx, input_pos, input_pos_maxp1)
-        x = self.run_blocks(self.embed(idx), step)
+        x = self.embed(idx)
+        for layer, view in zip(self.transformer.h, step.views):
+            x = layer(x, view)
+        x = self.transformer.ln_f(x)
         if lm_head_chunk_size > 0:
             return [self.head(part) for part in x.split(lm_head_chunk_size, dim=1)]
         return self.head(x)  # (B, T, V)
@@ -162,18 +165,18 @@ class AttachedView:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, projection: LatentProjection | None = None) -> Tensor:
         spec = self.spec
-        turned_q, turned_k = (rotate(x, self.angles, spec.rope_size) for x in (q, k))
-        self._write("k", turned_k.detach())
+        rotated_q, rotated_k = (rotate(x, self.angles, spec.rope_size) for x in (q, k))
+        self._write("k", rotated_k.detach())
         self._write("v", v.detach())
         if self.mask is None:
             return SequenceView(spec, self.angles, self.masks, observer=self.observer).attend(q, k, v, projection)
         if self.observer is not None:
-            self.observer(turned_q)
+            self.observer(rotated_q)
         keys, values = (buffer[: k.size(0), :, : self.extent] for buffer in (self.store.k, self.store.v))
         if projection is not None:
-            turned_q = projection.absorb(turned_q)
+            rotated_q = projection.absorb(rotated_q)
             values = nn.functional.pad(values, (0, 1), value=1.0) if projection.bias else values
-        y, _ = slot_attention(turned_q, keys, values, self.mask, scale=spec.scale, softcap=spec.softcap)
+        y, _ = slot_attention(rotated_q, keys, values, self.mask, scale=spec.scale, softcap=spec.softcap)
         if projection is not None:
             y = projection.output(y[..., : spec.value_size])
         return y.transpose(1, 2)  # (B, T, H, Dv)

@@ -5,10 +5,10 @@ B rows · V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import abc
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -23,8 +23,6 @@ from litgpt_kv.generate.runner import PIECE, CacheRunner, Model, RecomputeRunner
 from litgpt_kv.generate.sampling import Sampler, logprobs_of
 from litgpt_kv.generate.scheduler import Scheduler
 from litgpt_kv.generate.text import TextStream
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -209,7 +207,8 @@ class Engine:
         self._decoded, self._fresh = None, []
         in_step = {s.row: s for group in (running, *(group for group, _ in fresh)) for s in group}
         ready = [s for s in in_step.values() if s.ready and s.reason is None]
-        outputs = self._guarded(ready, self._draw, ready, self._joined(logits, fresh)) if ready else []
+        with self._guard(ready):
+            outputs = self._draw(ready, self._joined(logits, fresh)) if ready else []
         rest = decoded - began + time.perf_counter() - read
         self.stats.prefill_seconds += read - decoded + (0 if decoding else rest)
         self.stats.decode_seconds += rest if decoding else 0
@@ -223,7 +222,8 @@ class Engine:
                 forced[sequence.row] = sequence.prompt[sequence.read]
             given = torch.tensor(forced).to(self.runner.device, non_blocking=True)
             self._token = torch.where(given < 0, self._token, given)
-        logits = self._guarded(running, self.runner.decode, self._token, {s.row for s in running})
+        with self._guard(running):
+            logits = self.runner.decode(self._token, {s.row for s in running})
         for sequence in reading:
             sequence.read += 1
         self.stats.prompt_tokens += len(reading)
@@ -244,7 +244,8 @@ class Engine:
     def _read(self, group: list[Sequence]) -> Tensor:
         """The next piece of some prompts of neighbouring rows: logits (N, V)."""
         before = group[0].read
-        logits = self._guarded(group, self.runner.read_piece, group)
+        with self._guard(group):
+            logits = self.runner.read_piece(group)
         tokens = (group[0].read - before) * len(group)
         self.stats.prompt_tokens += tokens
         self.stats.prefill_tokens += tokens
@@ -297,10 +298,11 @@ class Engine:
             self._marked = rows, marks.to(self.runner.device, non_blocking=True)
         return self._marked[1]
 
-    def _guarded(self, sequences: list[Sequence], run: abc.Callable[..., T], *args: object) -> T:
-        """Runs a pass for some sequences; if it breaks off, their rows hold nothing of use, and they end."""
+    @contextlib.contextmanager
+    def _guard(self, sequences: list[Sequence]) -> abc.Iterator[None]:
+        """Around a pass for some sequences: if it breaks off, their rows hold nothing of use, and they end."""
         try:
-            return run(*args)
+            yield
         except BaseException as error:
             for sequence in (s for s in sequences if s.reason is None):
                 sequence.error = f"A step broke off: {type(error).__name__}: {error}"
