@@ -7,7 +7,7 @@ from litgpt.scripts.merge_lora import merge_lora
 from litgpt_kv.benchmark.batches import benchmark_batches
 from litgpt_kv.benchmark.decode import benchmark
 from litgpt_kv.cli.commands import chat, generate, strategies
-from litgpt_kv.cli.parser import run
+from litgpt_kv.cli.parser import one_line_errors, parse
 from litgpt_kv.cli.plan import plan
 
 COMMANDS = {
@@ -44,7 +44,9 @@ DESCRIPTION = """Key/value caches for litgpt's models.
 
 def main(args: list[str] | None = None) -> None:
     """Runs a command."""
-    run(COMMANDS, DESCRIPTION, args)
+    with one_line_errors():
+        command, arguments = parse(COMMANDS, DESCRIPTION, args)
+        command(**arguments)
 
 
 if __name__ == "__main__":

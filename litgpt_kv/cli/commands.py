@@ -25,7 +25,6 @@ from litgpt_kv.config import KVCacheArgs, SamplingArgs
 from litgpt_kv.generate import Request, Sequence, Stats
 from litgpt_kv.llm import checkpoint
 from litgpt_kv.llm.llm import LLM
-from litgpt_kv.llm.run import Run
 from litgpt_kv.llm.text_request import TextRequest
 from litgpt_kv.parallel import ParallelStrategy
 
@@ -97,7 +96,10 @@ def generate(
         asked = [llm.request(request.sample(sample), b) for b, request in enumerate(requests)]
         steps = llm.run(asked, args, run)
         _announce(Output.of(llm), asked, steps.cache, run)
-        sequences = show(llm, steps)
+        shown = Continuations(Output.of(llm), [llm.decode(request.prompt.tolist()) for request in asked])
+        for drew in steps:
+            shown.add(drew)
+        sequences = shown.end()
         report(Output.of(llm), steps.stats, steps.cache, parallel=llm.parallel)
         failed += [sequence for sequence in sequences if sequence.error is not None]
     for sequence in failed:
@@ -121,20 +123,30 @@ def digest_of(
     return hashlib.sha256(json.dumps(made).encode()).hexdigest()[:8]
 
 
-def show(llm: LLM, run: Run) -> list[Sequence]:
-    """Prints prompts and their continuations, one as it is made, several when all are; returns the answers."""
-    output, texts = Output.of(llm), [llm.decode(request.prompt.tolist()) for request in run.requests]
-    if len(texts) > 1:
-        sequences = run.sequences()
-        for text, sequence in zip(texts, sequences):
-            output.text(text + sequence.text)
-        return sequences
-    begin, last = texts[0], []
-    for last in run:
-        output.text(begin + last[0].piece, end="")
-        begin = ""
-    output.text("")
-    return last
+class Continuations:
+    """Prints prompts and their continuations: one as it is made, several when all are, in the order of the prompts."""
+
+    def __init__(self, output: Output, texts: list[str]) -> None:
+        self.output, self.texts = output, texts
+        self.ended: dict[int, Sequence] = {}
+        self._begin = texts[0]
+
+    def add(self, drew: list[Sequence]) -> None:
+        """Print what a step added."""
+        if len(self.texts) == 1:
+            self.output.text(self._begin + drew[0].piece, end="")
+            self._begin = ""
+        self.ended |= {sequence.index: sequence for sequence in drew if sequence.reason is not None}
+
+    def end(self) -> list[Sequence]:
+        """Print the rest; return the answers."""
+        answers = [self.ended[number] for number in range(len(self.texts))]
+        if len(self.texts) == 1:
+            self.output.text("")
+        else:
+            for text, sequence in zip(self.texts, answers):
+                self.output.text(text + sequence.text)
+        return answers
 
 
 def _answer(

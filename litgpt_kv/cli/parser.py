@@ -118,15 +118,15 @@ def add_command(parser: ArgumentParser, command: Callable[..., Any]) -> None:
         parser.set_defaults({group.prefix + name: getattr(group.default, name) for name in group.names})
 
 
-def call(command: Callable[..., Any], found: Namespace) -> Any:
-    """Call a command with what its parser found."""
+def arguments_of(command: Callable[..., Any], found: Namespace) -> dict[str, Any]:
+    """The arguments of a command by name, from what its parser found."""
     given = {name: value for name, value in found.items() if name != "config"}  # nested names with dots
     groups = groups_of(command)
     arguments = {group.parameter: group.build(given) for group in groups}
     for name in inspect.signature(command).parameters:
         if name not in arguments:
             arguments[name] = found[name]
-    return command(**arguments)
+    return arguments
 
 
 def typed_options(strategy: str | list[str], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -238,27 +238,30 @@ def build_parser(
     return parser
 
 
-def run(commands: dict[str, Callable[..., Any]], description: str, args: list[str] | None = None) -> Any:
-    """Parse the command line and call the command; what the user did wrong ends in one line and exit code 2."""
+def parse(
+    commands: dict[str, Callable[..., Any]], description: str, args: list[str] | None = None
+) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """The command that the command line names, and its arguments. Called inside `one_line_errors`."""
     args = sys.argv[1:] if args is None else args
     if args == ["--version"]:
         print(f"{PROG} {__version__}")
         raise SystemExit(0)
-    with _ends_well():
-        args, shown_strategy = normalise(args, flags_of(commands))
-        if shown_strategy is not None:
-            show_strategy(shown_strategy)
-        args = args or ["--help"]
-        only = args[0] if args[0] in commands else None
-        try:
-            found = build_parser(commands, description, only).parse_args(args)
-        except OverflowError as error:  # jsonargparse makes a float of an integer that is too large for one
-            raise ValueError(f"A number of the command line or the config file is too large: {error}.") from error
-        return call(commands[found.subcommand], found[found.subcommand])
+    args, shown_strategy = normalise(args, flags_of(commands))
+    if shown_strategy is not None:
+        show_strategy(shown_strategy)
+    args = args or ["--help"]
+    only = args[0] if args[0] in commands else None
+    try:
+        found = build_parser(commands, description, only).parse_args(args)
+    except OverflowError as error:  # jsonargparse makes a float of an integer that is too large for one
+        raise ValueError(f"A number of the command line or the config file is too large: {error}.") from error
+    command = commands[found.subcommand]
+    return command, arguments_of(command, found[found.subcommand])
 
 
 @contextlib.contextmanager
-def _ends_well() -> Iterator[None]:
+def one_line_errors() -> Iterator[None]:
+    """Around a program: what the user did wrong ends it in one line and exit code 2."""
     try:
         try:
             yield

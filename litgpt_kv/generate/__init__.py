@@ -240,27 +240,36 @@ def serve(
     """
     options = dict(prefill=prefill, prefill_chunk=prefill_chunk, decoder=decoder, logprobs=logprobs)
     engine = Engine(model, cache, rows=rows, pieces=None, decode_text=decode_text, stats=_begun(stats), **options)
+    check_type("requests", None if isinstance(requests, Tensor) else requests, Iterable, "an iterable of Requests")
+    return _serve(engine, begin(engine, cache, requests))
+
+
+def begin(engine: Engine, cache: KVCache | None, requests: Iterable[Request]) -> Iterator[Request]:
+    """Give an engine on an empty cache its first requests, and return an iterator of the others.
+
+    Raises:
+        ValueError: If the cache is not empty, there is no request, or a first one does not fit.
+    """
     if cache is not None and any(cache.seen):
         raise ValueError(f"serve needs an empty cache; tokens seen are {cache.seen}: call reset() first.")
-    check_type("requests", None if isinstance(requests, Tensor) else requests, Iterable, "an iterable of Requests")
     waiting = iter(requests)
-    _fill(engine, waiting)
+    fill(engine, waiting)
     if not engine.unfinished:
         raise ValueError("There are no prompts.")
-    return _serve(engine, waiting)
+    return waiting
+
+
+def fill(engine: Engine, waiting: Iterator[Request]) -> None:
+    """Offer every free row to the next request."""
+    while engine.free and (request := next(waiting, None)) is not None:
+        engine.add(request)
 
 
 def _serve(engine: Engine, waiting: Iterator[Request]) -> Iterator[list[Sequence]]:
     while engine.unfinished:
         if outputs := engine.step():
             yield [output.sequence for output in outputs]
-        _fill(engine, waiting)
-
-
-def _fill(engine: Engine, waiting: Iterator[Request]) -> None:
-    """Offers every free row to the next request."""
-    while engine.free and (request := next(waiting, None)) is not None:
-        engine.add(request)
+        fill(engine, waiting)
 
 
 def _check_list(prompts: Prompts) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from litgpt_kv.arguments import RunArgs
 from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.config import KVCacheArgs, check_type
-from litgpt_kv.generate import Request, Sequence, Stats, raise_failed, serve
+from litgpt_kv.generate import Engine, Request, Sequence, Stats, begin, fill, raise_failed
 from litgpt_kv.generate.limits import Limits
 from litgpt_kv.llm.text_model import TextModel
 
@@ -58,16 +58,12 @@ class Run:
             own = llm.parallel.own_requests(requests)
         rows = max(1, min(len(own), batching.batch_size or len(own)))
         self.cache: KVCache | None = None if args is None else llm.build_cache(args, rows, tokens)
-        self._steps: Iterator[list[Sequence]] = iter(())
-        if own or not requests:  # a process may have nothing to do
-            self._steps = _served(llm, own, self.cache, rows, batching, self.stats)
-        self._steps = _noted(llm, requests, RunResult(self.stats, self.cache), self._steps)
+        engine = build_engine(llm, self.cache, rows, batching, self.stats)
+        waiting = begin(engine, self.cache, own) if own or not requests else iter(())  # a process may have nothing
+        self._steps = _noted_steps(llm, requests, RunResult(self.stats, self.cache), engine, waiting)
 
-    def __iter__(self) -> Run:
-        return self
-
-    def __next__(self) -> list[Sequence]:
-        return next(self._steps)
+    def __iter__(self) -> Iterator[list[Sequence]]:
+        return self._steps
 
     def close(self) -> None:
         """Breaks the run off."""
@@ -96,8 +92,12 @@ class RunResult:
     cache: KVCache | None
 
 
-def _noted(
-    llm: TextModel, requests: abc.Sequence[Request], result: RunResult, steps: Iterator[list[Sequence]]
+def _noted_steps(
+    llm: TextModel,
+    requests: abc.Sequence[Request],
+    result: RunResult,
+    engine: Engine,
+    waiting: Iterator[Request],
 ) -> Iterator[list[Sequence]]:
     """The steps of a run, which tells the other processes how it ended.
 
@@ -117,9 +117,12 @@ def _noted(
 
     try:
         try:
-            for step in steps:
-                note(step)
-                yield step
+            while engine.unfinished:
+                if outputs := engine.step():
+                    drew = [output.sequence for output in outputs]
+                    note(drew)
+                    yield drew
+                fill(engine, waiting)
         except BaseException as error:
             if parallel is not None and parallel.divides_prompts:
                 parallel.synchronize(f"{type(error).__name__}: {error}")
@@ -169,23 +172,24 @@ class OpenRun:
         self.cache: KVCache | None = None if args is None else llm.build_cache(args, rows, tokens)
         if llm.parallel is not None:
             requests = (request for each in requests for request in llm.parallel.own_requests([each]))
-        steps = _served(llm, requests, self.cache, rows, batching, self.stats)
-        self._steps = _last(llm, RunResult(self.stats, self.cache), steps)
+        engine = build_engine(llm, self.cache, rows, batching, self.stats)
+        waiting = begin(engine, self.cache, requests)
+        self._steps = _steps(llm, RunResult(self.stats, self.cache), engine, waiting)
 
-    def __iter__(self) -> OpenRun:
-        return self
-
-    def __next__(self) -> list[Sequence]:
-        return next(self._steps)
+    def __iter__(self) -> Iterator[list[Sequence]]:
+        return self._steps
 
     def close(self) -> None:
         """Breaks the run off."""
         self._steps.close()
 
 
-def _last(llm: TextModel, result: RunResult, steps: Iterator[list[Sequence]]) -> Iterator[list[Sequence]]:
+def _steps(llm: TextModel, result: RunResult, engine: Engine, waiting: Iterator[Request]) -> Iterator[list[Sequence]]:
     try:
-        yield from steps
+        while engine.unfinished:
+            if outputs := engine.step():
+                yield [output.sequence for output in outputs]
+            fill(engine, waiting)
     finally:
         llm.last_run = result
 
@@ -196,17 +200,11 @@ def check_loaded(llm: TextModel) -> None:
         raise ValueError("No weights are loaded: call distribute() first, or load without distribute=None.")
 
 
-def _served(
-    llm: TextModel,
-    requests: abc.Iterable[Request],
-    cache: KVCache | None,
-    rows: int,
-    batching: RunArgs,
-    stats: Stats,
-) -> Iterator[list[Sequence]]:
+def build_engine(llm: TextModel, cache: KVCache | None, rows: int, batching: RunArgs, stats: Stats) -> Engine:
+    """An engine on the rows of a cache, or on so many rows without one, that reads whole prompts between its steps."""
     options = {name: getattr(batching, name) for name in ("prefill", "prefill_chunk", "logprobs")}
-    options |= {"rows": rows, "stats": stats, "decoder": llm.decoder, "decode_text": llm.decode}
-    return serve(llm.model, requests, cache, **options)
+    options |= {"pieces": None, "stats": stats, "decoder": llm.decoder, "decode_text": llm.decode}
+    return Engine(llm.model, cache, rows=rows, **options)
 
 
 class Pieces(Iterator):

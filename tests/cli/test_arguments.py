@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,14 +16,19 @@ from litgpt_kv import KVCacheArgs, SamplingArgs
 from litgpt_kv.__main__ import COMMANDS, main
 from litgpt_kv.arguments import DeviceArgs, RunArgs, StoppingArgs, Without, cores
 from litgpt_kv.benchmark.decode import Shape
-from litgpt_kv.cli import parser
-from litgpt_kv.cli.parser import build_parser, groups_of, is_plain, run
+from litgpt_kv.cli.parser import build_parser, is_plain, one_line_errors, parse
 
 GROUPS = (SamplingArgs, StoppingArgs, KVCacheArgs, RunArgs, DeviceArgs)
 OTHERS = {"strategy": "sink", "stop": ["a", "b"], "storage": "plain", "positions": "cache", "options": None}
 OTHERS |= {"prefill": "full", "precision": "bf16-true", "accelerator": "cpu", "generate_strategy": "sequential"}
 OTHERS |= {"select": "pool", "budget_pattern": "pyramid", "attention": "eager"}
 OTHERS |= {"quantize": None, "temperature": 0.25, "top_p": 0.5, "min_p": 0.125, "repetition_penalty": 1.5}
+
+
+def run(commands: dict[str, Callable], args: list[str]) -> None:
+    with one_line_errors():
+        command, arguments = parse(commands, "", args)
+        command(**arguments)
 
 
 def another(field: dataclasses.Field) -> object:
@@ -45,18 +50,11 @@ def spell(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def got(monkeypatch: pytest.MonkeyPatch, *args: str) -> dict[str, object]:
-    """What `generate` is called with."""
-    found: dict[str, object] = {}
-    monkeypatch.setattr(parser, "call", lambda command, given: found.update(arguments_of(command, given)))
-    main(["generate", "demo", *args])
-    monkeypatch.undo()
-    return found
-
-
-def arguments_of(command, given) -> dict[str, object]:
-    flat = dict(given.items())
-    return {type(built).__name__: built for built in (group.build(flat) for group in groups_of(command))}
+def got(*args: str) -> dict[str, object]:
+    """What `generate` is called with, the classes of arguments by name."""
+    command, arguments = parse(COMMANDS, "", ["generate", "demo", *args])
+    assert command is COMMANDS["generate"]
+    return {type(value).__name__: value for value in arguments.values()}
 
 
 @pytest.mark.parametrize(
@@ -67,9 +65,7 @@ def arguments_of(command, given) -> dict[str, object]:
         for field in dataclasses.fields(cls)
     ],
 )
-def test_every_field_is_an_option_and_a_yaml_key(
-    cls: type, field: dataclasses.Field, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_field_is_an_option_and_a_yaml_key(cls: type, field: dataclasses.Field, tmp_path: Path) -> None:
     value = another(field)
     if value is None:
         pytest.skip("needs another machine or strategy")
@@ -78,10 +74,10 @@ def test_every_field_is_an_option_and_a_yaml_key(
     args = (option, spell(value)) if field.name != "stop" else ("--stop", "a", "--stop", "b")
     beside = {"budget": 64} if field.name == "budget_pattern" else {}  # it spreads a budget
     args += tuple(f"--kv-cache.{name}={number}" for name, number in beside.items())
-    typed = got(monkeypatch, *args)[cls.__name__]
+    typed = got(*args)[cls.__name__]
     file = tmp_path / "a.yaml"
     file.write_text(yaml.safe_dump({"kv_cache": {**beside, field.name: value}} if nested else {field.name: value}))
-    written = got(monkeypatch, "--config", str(file))[cls.__name__]
+    written = got("--config", str(file))[cls.__name__]
     assert getattr(typed, field.name) == getattr(written, field.name) == value
 
 
@@ -127,15 +123,15 @@ def test_a_new_field_needs_no_change_of_the_command_line(capsys: pytest.CaptureF
         seen.append((name, new, run))
 
     commands = {"command": command, "other": lambda: None}
-    run(commands, "", ["command", "x"])
-    run(commands, "", ["command", "x", "--new.interval", "16", "--new.keep", "--new.select=pool", "--batch-size", "3"])
-    run(commands, "", ["command", "x", "--new={floor: [0.1, 0.2], attention: eager}"])
+    run(commands, ["command", "x"])
+    run(commands, ["command", "x", "--new.interval", "16", "--new.keep", "--new.select=pool", "--batch-size", "3"])
+    run(commands, ["command", "x", "--new={floor: [0.1, 0.2], attention: eager}"])
     assert seen[0] == ("x", NewArgs(floor=0.5), RunArgs())
     assert seen[1] == ("x", NewArgs(16, "pool", 0.5, True), RunArgs(batch_size=3))
     assert seen[2] == ("x", NewArgs(floor=[0.1, 0.2], attention="eager"), RunArgs())
     for bad in (["--new.select", "row"], ["--new.interval", "x"], ["--logprobs"], ["--new.unknown", "3"]):
         with pytest.raises(SystemExit) as end:
-            run(commands, "", ["command", "x", *bad])
+            run(commands, ["command", "x", *bad])
         assert end.value.code == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("litgpt_kv: error: ")

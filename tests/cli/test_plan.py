@@ -44,7 +44,7 @@ def test_tensor_parallel(config: Config, devices: int) -> None:
         assert found == cache_bytes(config, "tensor_parallel", devices, args, 3, 20, torch.float32)
 
 
-@pytest.mark.parametrize(("config", "devices"), itertools.product(CONFIGS, [1, 2]))
+@pytest.mark.parametrize(("config", "devices"), list(itertools.product(CONFIGS, [1, 2])))
 def test_sequential_and_data_parallel(config: Config, devices: int) -> None:
     weights = fill(GPT(config)).state_dict()
     model = load_sequential(config, [torch.device("cpu", d) for d in range(devices)], weights)

@@ -194,7 +194,7 @@ def test_one_choice_for_a_layer_is_the_mean_over_its_heads(gqa: GPT) -> None:
 # -- budgets by pattern ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("budget", "layers"), itertools.product((20, 64, 101), (1, 2, 5, 32)))
+@pytest.mark.parametrize(("budget", "layers"), list(itertools.product((20, 64, 101), (1, 2, 5, 32))))
 def test_a_pattern_keeps_the_total(budget: int, layers: int) -> None:
     budgets = pattern("pyramid", budget, layers)
     assert sum(budgets) == budget * layers and min(budgets) >= 1 and budgets == sorted(budgets, reverse=True)
