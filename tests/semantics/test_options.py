@@ -34,7 +34,7 @@ def rows_of(prompts: list[int], new: int = 11) -> list[list[int]]:
 @both_positions
 @pytest.mark.parametrize("interval", [2, 5])
 @pytest.mark.parametrize("policy", NAMED, ids=lambda p: f"{p.name}-{p.sinks}-{p.recent}")
-def test_26_interval_equals_the_reference_in_ragged_batches(
+def test_26_27_interval_equals_the_reference_in_ragged_batches(
     gqa: GPT, policy: Policy, interval: int, positions: str, way: str
 ) -> None:
     compare(gqa, replace(policy, interval=interval, positions=positions), rows_of(LENGTHS), LENGTHS, way)
