@@ -7,6 +7,7 @@ from litgpt.scripts.merge_lora import merge_lora
 from litgpt_kv.benchmark.batches import benchmark_batches
 from litgpt_kv.benchmark.decode import benchmark
 from litgpt_kv.cli.commands import chat, generate, strategies
+from litgpt_kv.cli.evaluate import evaluate
 from litgpt_kv.cli.parser import one_line_errors, parse
 from litgpt_kv.cli.plan import plan
 
@@ -15,6 +16,7 @@ COMMANDS = {
     "chat": chat,
     "strategies": strategies,
     "plan": plan,
+    "evaluate": evaluate,
     "benchmark": benchmark,
     "benchmark_batches": benchmark_batches,
 }
@@ -33,6 +35,7 @@ DESCRIPTION = """Key/value caches for litgpt's models.
   litgpt_kv chat demo --kv-cache sink --kv-cache.budget 512                    a conversation, as long as you like
   litgpt_kv generate demo --config config_hub/generate/sink.yaml               options from a file
   litgpt_kv generate demo --devices 2 --accelerator cpu --generate-strategy tensor_parallel
+  litgpt_kv evaluate demo --text README.md --tasks "[]" --out results          what caches cost in quality
   litgpt_kv plan Llama-3.1-70B --devices 8                                     memory a device, computed
   litgpt_kv strategies                                                         what --kv-cache takes
   litgpt_kv generate --kv-cache.help h2o                                       one of them

@@ -86,7 +86,7 @@ class Sequence:
         last: The last token pushed, shown or not; it is the one that no cache has read yet.
         reason: Why it ended: "stop", "length", "abort", or "error" if no token could be drawn; None while it runs.
         error: With "error", what was wrong.
-        elsewhere: Whether another process answered it.
+        remote: Whether another process answered it.
         began, first, ended: Seconds (`time.perf_counter`) when it was admitted, had its first token, and ended.
     """
 
@@ -107,7 +107,7 @@ class Sequence:
     began: float = 0.0
     first: float = 0.0
     ended: float = 0.0
-    elsewhere: bool = False
+    remote: bool = False
     _held: deque[int] = field(default_factory=deque)
     _logprobs: list[float] = field(default_factory=list)
     _pieces: list[str] = field(default_factory=list)
@@ -126,7 +126,7 @@ class Sequence:
     def answer(self, values: abc.Mapping[str, Any]) -> None:
         for name in ANSWER:
             setattr(self, name, values[name])
-        self.new, self.piece, self.elsewhere = list(self.tokens), self.text, True
+        self.new, self.piece, self.remote = list(self.tokens), self.text, True
 
     @property
     def text(self) -> str:
