@@ -161,6 +161,7 @@ def execute(request: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(request["env"])
     sys.orig_argv = request["args"]
+    sys.path[1:1] = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and p not in sys.path]
     _, first, *rest = request["args"]
     if first == "-m":
         sys.argv, sys.path[0] = rest, os.getcwd()

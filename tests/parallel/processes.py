@@ -38,9 +38,7 @@ def started(*command: str, **variables: str) -> Iterator[subprocess.Popen]:
     The first process has its imports from `tests.warm`; those that it starts are started in full.
     """
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process = warm.Popen(
-        [sys.executable, *command], env=environment() | variables, start_new_session=True, **pipes
-    )
+    process = warm.Popen([sys.executable, *command], env=environment() | variables, start_new_session=True, **pipes)
     try:
         yield process
     finally:
