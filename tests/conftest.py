@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from litgpt_kv import GPT
+from tests import warm
 from tests.oracle.reference import tiny
 
 torch.set_num_threads(1)
@@ -41,6 +42,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return LONG.index(groups[0]) if groups and groups[0] in LONG else len(LONG)
 
     items.sort(key=order)
+
+
+def pytest_sessionfinish() -> None:
+    warm.stop()
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ from litgpt_kv.cli.options import cache_fields, fail, normalise
 from litgpt_kv.cli.parser import typed_options
 from litgpt_kv.llm.checkpoint import DEMO
 from litgpt_kv.parallel import PARALLEL_STRATEGIES
+from tests import warm
 
 ROOT = Path(__file__).parents[2]
 
@@ -161,10 +162,8 @@ def test_help_shows_dashes_and_examples(capsys):
         out = capsys.readouterr().out
         assert "--max-new-tokens" in out or args != ["generate", "--help"]
         assert "--kv_cache" not in out
-    main_help = subprocess.run(
-        [sys.executable, "-m", "litgpt_kv", "--help"], capture_output=True, text=True, check=True
-    )
-    assert "litgpt_kv generate demo --kv-cache h2o" in main_help.stdout
+    main_help = warm.run([sys.executable, "-m", "litgpt_kv", "--help"], capture_output=True, text=True)
+    assert main_help.returncode == 0 and "litgpt_kv generate demo --kv-cache h2o" in main_help.stdout
 
 
 @pytest.mark.parametrize(
@@ -272,10 +271,11 @@ def test_cache_fields():
 
 
 def test_the_reader_of_a_pipe_may_leave():
-    command = f"{sys.executable} -m litgpt_kv generate demo --prompt 'def ' --max-new-tokens 300 | head -c 20"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.startswith("def ")
-    assert "Traceback" not in done.stderr
+    command = [sys.executable, "-m", "litgpt_kv", "generate", "demo", "--prompt", "def ", "--max-new-tokens", "300"]
+    with warm.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout.read(20).startswith("def ")
+        process.stdout.close()
+        assert "Traceback" not in process.stderr.read()
 
 
 def test_any_text_is_a_prompt(capsys):
@@ -286,7 +286,7 @@ def test_any_text_is_a_prompt(capsys):
 def test_an_interrupt_ends_quietly():
     command = [sys.executable, "-m", "litgpt_kv", "generate", "demo", "--prompt", "def ", "--kv-cache", "sink"]
     flags = ["--kv-cache.budget", "32", "--max-new-tokens", "100000"]
-    process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = warm.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.read(4) == "def "
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
@@ -297,8 +297,9 @@ def test_an_interrupt_ends_quietly():
 def test_devices_that_are_not_there_and_full_disks(capsys):
     for device in ("mps", "tpu", "abacus"):
         assert "accelerator" in refused(capsys, "generate", "demo", "--accelerator", device)
-    command = f"{sys.executable} -m litgpt_kv generate demo --prompt 'def ' --max-new-tokens 3 > /dev/full"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    command = [sys.executable, "-m", "litgpt_kv", "generate", "demo", "--prompt", "def ", "--max-new-tokens", "3"]
+    with open("/dev/full", "w") as full:
+        done = warm.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     assert "Traceback" not in done.stderr
 
 

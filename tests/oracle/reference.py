@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import partial
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -232,7 +232,7 @@ class Oracle:
             plans = self.visible(layer, g, start, m)
             gained: dict[int, float] = {}
             for i, (seen, positions) in enumerate(plans):
-                keys = torch.stack([self.rotate(self.keys[layer][p, g], at, layer) for p, at in zip(seen, positions)])
+                keys = self.rotate(self.keys[layer][seen, g], positions, layer)
                 for h in range(g * H // G, (g + 1) * H // G):
                     query = self.rotate(q[i, h], positions[-1], layer)
                     score = keys @ query * scale
@@ -287,23 +287,26 @@ class Oracle:
         self.scores[layer][g] = {p: scores[p] for p in kept}
 
     def arranged(self, x: Tensor) -> Tensor:
-        """x (D,) in litgpt's half-split layout: interleaved pairs are moved there."""
+        """x (..., D) in litgpt's half-split layout: interleaved pairs are moved there."""
         E = self.config.rope_n_elem
-        return torch.cat((x[0:E:2], x[1:E:2], x[E:])) if self.config.rope_interleave else x
+        return torch.cat((x[..., 0:E:2], x[..., 1:E:2], x[..., E:]), -1) if self.config.rope_interleave else x
 
-    def rotate(self, x: Tensor, pos: int, layer: int) -> Tensor:
-        """x (D,) at a position, litgpt's layout: pairs (i, i + E/2)."""
+    def rotate(self, x: Tensor, pos: int | list[int], layer: int) -> Tensor:
+        """x (..., D) at positions (...), litgpt's layout: pairs (i, i + E/2)."""
         config, E = self.config, self.config.rope_n_elem
         angle, amplitude = self.angle, self.amplitude
         if config.rope_indices is not None:
             angle, amplitude = angle[:, config.rope_indices[layer]], amplitude[:, config.rope_indices[layer]]
-        head, tail = self.arranged(x).split([E, x.numel() - E])
+        at = torch.tensor(pos, dtype=torch.float64).unsqueeze(-1)
+        head, tail = self.arranged(x).split([E, x.size(-1) - E], -1)
+        low, high = head[..., : E // 2], head[..., E // 2 :]
         if E % 2 == 0:
-            turn = torch.polar(amplitude[: E // 2], pos * angle[: E // 2])
-            z = torch.complex(head[: E // 2], head[E // 2 :]) * turn
-            return torch.cat((z.real, z.imag, tail))
-        swapped = torch.cat((-head[E // 2 :], head[: E // 2]))  # litgpt's odd sizes, which are no rotation
-        return torch.cat((head * (pos * angle).cos() * amplitude + swapped * (pos * angle).sin() * amplitude, tail))
+            turned = at * angle[: E // 2]
+            z = torch.complex(low, high) * torch.polar(amplitude[: E // 2].expand_as(turned), turned)
+            return torch.cat((z.real, z.imag, tail), -1)
+        swapped = torch.cat((-high, low), -1)  # litgpt's odd sizes, which are no rotation
+        turned = head * (at * angle).cos() * amplitude + swapped * (at * angle).sin() * amplitude
+        return torch.cat((turned, tail), -1)
 
 
 def passes(prompt: int, total: int, way: str, budget: int) -> list[int]:
@@ -382,13 +385,16 @@ def compare(
                     rest = i + 1 - reference.seen
                     size = rest if reference.seen == 0 and rest <= chunk else 1
                     moment = reference.feed(rows[b][reference.seen : reference.seen + size])[-1]
-            where = f"row {b}, token {i}, {policies}, {way}"
-            torch.testing.assert_close(logits[b], moment.logits, rtol=0, atol=tol, msg=lambda m, w=where: f"{w}\n{m}")
-            assert kept_of(cache, b) == moment.kept, where
+            where, held = partial("row {}, token {}, {}, {}".format, b, i, policies, way), cache.inspect(b)
+            torch.testing.assert_close(
+                logits[b], moment.logits, rtol=0, atol=tol, msg=lambda m, where=where: f"{where()}\n{m}"
+            )
+            assert [[head.positions.tolist() for head in layer.heads] for layer in held] == moment.kept, where()
             for layer, p in enumerate(policies):
                 if p.name == "h2o" and cache.layers[layer].want:
-                    for mine, theirs in zip(scores_of(cache, b)[layer], moment.scores[layer]):
-                        assert mine == pytest.approx(theirs, rel=0, abs=tol), where
+                    for head, kept, scores in zip(held[layer].heads, moment.kept[layer], moment.scores[layer]):
+                        expected = torch.tensor([scores[p] for p in kept], dtype=torch.float64)
+                        assert (head.scores - expected).abs().max() <= tol, where()
     for b, reference in enumerate(references):
         if cache.live[b]:
             check_stored(cache, reference, b, tol)

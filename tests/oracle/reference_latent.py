@@ -29,9 +29,9 @@ def latent_attention(oracle: Oracle, layer: int, x: Tensor, start: int) -> Tenso
     out = torch.zeros(m, H, W, dtype=torch.float64)
     gained: dict[int, float] = {}
     for i, (seen, positions) in enumerate(oracle.visible(layer, 0, start, m)):
-        shared = [oracle.rotate(oracle.keys[layer][p, 0], at, layer) for p, at in zip(seen, positions)]
+        shared = oracle.rotate(oracle.keys[layer][seen, 0], positions, layer)
         for h in range(H):
-            keys = torch.cat((up[seen, h, :N], torch.stack(shared)), dim=-1)
+            keys = torch.cat((up[seen, h, :N], shared), dim=-1)
             query = torch.cat((q[i, h, :N], oracle.rotate(q[i, h, N:], positions[-1], layer)))
             score = keys @ query * scale
             if (cap := config.attention_logit_softcapping) is not None:

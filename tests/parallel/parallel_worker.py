@@ -1,6 +1,6 @@
 """What each process of a launch runs for test_parallel.py: small models, whole on process 0 and in parts on all.
 
-Started once for each number of processes, by Fabric as users' scripts are; process 0 writes what it found as JSON.
+Started once for each number of processes, as torchrun starts users' scripts; process 0 writes what it found as JSON.
 """
 
 from __future__ import annotations
