@@ -131,7 +131,8 @@ class PrefillView:
             turned_q, q = latent.absorb(turned_q), latent.absorb(q)
         # detached: the cache must not keep the autograd graph alive
         tensors = (x.detach() for x in (turned_k, k, v, turned_q, q))
-        layer.seed(self.step, FreshTokens(spec, *tensors, length, layer.window), received)
+        fresh = FreshTokens(spec, *tensors, length, layer.window, constants=layer.constants)
+        layer.seed(self.step, fresh, received)
         return y
 
 
@@ -268,7 +269,7 @@ class DecodeView:
         pos = step.pos.unsqueeze(1).expand(-1, sets, -1)
         zeros = torch.zeros_like(pos, dtype=slots.dtype)
         turned = rotate(k, self.new_key_angles or self.angles, layer.spec.rope_size)
-        fresh = FreshTokens(layer.spec, turned, k, v, k, k, step.pos[:, -1] + 1, 0)
+        fresh = FreshTokens(layer.spec, turned, k, v, k, k, step.pos[:, -1] + 1, 0, constants=layer.constants)
         now = step.pos[:, -1]
         return slots.strategy.enter(
             Tokens(pos, now, step.prompt_length, layer.spec, dict.fromkeys(slots.names, zeros), fresh)
