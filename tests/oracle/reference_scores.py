@@ -310,5 +310,18 @@ def output_norm(view: View, p: int) -> float:
 
 NAIVE: dict[str, Callable[[View], Scores]] = {
     f.__name__: f
-    for f in (h2o, tova, random, knorm, keydiff, lagkv, snapkv, finch, rkv, expected_attention, triattention, criticalkv)
+    for f in (
+        h2o,
+        tova,
+        random,
+        knorm,
+        keydiff,
+        lagkv,
+        snapkv,
+        finch,
+        rkv,
+        expected_attention,
+        triattention,
+        criticalkv,
+    )
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from litgpt_kv import GPT, KVCache, KVCacheArgs, registry
+from litgpt_kv import GPT, registry
 from litgpt_kv.cache.constants import FORMAT
 from tests.oracle.reference import Policy, compare, tiny
 from tests.oracle.reference_scores import NAIVE
@@ -58,7 +57,9 @@ def write_calibration(path: Path, heads: int = 4, width: int = 6, **metadata: st
 
 def policy_of(name: str, options: dict, calibration: str, positions: str = "absolute", **others) -> Policy:
     given = options | (dict(calibration=calibration) if name == "triattention" else {})
-    return Policy(name, C, **dict(sinks=1, recent=2, positions=positions, options=given, select=select_of(name)) | others)
+    return Policy(
+        name, C, **dict(sinks=1, recent=2, positions=positions, options=given, select=select_of(name)) | others
+    )
 
 
 def select_of(name: str) -> str:

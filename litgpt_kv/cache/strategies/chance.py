@@ -38,7 +38,9 @@ class Random(Strategy):
 
     def enter(self, tokens: Tokens) -> dict[str, Tensor]:
         head = torch.arange(tokens.pos.size(1), device=tokens.pos.device).view(-1, 1) + tokens.first_head
-        state = mix(mix(tokens.pos & MASK) + (mix(head) ^ mix(mix(torch.full_like(head, self.seed)) + tokens.layer.index)))
+        state = mix(
+            mix(tokens.pos & MASK) + (mix(head) ^ mix(mix(torch.full_like(head, self.seed)) + tokens.layer.index))
+        )
         return {"draw": (state >> 8).float() * 2.0**-24}
 
     def score(self, tokens: Tokens) -> Tensor:

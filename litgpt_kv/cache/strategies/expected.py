@@ -71,7 +71,9 @@ class ExpectedAttention(Strategy):
 
     def score(self, tokens: Tokens) -> Tensor:
         layer, (queries, pos) = tokens.layer, tokens.unrotated_queries
-        keys = met_in_future(tokens, torch.arange(1, self.future + 1, device=pos.device)).unsqueeze(2)  # (B, G, 1, N, D)
+        keys = met_in_future(tokens, torch.arange(1, self.future + 1, device=pos.device)).unsqueeze(
+            2
+        )  # (B, G, 1, N, D)
         counted = (pos >= self.SINKS).view(pos.size(0), 1, -1, 1)  # (B, 1, w, 1)
         count = counted.sum(dim=2, keepdim=True).clamp(min=1)
         mean = (queries * counted).sum(dim=2, keepdim=True) / count

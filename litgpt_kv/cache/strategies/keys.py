@@ -96,7 +96,9 @@ class LagKV(Strategy):
         score = torch.where(count < 2 * lag, place.to(keys.dtype) / count.clamp(min=1), 1.0)
         if chunks > 1:
             rank = sum(self._outstanding(x, order, chunks) for x in (keys, values)).argsort(dim=-1).argsort(dim=-1)
-            rank = torch.nn.functional.pad(rank.flatten(2) / lag, (self.SINKS, order.size(-1) - self.SINKS - chunks * lag))
+            rank = torch.nn.functional.pad(
+                rank.flatten(2) / lag, (self.SINKS, order.size(-1) - self.SINKS - chunks * lag)
+            )
             score = torch.where(compared, rank.to(keys.dtype), score)
         return score.expand(order.shape).gather(-1, back)
 

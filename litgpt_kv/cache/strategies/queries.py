@@ -87,7 +87,9 @@ class Finch(Strategy):
 
     needs: ClassVar[frozenset[str]] = frozenset({"keys", "queries"})
     positions: ClassVar[str] = "cache"
-    paper: ClassVar[str] = "Corallo and Papotti 2024, FINCH: Prompt-guided Key-Value Cache Compression, arXiv 2408.00167"
+    paper: ClassVar[str] = (
+        "Corallo and Papotti 2024, FINCH: Prompt-guided Key-Value Cache Compression, arXiv 2408.00167"
+    )
 
     def __post_init__(self) -> None:
         check_number("window", self.window, 1, LONGEST, int)
