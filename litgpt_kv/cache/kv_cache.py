@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from litgpt.config import Config
 from litgpt_kv.attention.rope import RopeTables
 from litgpt_kv.cache import serialize
+from litgpt_kv.cache.constants import set_constants
 from litgpt_kv.cache.decode import begin_decode
 from litgpt_kv.cache.door import check_build, check_context, check_count, check_prompt, check_rows, check_step
 from litgpt_kv.cache.inspection import LayerContents, inspect_row
@@ -101,12 +102,16 @@ class KVCache(nn.Module):
         with torch.inference_mode(False):  # tensors made inside could not be used outside of it
             cache = cls(model.config, args, batch_size, max_tokens, context, dtype, devices, static)
             cache.fingerprint = serialize.fingerprint(model)
-            if any(plan.strategy.needs for plan in cache.plans):
+            reading = any(plan.strategy.needs or plan.strategy.reads_on_entry for plan in cache.plans)
+            if reading:
                 cache.rope = model.rope()
+            theta = model.theta() if reading or any(plan.endless for plan in cache.plans) else []
             if any(plan.endless for plan in cache.plans):
-                cache.theta = model.theta()
+                cache.theta = theta
             for slots in cache.slots:
                 slots.sharing = model.sharing
+            if reading:
+                set_constants(cache.layers, cache.plans, model, theta)
             return cache
 
     @classmethod

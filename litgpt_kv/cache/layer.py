@@ -18,7 +18,7 @@ from litgpt_kv.attention.kernels import choose_kernel
 from litgpt_kv.cache.plan import LayerPlan
 from litgpt_kv.cache.readers import FreshTokens, QueryRing
 from litgpt_kv.cache.slots import Slots
-from litgpt_kv.cache.strategies.base import RECEIVED, Tokens
+from litgpt_kv.cache.strategies.base import RECEIVED, LayerConstants, Tokens
 from litgpt_kv.config import KVCacheArgs
 
 
@@ -51,6 +51,7 @@ class LayerCache(nn.Module):
         keys, values: Storages. ring: The last queries, for a strategy that reads them.
         stores_unrotated: Whether keys are stored unrotated.
         kernel: Decode attention. want: The statistics that it returns.
+        constants: What the strategy reads of the model; `KVCache.build` sets it where the strategy needs any.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class LayerCache(nn.Module):
             registry.build("storage", plan.storage, role, (batch_size, sets, size, width), dtype, device, **options)
             for role, width in (("keys", spec.key_size), ("values", spec.value_size))
         )
+        self.constants: LayerConstants | None = None
         self.window, self.ring = 0, None
         if "queries" in plan.strategy.needs:
             self.window = plan.strategy.window  # type: ignore[attr-defined]
@@ -125,6 +127,7 @@ class LayerCache(nn.Module):
         zeros = dict.fromkeys(slots.names, torch.zeros_like(pos, dtype=slots.dtype))
         tokens = Tokens(pos, step.length - 1, step.length, self.spec, {**zeros, **statistics}, fresh)
         own = slots.strategy.enter(tokens) if slots.enters else {}
+        own = {name: slots.own(x) for name, x in own.items()}
         tokens.statistics = {**tokens.statistics, **own}
         score = slots.prompt_score(tokens) if T > slots.plan.slots else None
         return slots.select_prompt(score, step.length, T), own

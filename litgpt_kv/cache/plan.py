@@ -120,6 +120,7 @@ def _resolve_layer(spec: LayerSpec, args: KVCacheArgs, layer: _LayerArgs, max_to
         sinks = 0
     elif window is not None:  # inside the cache all tokens are nearer than the window
         window = None
+    _check_defined(spec, layer.name, strategy)
     own_sinks, own_recent = strategy.protected(slots)  # defaults, which give way to what the user says
     if sinks is None:
         sinks = own_sinks if layer.budget is not None else min(own_sinks, slots - 1)
@@ -151,6 +152,19 @@ def _resolve_layer(spec: LayerSpec, args: KVCacheArgs, layer: _LayerArgs, max_to
         positions,
         window,
     )
+
+
+def _check_defined(spec: LayerSpec, name: str, strategy: Strategy) -> None:
+    """Refuse a strategy that does not know this kind of attention, or lacks its calibration."""
+    if spec.latent and not strategy.latent:
+        raise ValueError(f"{name} is not defined for multi-head latent attention (layer {spec.index}).")
+    if "rope" in strategy.needs and spec.rope_size % 2:
+        raise ValueError(f"{name} needs an even number of rotated elements, not {spec.rope_size}.")
+    if "calibration" in strategy.needs and strategy.calibration is None:  # type: ignore[attr-defined]
+        raise ValueError(
+            f"{name} needs a calibration file, option 'calibration': `litgpt_kv calibrate CHECKPOINT --text FILE --for "
+            f"{name} --out FILE` makes it."
+        )
 
 
 def _resolve_select(
