@@ -38,6 +38,11 @@ class Storage(nn.Module):
     needs_accelerator: ClassVar[bool] = False
     options: ClassVar[tuple[str, ...]] = ()
 
+    @property
+    def device(self) -> torch.device:
+        """Where it takes tokens from and gives them to."""
+        return next(self.buffers()).device
+
     def write(self, slot: Tensor, x: Tensor, live: Tensor | None = None) -> None:
         """Put tokens into slots.
 
@@ -56,6 +61,9 @@ class Storage(nn.Module):
         """Zero rows: what a masked slot holds must be finite."""
         for buffer in self.buffers():
             buffer[rows] = 0
+
+    def check(self) -> None:
+        """Raise ValueError if the buffers, read from a file, hold what no write leaves there and reading cannot take."""
 
     @staticmethod
     def put(buffer: Tensor, slot: Tensor, x: Tensor, live: Tensor | None) -> None:
