@@ -71,7 +71,10 @@ class LayerCache(nn.Module):
         options = {name: value for name, value in args.storage_options.items() if name in known}
         self.heads = slots.heads
         self.keys, self.values = (
+            # latent attention without rotation has keys of no width, which nothing can make smaller
             registry.build("storage", plan.storage, role, (batch_size, sets, size, width), dtype, device, **options)
+            if width
+            else registry.build("storage", "plain", role, (batch_size, sets, size, 0), dtype, device)
             for role, width in (("keys", spec.key_size), ("values", spec.value_size))
         )
         self.window, self.ring = 0, None

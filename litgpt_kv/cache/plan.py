@@ -171,7 +171,9 @@ def check_in_order(storage: str, name: str, strategy: Strategy, interval: int) -
             f"of {name!r} do not. Strategies that do: {able}; storages that take any strategy: int8, int4, k8v4."
         )
     if strategy.evicts and interval > 1:
-        raise ValueError(f"The storage {storage!r} lets tokens leave one at a time: interval must be 1, got {interval}.")
+        raise ValueError(
+            f"With the storage {storage!r} tokens leave one at a time: interval must be 1, got {interval}."
+        )
 
 
 def _resolve_select(

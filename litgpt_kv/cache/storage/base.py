@@ -63,7 +63,7 @@ class Storage(nn.Module):
             buffer[rows] = 0
 
     def check(self) -> None:
-        """Raise ValueError if the buffers, read from a file, hold what no write leaves there and reading cannot take."""
+        """Raise ValueError if the buffers, read from a file, hold what reading them cannot take."""
 
     @staticmethod
     def put(buffer: Tensor, slot: Tensor, x: Tensor, live: Tensor | None) -> None:
