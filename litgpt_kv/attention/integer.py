@@ -13,6 +13,7 @@ from torch import Tensor
 
 FINER = 254  # of a part's unit, the next part's: what rounding leaves, half a unit at most, is at most 127 of them
 FEWEST = 512  # int8 rows: for fewer, making floats of them is faster than a call a matrix
+FAST = torch.backends.mkldnn.is_available() and "AVX512" in torch.backends.cpu.get_cpu_capability()
 MOST = 2**31 // 127**2  # products of two int8 numbers that an int32 sum holds
 
 
@@ -24,11 +25,7 @@ def parts_for(dtype: torch.dtype) -> int:
 
 def has_fast_products(device: torch.device) -> bool:
     """Whether the device multiplies int8 numbers faster than floats."""
-    return device.type == "cpu" and torch.backends.mkldnn.is_available() and "AVX512" in _cpu()
-
-
-def _cpu() -> str:
-    return torch.backends.cpu.get_cpu_capability()
+    return FAST and device.type == "cpu"
 
 
 def split(x: Tensor, parts: int) -> tuple[Tensor, Tensor]:

@@ -44,7 +44,7 @@ def close(a: Tensor, b: Tensor, tol: float = 1e-8) -> None:
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """The products of int8 numbers are used however few there are, and on every processor."""
     monkeypatch.setattr(integer, "FEWEST", 1)
-    monkeypatch.setattr(integer, "_cpu", lambda: "AVX512")
+    monkeypatch.setattr(integer, "FAST", True)
 
 
 # -- what is read ------------------------------------------------------------------------------------------------------
@@ -238,14 +238,14 @@ def test_the_kernel_of_codes_equals_the_reference(name: str, case: str, fast: No
 
 
 def test_the_kernel_of_codes_is_chosen_where_it_can_be(gqa: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
-    def kernels(storage: str, cpu: str) -> set[str]:
-        monkeypatch.setattr(integer, "_cpu", lambda: cpu)
+    def kernels(storage: str, fast: bool) -> set[str]:
+        monkeypatch.setattr(integer, "FAST", fast)
         cache = KVCache.build(gqa, KVCacheArgs(storage=storage), 1, 8)
         return {type(layer.kernel).__name__ for layer in cache.layers}
 
     for name in storages_for("dense"):
-        assert kernels(name, "AVX512") == {"Products" if name in CODES else "Eager"}
-        assert kernels(name, "DEFAULT") == {"Eager"}
+        assert kernels(name, True) == {"Products" if name in CODES else "Eager"}
+        assert kernels(name, False) == {"Eager"}
     with pytest.raises(ValueError, match="kernel 'products' does not read Plain and Plain on cpu; use 'eager'"):
         KVCache.build(gqa, KVCacheArgs(attention="products"), 1, 8)
 
@@ -261,8 +261,11 @@ ORDERED = {
 }
 
 
-@pytest.mark.parametrize("way", ORDERED)
-@pytest.mark.parametrize("options", [KIVI, {"bits": 2, "group": 4}, {"bits": 4, "group": 1}, {"bits": 2, "group": 32}])
+GROUPS = [dict(bits=4, group=3), dict(bits=2, group=4), dict(bits=4, group=1), dict(bits=2, group=32)]
+EACH = [*((way, GROUPS[0]) for way in ORDERED), *(("sink", group) for group in GROUPS[1:])]
+
+
+@pytest.mark.parametrize(("way", "options"), EACH)
 def test_kivi_is_attention_over_naively_quantised_groups(
     way: str, options: dict, gqa: GPT, monkeypatch: pytest.MonkeyPatch
 ) -> None:

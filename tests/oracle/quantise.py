@@ -96,7 +96,7 @@ class Naive(Storage):
 
 
 class NaiveKivi(Storage):
-    """A list of tokens a row, in the order in which they came; every read quantises whole groups anew."""
+    """A list of tokens a row, in the order in which they came, quantised by whole groups."""
 
     lossless, in_order, options = False, True, ("bits", "group")
 
@@ -106,6 +106,7 @@ class NaiveKivi(Storage):
         super().__init__()
         self.role, self.bits, self.shape = role, bits, shape
         self.elements, self.group = group, min(group, shape[2])
+        self.closed: dict[tuple[int, int], Tensor] = {}  # by row and number of the token
         self.tokens: list[list[tuple[int, Tensor]]] = [[] for _ in range(shape[0])]  # slot, (G, D)
         self.register_buffer("nothing", torch.zeros(shape[0], 1), persistent=False)
 
@@ -120,13 +121,13 @@ class NaiveKivi(Storage):
         for b, tokens in enumerate(self.tokens):
             for i, (slot, x) in enumerate(tokens):
                 if slot < extent:
-                    out[b, :, slot] = self._seen(tokens, i, x)
+                    if (b, i) not in self.closed and i // self.group * self.group + self.group <= len(tokens):
+                        self.closed[b, i] = self._quantised(tokens, i, x)
+                    out[b, :, slot] = self.closed.get((b, i), x)
         return out
 
-    def _seen(self, tokens: list[tuple[int, Tensor]], i: int, x: Tensor) -> Tensor:
+    def _quantised(self, tokens: list[tuple[int, Tensor]], i: int, x: Tensor) -> Tensor:
         first = i // self.group * self.group
-        if first + self.group > len(tokens):
-            return x
         if self.role == "values":
             return apply(lambda row: in_groups(row, self.elements, self.bits), x)
         group = torch.stack([x for _, x in tokens[first : first + self.group]], -1)  # (G, D, g)
