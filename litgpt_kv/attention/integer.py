@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 FINER = 254  # of a part's unit, the next part's: what rounding leaves, half a unit at most, is at most 127 of them
-FEWEST = 512  # int8 rows: for fewer, making floats of them is faster than a call a matrix
+FEWEST = 2048  # int8 rows: for fewer, making floats of them is faster than a call a matrix
 FAST = torch.backends.mkldnn.is_available() and "AVX512" in torch.backends.cpu.get_cpu_capability()
 MOST = 2**31 // 127**2  # products of two int8 numbers that an int32 sum holds
 

@@ -72,4 +72,6 @@ class Storage(nn.Module):
         if live is not None:
             live = live.view(-1, 1, 1, 1) if live.dim() == 1 else live.unsqueeze(-1)
             x = torch.where(live, x, buffer.gather(2, index))
+        if buffer.is_floating_point() and buffer.element_size() == 2:  # torch 2.13 scatters 16-bit floats slowly (CPU)
+            buffer, x = buffer.view(torch.int16), x.contiguous().view(torch.int16)
         buffer.scatter_(2, index, x)
