@@ -103,15 +103,13 @@ class KVCache(nn.Module):
             cache = cls(model.config, args, batch_size, max_tokens, context, dtype, devices, static)
             cache.fingerprint = serialize.fingerprint(model)
             reading = any(plan.strategy.needs or plan.strategy.reads_on_entry for plan in cache.plans)
-            if reading:
-                cache.rope = model.rope()
-            theta = model.theta() if reading or any(plan.endless for plan in cache.plans) else []
-            if any(plan.endless for plan in cache.plans):
-                cache.theta = theta
+            if reading or any(plan.endless for plan in cache.plans):
+                cache.theta = model.theta()
             for slots in cache.slots:
                 slots.sharing = model.sharing
             if reading:
-                set_constants(cache.layers, cache.plans, model, theta)
+                cache.rope = model.rope()
+                set_constants(cache.layers, cache.plans, model, cache.theta)
             return cache
 
     @classmethod

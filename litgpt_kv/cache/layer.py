@@ -67,10 +67,15 @@ class LayerCache(nn.Module):
         super().__init__()
         spec = self.spec = plan.spec
         self.stack_index, self.stores_unrotated = stack_index, plan.stores_unrotated
-        sets, size, options = plan.pools or spec.groups, slots.size, args.storage_options
+        sets, size = plan.pools or spec.groups, slots.size
+        known = registry.options("storage", plan.storage)
+        options = {name: value for name, value in args.storage_options.items() if name in known}
         self.heads = slots.heads
         self.keys, self.values = (
+            # latent attention without rotation has keys of no width, which nothing can make smaller
             registry.build("storage", plan.storage, role, (batch_size, sets, size, width), dtype, device, **options)
+            if width
+            else registry.build("storage", "plain", role, (batch_size, sets, size, 0), dtype, device)
             for role, width in (("keys", spec.key_size), ("values", spec.value_size))
         )
         self.constants: LayerConstants | None = None
@@ -85,7 +90,7 @@ class LayerCache(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.keys.buffers()).device
+        return self.keys.device
 
     def by_set(self, x: Tensor) -> Tensor:
         """Tokens of all heads (B, G, T, D) as the storages hold them: (B, P, g * T, D) with pools, head by head."""
@@ -112,7 +117,7 @@ class LayerCache(nn.Module):
             x = self.by_set(x)
             if x.size(2) > index.size(-1):
                 x = x.gather(2, index.unsqueeze(-1).expand(-1, x.size(1), -1, x.size(-1)))  # (B, G, n, D)
-            storage.write(target, x.masked_fill((pos < 0).unsqueeze(-1), 0.0))
+            storage.write(target, x, pos >= 0)
         if self.ring is not None:
             self.ring.write(*fresh.last(fresh.raw_q if self.stores_unrotated else fresh.q), None)
 

@@ -78,6 +78,9 @@ def resolve(config: Config, args: KVCacheArgs, max_tokens: int, context: int) ->
     options = {name: registry.options("strategy", name) for name in dict.fromkeys(values[0])}
     if unknown := [k for k in args.options if not any(k in own for own in options.values())]:
         registry.build("strategy", values[0][0], **{unknown[0]: None})  # says what there is
+    stores = dict.fromkeys(values[4])
+    if unknown := [k for k in args.storage_options if not any(k in registry.options("storage", s) for s in stores)]:
+        registry.build("storage", values[4][0], **{unknown[0]: None})  # says what there is
     plans = []
     for index, (name, budget, sinks, recent, storage) in enumerate(zip(*values)):
         strategy = registry.build("strategy", name, **{k: v for k, v in args.options.items() if k in options[name]})
@@ -135,6 +138,8 @@ def _resolve_layer(spec: LayerSpec, args: KVCacheArgs, layer: _LayerArgs, max_to
             f"interval {interval} is over the limit of {most}: budget {slots} less sinks {sinks} and recent {recent} "
             f"({layer.name})."
         )
+    if registry.get("storage", layer.storage).in_order:
+        check_in_order(layer.storage, layer.name, strategy, interval)
     select, pools, floor = _resolve_select(spec, args, layer.name, strategy, slots, interval)
     keep_prompt = keep_prompt and strategy.evicts
     return LayerPlan(
@@ -164,6 +169,24 @@ def _check_defined(spec: LayerSpec, name: str, strategy: Strategy) -> None:
         raise ValueError(
             f"{name} needs a calibration file, option 'calibration': `litgpt_kv calibrate CHECKPOINT --text FILE --for "
             f"{name} --out FILE` makes it."
+        )
+
+
+def check_in_order(storage: str, name: str, strategy: Strategy, interval: int) -> None:
+    """Refuse strategies whose tokens do not leave in order, for a storage that quantises neighbours together.
+
+    Raises:
+        ValueError: With the names.
+    """
+    if not strategy.recency:
+        able = ", ".join(n for n in registry.names("strategy") if registry.get("strategy", n).recency)
+        raise ValueError(
+            f"The storage {storage!r} quantises neighbouring tokens together, so they must leave in order, which those "
+            f"of {name!r} do not. Strategies that do: {able}; storages that take any strategy: int8, int4, k8v4."
+        )
+    if strategy.evicts and interval > 1:
+        raise ValueError(
+            f"With the storage {storage!r} tokens leave one at a time: interval must be 1, got {interval}."
         )
 
 
