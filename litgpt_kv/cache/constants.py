@@ -21,13 +21,17 @@ FORMAT = "litgpt_kv calibration 1"
 
 
 def set_constants(
-    layers: Iterable[Any], plans: Sequence[LayerPlan], model: Any, theta: Sequence[tuple[Tensor, Tensor, Tensor]]
+    layers: Iterable[Any],
+    plans: Sequence[LayerPlan],
+    model: Any,
+    theta: Sequence[tuple[Tensor, Tensor, Tensor]],
+    dtype: torch.dtype,
 ) -> None:
     """Set the `constants` of each layer of a cache whose strategy reads the model.
 
     Args:
         layers: `LayerCache`s. plans: Theirs. model: The `GPT`.
-        theta: What one position turns, of each rope base.
+        theta: What one position turns, of each rope base. dtype: Of scores.
 
     Raises:
         ValueError: If a calibration file is missing or is not of this model.
@@ -37,7 +41,7 @@ def set_constants(
         strategy, spec = plan.strategy, plan.spec
         if not (strategy.needs or strategy.reads_on_entry):
             continue
-        constants = LayerConstants(theta[which[spec.index]])
+        constants = LayerConstants(theta[which[spec.index]], dtype)
         if sharing is not None and plan.select != "layer":
             constants.first_head = sharing.heads.groups.start
         if "output_weight" in strategy.needs:

@@ -125,7 +125,7 @@ class KVCache(nn.Module):
             for slots in cache.slots:
                 slots.sharing = model.sharing
             if reading:
-                set_constants(cache.layers, cache.plans, model, theta)
+                set_constants(cache.layers, cache.plans, model, theta, torch.promote_types(dtype, torch.float32))
             return cache
 
     @classmethod
