@@ -71,9 +71,9 @@ def test_register_and_build_with_options() -> None:
 
 def test_options_of_a_strategy_without_any() -> None:
     with pytest.raises(
-        ValueError, match=r"Unknown option 'alpha', 'beta' for the strategy 'h2o'\. It takes no options\."
+        ValueError, match=r"Unknown option 'alpha', 'beta' for the strategy 'tova'\. It takes no options\."
     ):
-        registry.build("strategy", "h2o", beta=1, alpha=2)
+        registry.build("strategy", "tova", beta=1, alpha=2)
 
 
 @pytest.mark.usefixtures("scratch")

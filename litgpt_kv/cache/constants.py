@@ -20,14 +20,35 @@ from litgpt_kv.cache.strategies.base import LayerConstants, Strategy
 FORMAT = "litgpt_kv calibration 1"
 
 
+def connect(cache: Any, model: Any) -> None:
+    """Give a new `KVCache` what it reads of its model while it runs: angles, other devices' heads, layers' constants.
+
+    Raises:
+        ValueError: If a calibration file is missing or is not of this model.
+    """
+    reading = any(plan.strategy.needs or plan.strategy.reads_on_entry for plan in cache.plans)
+    if reading or any(plan.endless for plan in cache.plans):
+        cache.theta = model.theta()
+    for slots in cache.slots:
+        slots.sharing = model.sharing
+    if reading:
+        cache.rope = model.rope()
+        exact = torch.promote_types(cache.dtype, torch.float32)
+        set_constants(cache.layers, cache.plans, model, cache.theta, exact)
+
+
 def set_constants(
-    layers: Iterable[Any], plans: Sequence[LayerPlan], model: Any, theta: Sequence[tuple[Tensor, Tensor, Tensor]]
+    layers: Iterable[Any],
+    plans: Sequence[LayerPlan],
+    model: Any,
+    theta: Sequence[tuple[Tensor, Tensor, Tensor]],
+    dtype: torch.dtype,
 ) -> None:
     """Set the `constants` of each layer of a cache whose strategy reads the model.
 
     Args:
         layers: `LayerCache`s. plans: Theirs. model: The `GPT`.
-        theta: What one position turns, of each rope base.
+        theta: What one position turns, of each rope base. dtype: Of scores.
 
     Raises:
         ValueError: If a calibration file is missing or is not of this model.
@@ -37,7 +58,7 @@ def set_constants(
         strategy, spec = plan.strategy, plan.spec
         if not (strategy.needs or strategy.reads_on_entry):
             continue
-        constants = LayerConstants(theta[which[spec.index]])
+        constants = LayerConstants(theta[which[spec.index]], dtype)
         if sharing is not None and plan.select != "layer":
             constants.first_head = sharing.heads.groups.start
         if "output_weight" in strategy.needs:

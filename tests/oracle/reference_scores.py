@@ -5,6 +5,7 @@ A `Moment` of one layer and key/value head: the tokens it holds, the queries so 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -164,7 +165,11 @@ def random(view: View) -> Scores:
 
 
 def knorm(view: View) -> Scores:
-    return {p: -math.sqrt(sum(x * x for x in view.key(p).tolist())) for p in view.held}
+    scores = {}
+    for p in view.held:
+        mantissa, exponent = math.frexp(math.sqrt(sum(x * x for x in view.key(p).tolist())))
+        scores[p] = -round(mantissa * 2**16) * 2.0 ** (exponent - 16)
+    return scores
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
@@ -184,7 +189,7 @@ def lagkv(view: View) -> Scores:
         return {p: (i - sinks) / max(1, len(held) - sinks) for i, p in enumerate(held)}
     chunks = [rest[i : i + lag] for i in range(0, len(rest) // lag * lag, lag)]
     scores = dict.fromkeys(held, 1.0)
-    for chunk, following in zip(chunks, chunks[1:]):
+    for chunk, following in itertools.pairwise(chunks):
         total = dict.fromkeys(chunk, 0.0)
         for vectors in ({p: f(p).tolist() for p in held} for f in (view.key, view.value)):
             deviation = {}

@@ -1,4 +1,4 @@
-"""Every strategy against its definition by loops, at every step: logits, kept tokens, scores, stored keys and values."""
+"""Every strategy against its definition by loops, at every step: logits, kept tokens, scores, keys and values."""
 
 from __future__ import annotations
 

@@ -30,12 +30,14 @@ class LayerConstants:
 
     Attributes:
         theta: What one position turns, see `litgpt_kv.attention.rope.theta_of`.
+        dtype: Of scores and statistics: float32, or float64 for a float64 model.
         first_head: The number of this device's first set of kept tokens; not 0 on a device that has later heads.
         output_weight: (C, H, Dv) the output projection, of each query head; where "output_weight" is needed.
         calibration: By name, what a calibration file says of this layer; where "calibration" is needed.
     """
 
     theta: tuple[Tensor, Tensor, Tensor]
+    dtype: torch.dtype = torch.float32
     first_head: int = 0
     output_weight: Tensor | None = None
     calibration: Mapping[str, Tensor] = field(default_factory=dict)
@@ -115,13 +117,13 @@ class Tokens:
         length of the prompt where that is shorter.
         """
         queries, pos = self._reader("queries").queries()
-        return queries.to(torch.promote_types(queries.dtype, torch.float32)), pos
+        return self._exact(queries), pos
 
     @property
     def unrotated_queries(self) -> tuple[Tensor, Tensor]:
         """As `queries`, before rotation."""
         queries, pos = self._reader("queries").unrotated_queries()
-        return queries.to(torch.promote_types(queries.dtype, torch.float32)), pos
+        return self._exact(queries), pos
 
     @property
     def distance(self) -> Tensor:
@@ -137,7 +139,7 @@ class Tokens:
     def angles(self, pos: Tensor) -> Angles:
         """The angles of any positions (...), negative and beyond the model's context too: a pair of (..., E)."""
         constants = self._constants("rope")
-        return angles_at(constants.theta, pos, torch.promote_types(constants.theta[0].dtype, torch.float32))
+        return angles_at(constants.theta, pos, constants.dtype)
 
     @property
     def first_head(self) -> int:
@@ -175,9 +177,12 @@ class Tokens:
             raise ValueError(f"A strategy that reads {what} must say so: list {what!r} in `needs`.")
         return self.reader
 
+    def _exact(self, x: Tensor) -> Tensor:
+        constants = None if self.reader is None else self.reader.constants
+        return x.to(torch.promote_types(x.dtype, torch.float32 if constants is None else constants.dtype))
+
     def _masked(self, x: Tensor) -> Tensor:
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        return x.masked_fill(~self.live.unsqueeze(-1), 0.0)
+        return self._exact(x).masked_fill(~self.live.unsqueeze(-1), 0.0)
 
 
 @dataclass(frozen=True)

@@ -92,10 +92,10 @@ class TriAttention(Strategy):
     """Keep the tokens that the model's typical queries attend to at their distance, by the model's own calibration.
 
     Before rotation, queries of a head are close to a centre. For each rotated pair of elements the score has the
-    product of the centre with the key, rotated by their distance and averaged over the distances 1, 2, 4, ... `farthest`
-    from now; and, where queries scatter, the rest of their mean length times the key's. The official
-    WeianMao/triattention code joins the heads of a group by the largest (optionally standardised) score: here it is the
-    mean. It protects prompts: `keep_prompt` does; and it works every 128 steps: `interval`. Elements that are not
+    product of the centre with the key, rotated by their distance and averaged over queries that come 1, 2, 4, ...
+    `farthest` positions from now; and, where queries scatter, the rest of their mean length times the key's. The
+    official WeianMao/triattention code joins the heads of a group by the largest (optionally standardised) score: here
+    it is the mean. It protects prompts: `keep_prompt` does; and it works every 128 steps: `interval`. Elements that are not
     rotated, which it does not know, add their product with the centre. Not defined for latent attention.
 
     Args:

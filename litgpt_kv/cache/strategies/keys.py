@@ -20,8 +20,9 @@ class Knorm(Strategy):
     """Keep the tokens with the smallest keys, which in trained models attract attention.
 
     The official alessiodevoto/l2compress code leaves the first two layers whole (`strategy: [dense, dense, knorm, ...]`
-    does that here), norms are float32 here. For latent attention the norm is that of the cached latent and rotary key
-    side by side, which is what all heads' queries meet.
+    does that here). Norms are float32 here, rounded to 16 bits: in the first layer all occurrences of a token have the
+    same norm, and must not be ordered by the last bit of their rotations. For latent attention the norm is that of the
+    cached latent and rotary key side by side, which is what all heads' queries meet.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"keys"})
@@ -30,7 +31,8 @@ class Knorm(Strategy):
     )
 
     def score(self, tokens: Tokens) -> Tensor:
-        return -tokens.keys.norm(dim=-1)
+        mantissa, exponent = torch.frexp(tokens.keys.norm(dim=-1))
+        return -torch.ldexp((mantissa * 2**16).round() / 2**16, exponent)
 
 
 @register("strategy", "keydiff")
