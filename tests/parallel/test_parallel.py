@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from litgpt.config import Config, name_to_config
 from litgpt.utils import save_config
@@ -40,24 +42,19 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def reports() -> dict[int, dict]:
-    """What 2 and 4 processes found: they are started once, in whatever order the tests run."""
-    return {}
-
-
-@pytest.fixture(params=[2, 4], ids="{} processes".format)
-def report(
-    request: pytest.FixtureRequest, reports: dict, tmp_path_factory: pytest.TempPathFactory, checkpoint: Path
-) -> dict:
-    devices = request.param
-    if devices not in reports:
-        out = tmp_path_factory.mktemp("report") / "report.json"
-        options = ["--devices", str(devices), "--out", str(out), "--checkpoint", str(checkpoint)]
-        code, _, err = together(devices, str(HERE / "parallel_worker.py"), *options)
-        assert code == 0, err[-3000:]
-        reports[devices] = {"devices": devices, **json.loads(out.read_text())}
-    return reports[devices]
+@pytest.fixture(params=[2, 4], ids="{} processes".format, scope="module")
+def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> dict:
+    """What so many processes found. They are started once, by whichever pytest-xdist worker comes first."""
+    devices, folder = request.param, tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # of all workers
+    out = folder / f"report of {devices} processes.json"
+    with FileLock(f"{out}.lock"):
+        if not out.exists():
+            options = ["--devices", str(devices), "--out", str(out), "--checkpoint", str(checkpoint)]
+            code, _, err = together(devices, str(HERE / "parallel_worker.py"), *options)
+            assert code == 0, err[-3000:]
+    return {"devices": devices, **json.loads(out.read_text())}
 
 
 def test_logits_kept_tokens_and_texts_are_those_of_one_process(report: dict) -> None:
