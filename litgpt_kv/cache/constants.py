@@ -59,8 +59,9 @@ def set_constants(
         if not (strategy.needs or strategy.reads_on_entry):
             continue
         constants = LayerConstants(theta[which[spec.index]], dtype)
-        if sharing is not None and plan.select != "layer":
-            constants.first_head = sharing.heads.groups.start
+        if sharing is not None:
+            constants.largest = sharing.largest
+            constants.first_head = 0 if plan.select == "layer" else sharing.heads.groups.start
         if "output_weight" in strategy.needs:
             weight = weight_of(block.attn.proj)  # (C, H * Dv)
             constants.output_weight = weight.unflatten(1, (spec.heads, -1))

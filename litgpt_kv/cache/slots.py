@@ -37,6 +37,9 @@ class Sharing(Protocol):
     def score(self, score: Tensor, per_head: bool) -> Tensor:
         """Scores (..., P, S) made from this device's keys and queries, to the mean over all devices with a say."""
 
+    def largest(self, x: Tensor) -> Tensor:
+        """Numbers (B, G, ...) of this device's query heads, to the largest over all that have heads of these groups."""
+
 
 class Slots(nn.Module):
     """The slots of a stack of layers.

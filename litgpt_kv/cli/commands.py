@@ -18,8 +18,8 @@ from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.cli.answers import MOST_SAMPLES, Answers
 from litgpt_kv.cli.file_run import answer_file
 from litgpt_kv.cli.output import Output
-from litgpt_kv.cli.parser import describe
 from litgpt_kv.cli.prompt_files import Line, PromptFile
+from litgpt_kv.cli.strategies import table
 from litgpt_kv.cli.terminal import talk
 from litgpt_kv.config import KVCacheArgs, SamplingArgs
 from litgpt_kv.generate import Request, Sequence, Stats
@@ -284,9 +284,13 @@ def chat(
 
 
 def strategies() -> None:
-    """List every registered strategy: what it keeps, its parameters and defaults, its paper."""
-    for name in registry.names("strategy"):
-        print(describe(name))
+    """List every registered strategy in a table to choose from; `--kv-cache.help NAME` says all of one.
+
+    The columns: what its score is made of; when it evicts; whether it is defined for multi-head latent attention; who
+    chooses what stays, and from where positions count, unless `--kv-cache.select` and `--kv-cache.positions` say
+    otherwise. Below: what it keeps, and its source.
+    """
+    print(table(registry.names("strategy")))
 
 
 def report(

@@ -29,6 +29,7 @@ from jsonargparse import (
 from litgpt_kv import __version__, registry
 from litgpt_kv.arguments import DeviceArgs, RunArgs, StoppingArgs, Without
 from litgpt_kv.cli.options import PROG, fail, load_yaml, normalise
+from litgpt_kv.cli.strategies import describe
 from litgpt_kv.config import KVCacheArgs, SamplingArgs, shown
 from litgpt_kv.llm.safe_load import one_line
 from litgpt_kv.parallel import end_worker
@@ -181,19 +182,6 @@ def is_plain(hint: Any) -> bool:
 
 def _is_callable(origin: Any) -> bool:
     return getattr(origin, "__name__", "") == "Callable"
-
-
-def describe(name: str) -> str:
-    """A strategy on a few lines: what it keeps, its parameters with defaults, its paper."""
-    cls = registry.get("strategy", name)
-    line = (inspect.getdoc(cls) or "").partition("\n")[0]
-    fields = [f"{f.name}={f.default!r}" for f in dataclasses.fields(cls)]
-    protects = []
-    with contextlib.suppress(TypeError):  # options without defaults: what it protects may hang on them
-        for what, at_100, at_200 in zip(("sinks", "recent"), cls().protected(100), cls().protected(200)):
-            protects += [f"{what}={at_100}%" if at_200 == 2 * at_100 else f"{what}={at_100}"] if at_100 else []
-    parameters = ", ".join([*protects, f"positions={cls.positions}", *fields])
-    return "\n".join([f"{name}: {line}", f"    {parameters}", *([f"    {cls.paper}"] if cls.paper else [])])
 
 
 def show_strategy(name: str) -> NoReturn:

@@ -108,7 +108,7 @@ SOME = ("phi-2", "Gemma-2-2b", "Mixtral-8x7B-v0.1")
 def cases(devices: int) -> Iterator[tuple[str, Config, str, str, str, str]]:
     """(name, config, strategy, storage, positions, prefill way)."""
     few = devices > 2  # a machine of few cores takes its time to switch between processes
-    strategies = sorted({*FEW, *OURS})
+    strategies = sorted({*THREE, *OURS})
     for name, config in GRID.items():
         for strategy in sorted({*NAMES, *OURS}) if name == "gqa" else strategies:
             looks = strategy in ("h2o", *OURS)  # at what heads have, which may be elsewhere

@@ -10,7 +10,7 @@ a key/value head) · N tokens of a prompt, or slots · w queries · H query head
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
@@ -32,6 +32,7 @@ class LayerConstants:
         theta: What one position turns, see `litgpt_kv.attention.rope.theta_of`.
         dtype: Of scores and statistics: float32, or float64 for a float64 model.
         first_head: The number of this device's first set of kept tokens; not 0 on a device that has later heads.
+        largest: From numbers (B, G, ...) of this device's query heads, the largest of all devices; None on one.
         output_weight: (C, H, Dv) the output projection, of each query head; where "output_weight" is needed.
         calibration: By name, what a calibration file says of this layer; where "calibration" is needed.
     """
@@ -39,6 +40,7 @@ class LayerConstants:
     theta: tuple[Tensor, Tensor, Tensor]
     dtype: torch.dtype = torch.float32
     first_head: int = 0
+    largest: Callable[[Tensor], Tensor] | None = None
     output_weight: Tensor | None = None
     calibration: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -145,6 +147,11 @@ class Tokens:
     def first_head(self) -> int:
         """The number of the first of the P sets among all devices' ones."""
         return self._constants("keys").first_head
+
+    def largest_of_group(self, x: Tensor) -> Tensor:
+        """The largest of numbers (B, G, R, ...) of the query heads of each group: (B, G, ...)."""
+        x, constants = x.amax(dim=2), self._constants("queries")
+        return x if constants.largest is None else constants.largest(x)
 
     @property
     def output_norm(self) -> Tensor:

@@ -95,8 +95,8 @@ class TriAttention(Strategy):
     product of the centre with the key, rotated by their distance and averaged over queries that come 1, 2, 4, ...
     `farthest` positions from now; and, where queries scatter, the rest of their mean length times the key's. The
     official WeianMao/triattention code joins the heads of a group by the largest (optionally standardised) score: here
-    it is the mean. It protects prompts: `keep_prompt` does; and it works every 128 steps: `interval`. Elements that are not
-    rotated, which it does not know, add their product with the centre. Not defined for latent attention.
+    it is the mean. It protects prompts: `keep_prompt` does; and it works every 128 steps: `interval`. Elements that are
+    not rotated, which it does not know, add their product with the centre. Not defined for latent attention.
 
     Args:
         calibration: The file that `litgpt_kv calibrate --for triattention` makes.

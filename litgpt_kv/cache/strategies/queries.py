@@ -142,7 +142,7 @@ class RKV(Strategy):
     def score(self, tokens: Tokens) -> Tensor:
         old = before_window(tokens, self.window)
         seen = seen_by_queries(tokens) & old.unsqueeze(-2)
-        attention = per_query(softmax_where(query_scores(tokens).amax(dim=2), seen).sum(dim=2), tokens)
+        attention = per_query(softmax_where(tokens.largest_of_group(query_scores(tokens)), seen).sum(dim=2), tokens)
         order, back = (spread(x, attention) for x in text_order(tokens.pos))
         attention = max_pool1d(attention.gather(-1, order), self.KERNEL, 1, self.KERNEL // 2).gather(-1, back)
         redundancy = softmax_where(self._alike(tokens), tokens.live)

@@ -1,0 +1,75 @@
+"""What `litgpt_kv strategies` and `--kv-cache.help NAME` say; all of it is read off the strategies' classes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+from collections.abc import Sequence
+
+from litgpt_kv import registry
+from litgpt_kv.cache.strategies.base import Strategy
+
+HEADER = ("strategy", "scores by", "evicts", "latent", "select, positions")
+
+
+def table(names: Sequence[str]) -> str:
+    """A table to choose from: a line with columns for each strategy, and under it what it keeps and its source."""
+    rows = [HEADER, *(columns(name) for name in names)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
+    lines = ["  ".join(x.ljust(width) for x, width in zip(row, widths)).rstrip() for row in rows]
+    out = [lines[0], "-" * len(max(lines, key=len))]
+    for name, line in zip(names, lines[1:]):
+        cls = registry.get("strategy", name)
+        out += [line, *(f"    {text}" for text in (summary(cls), cls.paper) if text)]
+    return "\n".join(out)
+
+
+def columns(name: str) -> tuple[str, ...]:
+    """The columns of `HEADER` for one strategy with its default options."""
+    cls = registry.get("strategy", name)
+    try:
+        strategy = cls()
+    except TypeError:  # options without defaults
+        return name, "?", "yes" if cls.evicts else "never", "?", f"{cls.select}, {cls.positions}"
+    evicts = "prompt and decode" if strategy.evicts else "never"
+    return (
+        name,
+        looks_at(strategy),
+        evicts,
+        "yes" if strategy.latent else "no",
+        f"{strategy.select}, {strategy.positions}",
+    )
+
+
+def looks_at(strategy: Strategy) -> str:
+    """What a strategy's score is made of: attention (from which queries) and what else."""
+    if strategy.recency:
+        return "position"
+    kinds = {"mass": "attention of all queries", "last": "attention of the newest query"}
+    parts = [text for kind, text in kinds.items() if kind in strategy.statistics]
+    if "queries" in strategy.needs:
+        parts.append(f"last {strategy.window} queries")  # type: ignore[attr-defined]
+    others = {"keys": "keys", "values": "values", "output_weight": "output weights", "calibration": "calibration file"}
+    parts += [text for need, text in others.items() if need in strategy.needs]
+    return ", ".join(parts) or "chance"
+
+
+def summary(cls: type) -> str:
+    """The first line of a class' docstring."""
+    return (inspect.getdoc(cls) or "").partition("\n")[0]
+
+
+def describe(name: str) -> str:
+    """A strategy on a few lines: what it keeps, its parameters with defaults, its paper."""
+    cls = registry.get("strategy", name)
+    fields = [f"{f.name}={f.default!r}" for f in dataclasses.fields(cls)]
+    protects, select, positions = [], cls.select, cls.positions
+    with contextlib.suppress(TypeError):  # options without defaults: what it protects may hang on them
+        strategy = cls()
+        select, positions = strategy.select, strategy.positions
+        for what, small, large in zip(("sinks", "recent"), strategy.protected(10_000), strategy.protected(20_000)):
+            protects += [f"{what}={small // 100}%" if large == 2 * small else f"{what}={small}"] if small else []
+    chosen = [f"select={select}"] if select != "head" else []
+    parameters = ", ".join([*protects, f"positions={positions}", *chosen, *fields])
+    return "\n".join([f"{name}: {summary(cls)}", f"    {parameters}", *([f"    {cls.paper}"] if cls.paper else [])])
