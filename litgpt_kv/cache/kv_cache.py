@@ -75,6 +75,9 @@ class KVCache(nn.Module):
                 layers[plan.spec.index] = LayerCache(plan, args, slots, slots.stack_index(i), batch_size, dtype, device)
                 self.group_of[plan.spec.index] = number
         self.layers = nn.ModuleList(layers[i] for i in range(config.n_layer))
+        for layer, following in zip(self.layers, self.layers[1:]):
+            layer.keys.before(following.keys)
+            layer.values.before(following.values)
         self.limit, self.why = limit_of(plans, context)
         self.longest_block = max(1, min(plan.slots - plan.sinks for plan in plans))
         self._views: dict[tuple[int, int], KVCache] = {}
