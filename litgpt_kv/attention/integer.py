@@ -49,9 +49,9 @@ def split(x: Tensor, parts: int) -> tuple[Tensor, Tensor]:
     return torch.cat(found, dim=1), unit
 
 
-def join(products: Tensor, unit: Tensor, parts: int) -> Tensor:
-    """Add up the products (N, parts * M, .) int32 of the parts, as float32 (N, M, .)."""
-    coarse, *finer = products.to(unit.dtype).chunk(parts, dim=1)
+def join(products: Tensor, unit: Tensor) -> Tensor:
+    """Add up the products (parts * M, .) int32 of the parts of M rows with the units (M, 1), as float32 (M, .)."""
+    coarse, *finer = products.to(unit.dtype).split(unit.size(0))
     for part, product in enumerate(finer, 1):
         coarse = coarse.add(product, alpha=float(FINER) ** -part)
     return coarse * unit
@@ -60,10 +60,10 @@ def join(products: Tensor, unit: Tensor, parts: int) -> Tensor:
 def products(x: Tensor, codes: Tensor, parts: int) -> Tensor:
     """Products of rows with rows: x (N, M, K) float32 and codes (N, S, K) int8 give (N, M, S) float32."""
     if codes.size(1) < FEWEST or not 1 < codes.size(2) <= MOST or not has_fast_products(x.device):
-        return x @ codes.to(x.dtype).mT
+        return x @ codes.to(x.dtype).mT  # torch 2.13's _int_mm is wrong for a width of 1
     cut, unit = split(x, parts)
-    found = [torch._int_mm(a, b.T) for a, b in zip(cut.unbind(), codes.unbind())]
-    return join(torch.stack(found), unit, parts)
+    found = [join(torch._int_mm(a, b.T), u) for a, b, u in zip(cut.unbind(), codes.unbind(), unit.unbind())]
+    return torch.stack(found)
 
 
 def sums(p: Tensor, codes: Tensor, parts: int) -> Tensor:
@@ -74,5 +74,5 @@ def sums(p: Tensor, codes: Tensor, parts: int) -> Tensor:
         pairs = zip(p.split(MOST, dim=2), codes.split(MOST, dim=1))
         return torch.stack([sums(a, b, parts) for a, b in pairs]).sum(0)
     cut, unit = split(p, parts)
-    found = [torch._int_mm(a, b) for a, b in zip(cut.unbind(), codes.unbind())]
-    return join(torch.stack(found), unit, parts)
+    found = [join(torch._int_mm(a, b), u) for a, b, u in zip(cut.unbind(), codes.unbind(), unit.unbind())]
+    return torch.stack(found)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -158,7 +159,11 @@ def build_layers(
         for i, plan in enumerate(group):
             layers[plan.spec.index] = LayerCache(plan, args, slots, slots.stack_index(i), batch_size, dtype, device)
             group_of[plan.spec.index] = number
-    return every, [layers[i] for i in range(len(plans))], group_of
+    in_order = [layers[i] for i in range(len(plans))]
+    for layer, following in pairwise(in_order):
+        layer.keys.before(following.keys)
+        layer.values.before(following.values)
+    return every, in_order, group_of
 
 
 def prompt_statistics(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from litgpt_kv import GPT, KVCache, KVCacheArgs, registry
 from litgpt_kv.attention import integer
+from litgpt_kv.cache.storage import offload
 from tests.cache.test_storage import draw
 from tests.oracle.quantise import apply, naive, quantiser
 from tests.oracle.reference import kept_of, logits_of, tiny, tokens_of
@@ -408,3 +410,51 @@ def test_what_is_refused_at_the_door(message: str, gqa: GPT) -> None:
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             call(KVCacheArgs(**REFUSED[message]))
+
+
+# -- offload -----------------------------------------------------------------------------------------------------------
+
+
+def test_offload_is_refused_on_a_cpu(gqa: GPT) -> None:
+    with pytest.raises(ValueError, match="'offload' keeps tokens in the host's memory, where those of a model on cpu"):
+        KVCache.build(gqa, KVCacheArgs(storage="offload"), 1, 40)
+    size = KVCache.nbytes(gqa.config, KVCacheArgs(storage="offload"), 1, 40)
+    assert size == KVCache.nbytes(gqa.config, KVCacheArgs(), 1, 40)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@torch.no_grad()
+def test_offload_without_its_streams_is_plain(way: str, gqa: GPT, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    """Copies are made at once where there is no accelerator; what is copied, kept and thrown away is the same."""
+    monkeypatch.setattr(offload, "REFUSED", ())
+    plain, ours = (KVCache.build(gqa, KVCacheArgs(storage=s, **WAYS[way]), 2, 40) for s in ("plain", "offload"))
+    for prefill in ("admitted", "full"):
+        expected, found = (logits_of(gqa, cache, ROWS, PROMPTS, prefill) for cache in (plain, ours))
+        for b in range(2):
+            for i, logits in expected[b].items():
+                close(found[b][i], logits, 1e-12)
+        if prefill == "admitted":
+            plain.reset()
+            ours.reset()
+    ours.save(tmp_path / "a")
+    for cache in (plain, ours, KVCache.load(tmp_path / "a", gqa), copy.deepcopy(ours)):
+        cache.revive()
+        idx = torch.tensor([[3], [4]])
+        logits = gqa(idx, cache), gqa(idx[1:], cache.row(1)), gqa(idx, cache)  # a view changes rows that are on the way
+        expected = logits if cache is plain else expected
+        for a, b in zip(logits, expected):
+            close(a, b, 1e-12)
+
+
+def test_offload_fetches_the_next_layer_once(gqa: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "REFUSED", ())
+    cache, calls = KVCache.build(gqa, KVCacheArgs("window", 8, storage="offload"), 2, 40), []
+    fetch = offload.Offload._fetch
+    monkeypatch.setattr(offload.Offload, "_fetch", lambda self, n: calls.append(self) or fetch(self, n))
+    with torch.no_grad():
+        gqa(torch.tensor([row[:9] for row in ROWS]), cache, torch.tensor([9, 9]))
+        for i in range(9, 13):
+            calls.clear()
+            gqa(torch.tensor([[row[i]] for row in ROWS]), cache)
+            first, second = cache.layers
+            assert calls == [first.keys, second.keys, first.values, second.values]

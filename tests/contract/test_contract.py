@@ -21,6 +21,7 @@ from litgpt_kv import GPT, KVCache, KVCacheArgs, Strategy, Tokens, registry
 from litgpt_kv.cache.spec import layer_spec
 from tests.oracle.reference import Oracle, Policy, kept_of, logits_of, slots_of, tiny, walk
 from tests.oracle.strategies import FEW, NAMES, ONE_OF_NEEDS, THREE, options_of, plain
+from tests.oracle.walks import storages_for
 
 C, S, R, ROOM = 8, 1, 3, 40
 WAYS = ("streamed", "full", "admitted")
@@ -65,8 +66,8 @@ class Combo(NamedTuple):
 
 POSITIONS = ("absolute", "cache")
 PLAIN = [Combo(n, "plain", p) for n in NAMES for p in POSITIONS if p == plain(n).positions or n in FEW]
-OTHERS = [s for s in registry.names("storage") if s != "plain"]
-COMBOS = PLAIN + [Combo(*c) for c in itertools.product(THREE, OTHERS, POSITIONS)]
+STORED = [(n, s) for n in THREE for s in storages_for(n) if s != "plain"]
+COMBOS = PLAIN + [Combo(n, s, plain(n).positions) for n, s in STORED]
 every = pytest.mark.parametrize("combo", COMBOS, ids="-".join)
 
 

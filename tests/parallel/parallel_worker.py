@@ -32,6 +32,7 @@ from litgpt_kv.parallel.tensor import load_tensor_parallel
 from tests.oracle.reference import kept_of, lift, logits_of, tokens_of
 from tests.oracle.shrink import DEEPSEEK, LLAMA, SYNTHETIC, fill, shrink
 from tests.oracle.strategies import FEW, NAMES, THREE, options_of, plain
+from tests.oracle.walks import storages_for
 
 LENGTHS, PROMPTS, BUDGET = (14, 11, 10), [10, 4, 9], 6
 
@@ -116,9 +117,9 @@ def cases(devices: int) -> Iterator[tuple[str, Config, str, str, str, str]]:
                 yield f"{name}/{strategy}/plain/full", config, strategy, "plain", "absolute", "full"
             if name == "gqa" and strategy in ("h2o", "one-choice") if few else name in ("mha", "mqa"):
                 yield f"{name}/{strategy}/plain/streamed", config, strategy, "plain", "absolute", "streamed"
-    for storage in registry.names("storage"):
-        for strategy in THREE:
-            if storage != "plain" and not few:
+    for strategy in THREE if not few else ():
+        for storage in storages_for(strategy):
+            if storage != "plain":
                 yield f"gqa/{strategy}/{storage}/full", GRID["gqa"], strategy, storage, "absolute", "full"
     for strategy in ("sink", "h2o"):
         yield f"gqa/{strategy}/plain/streamed/cache", GRID["gqa"], strategy, "plain", "cache", "streamed"
@@ -140,7 +141,7 @@ def latent_cases(few: bool) -> Iterator[tuple[str, Config, str, str, str, str]]:
             yield f"{name}/{strategy}/plain/streamed", config, strategy, "plain", "absolute", "streamed"
             for way in ("full", "streamed") if strategy != "dense" else ():
                 yield f"{name}/{strategy}/plain/{way}/cache", config, strategy, "plain", "cache", way
-        for storage in registry.names("storage") if name == "latent" and not few else ():
+        for storage in storages_for("h2o") if name == "latent" and not few else ():
             if storage != "plain":
                 yield f"{name}/h2o/{storage}/full", config, "h2o", storage, "absolute", "full"
         if name == "latent-experts":

@@ -62,6 +62,9 @@ class Storage(nn.Module):
         for buffer in self.buffers():
             buffer[rows] = 0
 
+    def before(self, following: Storage) -> None:
+        """Learn the storage of the same role of the layer that comes next; called once, when a cache is built."""
+
     def check(self) -> None:
         """Raise ValueError if the buffers, read from a file, hold what reading them cannot take."""
 
