@@ -45,7 +45,8 @@ def started(*command: str, **variables: str) -> Iterator[subprocess.Popen]:
         for pid in (*(children(process.pid) if sys.platform.startswith("linux") else ()), process.pid):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
-        process.communicate()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a worker that outlives its launcher holds the pipes
+            process.communicate(timeout=30)
 
 
 def finished(*command: str, **variables: str) -> tuple[int, str, str]:
