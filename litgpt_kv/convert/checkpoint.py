@@ -16,7 +16,6 @@ from tokenizers import Tokenizer
 from litgpt.config import Config
 from litgpt.prompts import Default, PromptStyle
 from litgpt.utils import save_config
-from litgpt_kv.config import shown
 from litgpt_kv.convert.configs import architecture, config_of
 from litgpt_kv.convert.gguf_file import GGUFFile
 from litgpt_kv.convert.templates import style_of
@@ -53,29 +52,26 @@ def convert(path: str | Path, out: str | Path, dtype: str | None = None) -> Conv
             `out` cannot be written.
     """
     file = GGUFFile(path)
+    kind = choose_dtype(file, dtype)
+    target = check_folder(out)
+    read = _read(file)
+    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        kind = choose_dtype(file, dtype)
-        target = check_folder(out)
-        read = _read(file)
-        temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
+        temporary.mkdir()
+        _write_tokenizer(temporary, file, read)
+        save_config(read.config, temporary)
         try:
-            temporary.mkdir()
-            _write_tokenizer(temporary, file, read)
-            save_config(read.config, temporary)
-            try:
-                size = write_weights(file, read.arch, read.config, read.plan, temporary / "lit_model.pth", kind)
-            except ValueError as error:
-                raise _refused(file, error) from error
-            if target.is_dir():
-                target.rmdir()  # it is empty
-            os.replace(temporary, target)
-        except (OSError, RuntimeError) as error:  # torch's file writer raises RuntimeError for a full disk
-            reason = getattr(error, "strerror", None) or one_line(error)
-            raise ValueError(f"{out} cannot be written: {reason}.") from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            size = write_weights(file, read.arch, read.config, read.plan, temporary / "lit_model.pth", kind)
+        except ValueError as error:
+            raise _refused(file, error) from error
+        if target.is_dir():
+            target.rmdir()  # it is empty
+        os.replace(temporary, target)
+    except (OSError, RuntimeError) as error:  # torch's file writer raises RuntimeError for a full disk
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise ValueError(f"{out} cannot be written: {reason}.") from error
     finally:
-        file.close()
+        shutil.rmtree(temporary, ignore_errors=True)
     return Converted(target, read.config, kind, size, type(read.style).__name__, read.note)
 
 
@@ -91,12 +87,12 @@ def check_folder(out: str | Path) -> Path:
             raise ValueError(f"{out} is there already: remove it, or choose another folder.")
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"{shown(str(out))} cannot be written: {error.strerror}.") from error
+        raise ValueError(f"{str(out)!r:.300} cannot be written: {error.strerror}.") from error
     return target
 
 
 def _refused(file: GGUFFile, error: Exception) -> ValueError:
-    return ValueError(f"{shown(str(file.path))} cannot be converted: {one_line(error, 400).rstrip('.')}.")
+    return ValueError(f"{file} cannot be converted: {one_line(error, 400).rstrip('.')}.")
 
 
 @dataclass(frozen=True)

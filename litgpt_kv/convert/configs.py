@@ -293,7 +293,7 @@ def _named(file: GGUFFile, arch: str, config: Config) -> dict[str, Any] | None:
     found = [
         entry
         for entry in configs
-        if entry["n_layer" if "n_layer" in entry else "name"] in (config.n_layer, entry["name"])
+        if entry.get("n_layer", Config.n_layer) == config.n_layer
         and _fits_name(arch, entry["name"])
         and all(getattr(known, name) == getattr(config, name) for known in [Config(**entry)] for name in SAME)
     ]

@@ -84,7 +84,10 @@ class GGUFFile:
             self._read()
         except (ValueError, OSError, OverflowError, MemoryError) as error:
             text = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
-            raise ValueError(f"{shown(str(path))} cannot be read: {text}.") from error
+            raise ValueError(f"{self} cannot be read: {text}.") from error
+
+    def __str__(self) -> str:
+        return f"{str(self.path)!r:.300}"
 
     # -- what it says --------------------------------------------------------------------------------------------------
 
@@ -144,10 +147,6 @@ class GGUFFile:
             if not np.isfinite(block).all():
                 raise ValueError(f"{tensor.name!r} has numbers that are not finite")
             yield first, block
-
-    def close(self) -> None:
-        """Let go of the file, where nothing reads it any more."""
-        self._bytes.close()
 
     # -- reading -------------------------------------------------------------------------------------------------------
 

@@ -46,7 +46,7 @@ def render_all(template: str, names: dict[str, Any], conversations: Sequence[Mes
     if len(template) > MOST:
         raise ValueError(f"its chat template has {len(template):,} characters, over the limit of {MOST:,}")
     asked = json.dumps({"template": template, "names": names, "conversations": list(conversations)})
-    command = [sys.executable, "-I", str(Path(render.__file__))]
+    command = [sys.executable, str(Path(render.__file__))]
     try:
         done = subprocess.run(command, input=asked, capture_output=True, text=True, encoding="utf-8", timeout=WAIT)
         texts = json.loads(done.stdout) if done.returncode == 0 else None
@@ -74,7 +74,7 @@ def style_of(template: str, bos: str, eos: str) -> tuple[PromptStyle, bool]:
     names = {"bos_token": bos, "eos_token": eos, "tools": None, "documents": None}
     probes = [
         *(conversation(turns, system) for turns in (1, 3) for system in (False, True)),
-        *([{"role": "user", "content": "  Us3r0\n "}], conversation(2, True, spaced=True)),
+        *(conversation(2, False, spaced=True), conversation(1, True, spaced=True)),
         *(conversation(turns, system, plain=True) for turns in (1, 2, 4) for system in (False, True)),
         conversation(3, False, spaced=True, plain=True),
     ]
@@ -98,7 +98,7 @@ def _agrees(style: PromptStyle, probes: Sequence[Messages], texts: Sequence[str 
 
 def _turns(texts: Sequence[str | None]) -> Turns:
     """The texts around the marks in conversations of one and of three turns, without and with a system prompt."""
-    short, short_system, long, _, spaced, spaced_long = texts[:6]
+    short, short_system, long, _, spaced, spaced_system = texts[:6]
     first, reply = _split(short, ["Us3r0"])
     system = None
     if short_system is not None and MARKS["system"] + "0" in short_system:
@@ -108,8 +108,8 @@ def _turns(texts: Sequence[str | None]) -> Turns:
     if long is not None:
         _, past, between, *_ = _split(long, ["Us3r0", "Ass1stant0", "Us3r1", "Ass1stant1", "Us3r2"])
     strip = spaced is not None and "  Us3r0\n " not in spaced
-    strip_reply = spaced_long is not None and "  Ass1stant0\n " not in spaced_long
-    strip_system = spaced_long is not None and "  Sy5tem0\n " not in spaced_long
+    strip_reply = spaced is not None and "  Ass1stant0\n " not in spaced
+    strip_system = spaced_system is not None and "  Sy5tem0\n " not in spaced_system
     return Turns(first, reply, between or first, past, system, strip, strip_reply, strip_system)
 
 
