@@ -7,6 +7,7 @@ from litgpt.scripts.merge_lora import merge_lora
 from litgpt_kv.benchmark.batches import benchmark_batches
 from litgpt_kv.benchmark.decode import benchmark
 from litgpt_kv.cli.commands import chat, generate, strategies
+from litgpt_kv.cli.convert_gguf import convert_gguf
 from litgpt_kv.cli.evaluate import evaluate
 from litgpt_kv.cli.parser import one_line_errors, parse
 from litgpt_kv.cli.plan import plan
@@ -19,6 +20,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "benchmark": benchmark,
     "benchmark_batches": benchmark_batches,
+    "convert_gguf": convert_gguf,
 }
 COMMANDS |= {  # litgpt's own, unchanged, so that one program is enough
     "download": download_from_hub,
@@ -41,6 +43,7 @@ DESCRIPTION = """Key/value caches for litgpt's models.
   litgpt_kv generate --kv-cache.help h2o                                       one of them
   litgpt_kv generate --help                                                    a command's options
   litgpt_kv download EleutherAI/pythia-160m                                    weights from the Hugging Face Hub
+  litgpt_kv convert_gguf model.gguf --out checkpoints/model                    a GGUF file that is here already
   litgpt_kv convert_to_litgpt FOLDER --model_name pythia-160m                  weights that are here already
 """
 

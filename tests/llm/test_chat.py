@@ -224,8 +224,8 @@ def test_what_stands_between_turns() -> None:
         "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nHi?<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n"
     )
-    assert found["qwen2.5"] == "<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n"
-    assert found["gemma"] == "<start_of_turn>user\nHi?<end_of_turn>\n<start_of_turn>model\n"
+    assert found["qwen2.5"] == "<|im_end|>\n<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n"
+    assert found["gemma"] == "<end_of_turn>\n<start_of_turn>user\nHi?<end_of_turn>\n<start_of_turn>model\n"
     bar = "\uff5c"
     assert later_turn(R1Base(), "Hi?") == f"<{bar}User{bar}>Hi?<{bar}Assistant{bar}>"  # not among the named styles
 
