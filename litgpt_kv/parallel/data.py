@@ -26,7 +26,7 @@ class DataParallel:
 
     def own_requests(self, requests: abc.Sequence[Request]) -> list[Request]:
         requests = seed_requests(self.collectives, requests)
-        shares = assign_prompts([request.sees for request in requests], self.collectives.size)
+        shares = assign_prompts([request.cache_tokens for request in requests], self.collectives.size)
         return [requests[b] for b in shares[self.collectives.rank]]
 
     def exchange_answers(

@@ -195,11 +195,11 @@ def test_limits(flags: list[str], says: str, capsys: pytest.CaptureFixture) -> N
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("kv_cache: 3", "kv_cache must be options by name, got 3"),
-        ("kv_cache: [h2o]", "kv_cache must be options by name, got ['h2o']"),
+        ("kv_cache: 3", "kv_cache must be a mapping of options, got 3"),
+        ("kv_cache: [h2o]", "kv_cache must be a mapping of options, got ['h2o']"),
         ("kv_cache: {budget: {a: b}}", "--kv-cache.budget cannot be {'a': 'b'}"),
         ("kv_cache: {options: 3}", "--kv-cache.options cannot be 3"),
-        ("max_new_tokens: ten", "--max-new-tokens cannot be ten; --help says what it takes"),
+        ("max_new_tokens: ten", "--max-new-tokens cannot be ten; see --help"),
         ("promt: a", "promt"),
         ("a text", "a text"),
         ("", "config"),

@@ -84,9 +84,9 @@ def test_ten_thousand_bad_lines_print_twenty_and_a_count(tmp_path: Path, capsys:
     assert run("--prompts", write(tmp_path / "q.jsonl", lines), "--max-new-tokens", 1) == 1
     out, err = capsys.readouterr()
     assert json.loads(out)["line"] == 10_001
-    said = [line for line in err.splitlines() if "left out" in line]
+    said = [line for line in err.splitlines() if "skipped" in line]
     assert [line.split(" was")[0] for line in said[:20]] == [f"Line {n}" for n in range(1, 21)]
-    assert said[20:] == ["9,980 more lines were left out."]
+    assert said[20:] == ["9,980 more lines were skipped."]
     assert "10,000 of 10,001 lines could not be used." in err and len(err) < 10_000
 
 
@@ -186,5 +186,5 @@ def test_answers_to_other_prompts_are_found_before_anything_is_answered(
     assert run("--prompts", write(tmp_path / "q.txt", ["a", "b", "c"]), *common) == 0
     out.write_text(before := out.read_text().splitlines(keepends=True)[2])
     assert run("--prompts", write(tmp_path / "r.txt", ["a", "b", "d"]), *common, "--resume") == 2
-    assert "answers other prompts than these: line 3 was 'c'" in capsys.readouterr().err
+    assert "has answers to other prompts: line 3 was 'c'" in capsys.readouterr().err
     assert out.read_text() == before

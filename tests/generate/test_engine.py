@@ -290,13 +290,13 @@ def test_what_add_refuses_changes_nothing() -> None:
     engine = Engine(MODEL, cache_of("dense", 2))
     id = engine.add(request_of(3))
     for request, row, error, says in (
-        ([1, 2], None, TypeError, r"An engine takes a Request, got \[1, 2\]"),
+        ([1, 2], None, TypeError, r"request must be a Request, got \[1, 2\]"),
         (Request([], 2), None, ValueError, "Prompt 1 must be a list of at least one token"),
         (Request([61], 2), None, ValueError, "Prompt 1 has a token outside the vocabulary of 61"),
         (Request([1] * 59, 3), None, ValueError, "Prompt 1 has 59 tokens; with 3 new ones it is over the limit of 60"),
-        (Request([1], 3, past=[99]), None, ValueError, "What came before prompt 1 has a token outside"),
-        (Request([1], 3), 2, ValueError, "The engine has rows 0 to 1, got 2"),
-        (Request([1], 3), True, ValueError, "The engine has rows 0 to 1, got True"),
+        (Request([1], 3, past=[99]), None, ValueError, "The text before prompt 1 has a token outside"),
+        (Request([1], 3), 2, ValueError, "row must be 0 to 1, got 2"),
+        (Request([1], 3), True, ValueError, "row must be 0 to 1, got True"),
     ):
         with pytest.raises(error, match=says):
             engine.add(request, row)

@@ -115,7 +115,8 @@ def test_a_least_number_of_tokens_that_bans_all_of_them() -> None:
             Request([1, 2], 5, least, sampling, stop) for least, stop in ((2, stops), (2, stops[1:]), (0, stops))
         ]
         rows = {r.index: r for drew in serve(model, requests, None, rows=3) for r in drew}
-        assert [rows[b].reason for b in range(3)] == ["error", "length" if rows[1].made == 5 else "stop", "stop"]
+        reasons = ["error", "length" if rows[1].num_generated == 5 else "stop", "stop"]
+        assert [rows[b].reason for b in range(3)] == reasons
         assert "min_new_tokens 2 bans all 61 tokens" in rows[0].error
         assert rows[1].tokens[:2] == [0, 0]
 
@@ -159,7 +160,7 @@ def test_text_raises_and_names_the_prompt(monkeypatch: pytest.MonkeyPatch) -> No
             pieces.append(step)
     assert ["".join(row) for row in zip(*pieces)] == [expected[0], "", expected[2]]
     chat = llm.chat(max_new_tokens=4, temperature=0.0)
-    with pytest.raises(ValueError, match=r"not finite after 0 new tokens.*Start anew"):
+    with pytest.raises(ValueError, match=r"not finite after 0 new tokens.*Start a new conversation"):
         chat.ask(texts[1])
     chat.reset()
     assert chat.ask(texts[0])

@@ -106,7 +106,7 @@ def test_every_row_has_its_own_settings(model: GPT) -> None:
         )
         assert rows[n].tokens == expected.tolist(), n
         assert rows[n].logprobs == pytest.approx(alone.logprobs[0], abs=1e-5)
-        assert rows[n].began <= rows[n].first <= rows[n].ended
+        assert rows[n].start_time <= rows[n].first_token_time <= rows[n].end_time
     assert stats.prompt_tokens == sum(len(r.prompt) for r in requests)
     assert stats.new_tokens >= sum(len(row.tokens) for row in rows.values())
 
@@ -235,7 +235,7 @@ def test_statistics_of_rows_that_come_and_go(model: GPT) -> None:
         assert stats.new_tokens == sum(r.max_new_tokens for r in requests) == sum(len(r.tokens) for r in rows.values())
         assert stats.decode_tokens == stats.new_tokens - 12
         assert stats.prefill_seconds > 0 and stats.decode_seconds > 0
-    spent = sum(row.first - row.began for row in rows.values())
+    spent = sum(row.first_token_time - row.start_time for row in rows.values())
     assert stats.prefill_seconds == pytest.approx(spent, rel=0.5), "all admissions are prefill"
 
 

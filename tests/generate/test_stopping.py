@@ -89,7 +89,7 @@ def test_stop_texts_against_a_search_in_the_whole_text():
         for token in tokens:
             if row.reason is None:
                 row.push(token)
-                pieces += row.piece
+                pieces += row.new_text
                 steps += 1
         text, whole = decode(tokens[:steps]), decode(tokens)
         ends = [n for n in range(1, len(whole) + 1) if any(whole[:n].endswith(s) for s in stops)]
@@ -168,7 +168,7 @@ def test_the_matcher_against_a_search_at_every_element():
             ends = [len(stop) for stop in stops if text[:n][-len(stop) :] == stop]
             assert sorted(matcher.push(element)) == sorted(ends)
             begun = [k for stop in stops for k in range(1, min(n + 1, len(stop))) if text[n - k : n] == stop[:k]]
-            assert matcher.begun == max(begun, default=0)
+            assert matcher.partial == max(begun, default=0)
             if trial % 5 == 0 and n == 30:
                 matcher.reset()
                 text[:n] = [9] * n  # what was before does not count

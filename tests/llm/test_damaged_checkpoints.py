@@ -154,7 +154,7 @@ def test_weights_that_are_larger_than_their_file(damaged: Path, outcome: Callabl
     }
     for value in cases.values():
         torch.save({**weights, name: value}, path)
-        assert f"{name!r} is no floating-point tensor" in outcome()
+        assert f"{name!r} is not a floating-point tensor" in outcome()
     shared = torch.zeros(10**6)
     torch.save({**weights, **{f"extra.{n}": shared for n in range(20)}}, path)
     assert "bytes of weights and has" in outcome()
