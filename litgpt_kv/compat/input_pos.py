@@ -82,13 +82,13 @@ class GPT(gpt.GPT):
         """
         if isinstance(cache, Tensor):
             if input_pos is not None:
-                raise ValueError("Pass either a cache, which counts positions itself, or input_pos.")
+                raise ValueError("Pass either a cache, which counts positions itself, or input_pos, not both.")
             input_pos_maxp1 = length if input_pos_maxp1 is None else input_pos_maxp1
             input_pos, cache, length = cache, None, None
         if input_pos is None:
             return super().forward(idx, cache, length, lm_head_chunk_size)
         if cache is not None:
-            raise ValueError("Pass either a cache, which counts positions itself, or input_pos.")
+            raise ValueError("Pass either a cache, which counts positions itself, or input_pos, not both.")
         if not isinstance(idx, Tensor):
             raise TypeError(f"Tokens must be a tensor of shape (B, T), got {shown(idx)}.")
         if idx.dim() != 2:

@@ -57,7 +57,7 @@ def test_two_runs_on_one_file_are_refused_and_the_first_ones_answers_stay(
 
 
 def test_two_runs_that_start_together(tmp_path: Path) -> None:
-    """Both find no file; the second one to begin is refused while the first one runs, and also once it has ended."""
+    """Both find no file; the second one is refused while the first one runs, and after it has ended."""
     path = tmp_path / "a.jsonl"
     first, second, third = (Answers(str(path)) for _ in range(3))
     first.begin(None)

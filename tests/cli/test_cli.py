@@ -26,7 +26,7 @@ def run(capsys, *args):
 
 
 def refused(capsys, *args):
-    """The single line on standard error with which a command line is refused with exit code 2."""
+    """Run a command that must fail with exit code 2; return its error line."""
     with pytest.raises(SystemExit) as end:
         main(list(args))
     out = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""Prompt files are streams: the first answer does not wait for the last line, nor does memory grow with the lines."""
+"""Prompt files are streams: the first answer comes before the last line, and memory does not grow with the file."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def test_the_first_answer_comes_before_the_last_line_is_there(tmp_path: Path) ->
 
 
 def peak(llm: LLM, folder: Path, count: int) -> int:
-    """Bytes at the peak of a run over so many lines, of which every third cannot be used."""
+    """Return the peak memory in bytes of a run over `count` lines, of which every third cannot be used."""
     kinds = ('{"prompt": "def f(x):", "seed": 1}', '{"prompt": ""}', '{"prompt": "import os", "max_new_tokens": 2}')
     questions = write(folder / f"{count}.jsonl", [kinds[n % 3] for n in range(count)])
-    asked = TextRequest(stopping=StoppingArgs(max_new_tokens=4), sampling=SamplingArgs(seed=0))
+    defaults = TextRequest(stopping=StoppingArgs(max_new_tokens=4), sampling=SamplingArgs(seed=0))
     tracemalloc.start()
     try:
         with Answers(str(folder / f"{count}.out")) as answers:
-            counts = answer_file(llm, PromptFile(str(questions), asked), answers, KVCacheArgs("dense"))
+            counts = answer_file(llm, PromptFile(str(questions), defaults), answers, KVCacheArgs("dense"))
             answers.close()
             assert (counts.lines, counts.bad, len(answers)) == (count, count // 3, count - count // 3)
         return tracemalloc.get_traced_memory()[1]
@@ -59,8 +59,8 @@ def peak(llm: LLM, folder: Path, count: int) -> int:
 
 
 def test_memory_does_not_grow_with_the_lines(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class AtOnce:
-        """The model's part, which is constant, takes no time."""
+    class InstantRun:
+        """A run without a model, whose memory would be constant."""
 
         stats, cache = Stats(), None
 
@@ -73,7 +73,7 @@ def test_memory_does_not_grow_with_the_lines(llm: LLM, tmp_path: Path, monkeypat
                 sequence.text = "some text" * 20
                 yield [sequence]
 
-    monkeypatch.setattr(LLM, "answer", AtOnce)
+    monkeypatch.setattr(LLM, "answer", InstantRun)
     few, many = peak(llm, tmp_path, 300), peak(llm, tmp_path, 6000)
     assert (many - few) / 5700 < 100, "an index of the answers is all that is kept"
     assert [r["line"] for r in records_of(tmp_path / "6000.out")] == [n for n in range(1, 6001) if n % 3 != 2]
@@ -84,9 +84,9 @@ def test_ten_thousand_bad_lines_print_twenty_and_a_count(tmp_path: Path, capsys:
     assert run("--prompts", write(tmp_path / "q.jsonl", lines), "--max-new-tokens", 1) == 1
     out, err = capsys.readouterr()
     assert json.loads(out)["line"] == 10_001
-    said = [line for line in err.splitlines() if "skipped" in line]
-    assert [line.split(" was")[0] for line in said[:20]] == [f"Line {n}" for n in range(1, 21)]
-    assert said[20:] == ["9,980 more lines were skipped."]
+    notes = [line for line in err.splitlines() if "skipped" in line]
+    assert [line.split(" was")[0] for line in notes[:20]] == [f"Line {n}" for n in range(1, 21)]
+    assert notes[20:] == ["9,980 more lines were skipped."]
     assert "10,000 of 10,001 lines could not be used." in err and len(err) < 10_000
 
 

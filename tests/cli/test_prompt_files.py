@@ -1,4 +1,4 @@
-"""Prompts from files: settings of their own, bad lines, interrupts, continuing, order."""
+"""Prompts from files: settings of a line, bad lines, interrupts, --resume, order."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def write(path: Path, records: list) -> Path:
 
 
 def run(*args: object) -> int:
-    """The exit code of a command."""
+    """Run a command; return its exit code."""
     try:
         main(["generate", "demo", "--accelerator", "cpu", "--threads", "1", *map(str, args)])
     except SystemExit as end:
@@ -95,7 +95,7 @@ def test_bad_lines_are_named_and_the_exit_code_says_so(tmp_path: Path, capsys: p
         limit,
     ]
     for number, says in zip(bad, [*faults, "stop", "surrogate"]):
-        (line,) = [one for one in err.splitlines() if one.startswith(f"Line {number} was skipped")]
+        (line,) = [line for line in err.splitlines() if line.startswith(f"Line {number} was skipped")]
         assert says in line
     assert "3 answers; 10 of 13 lines could not be used." in err
 
@@ -242,7 +242,7 @@ def test_what_is_refused(args: list[str], says: str, capsys: pytest.CaptureFixtu
 
 
 def test_long_prompts_go_through_a_small_budget(llm: LLM, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """A prompt past the context goes where positions count inside the cache, and only there, and not in one pass."""
+    """A prompt longer than the context works only with positions in the cache, and not with prefill full."""
     questions = write(tmp_path / "q.txt", ["a = 1; " * 400])
     sink = ("--prompts", questions, "--kv-cache", "sink", "--kv-cache.budget", 64, "--max-new-tokens", 2)
     assert run(*sink) == 0

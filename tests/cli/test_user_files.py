@@ -17,7 +17,7 @@ FLAGS = ["--accelerator", "cpu", "--prompt", "def f(x):", "--max-new-tokens", "3
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """The strategy of CONTRIBUTING, saved in a file, and one that does not register itself."""
+    """Save the strategy of CONTRIBUTING in a file, with one that does not register itself."""
     path = tmp_path / "my_file.py"
     path.write_text(STRATEGY + '\n\n@dataclass(frozen=True)\nclass Plainest(Unusual):\n    """Keep the same."""\n')
     known = dict(registry._KINDS["strategy"])

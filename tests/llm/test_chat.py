@@ -1,4 +1,4 @@
-"""A conversation keeps its cache: only new turns are read, and the reply is that of the whole text."""
+"""A conversation keeps its cache: only new turns are read, and replies equal those to the whole text."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def test_reset_begins_anew(llm: LLM) -> None:
 def test_a_reply_that_was_broken_off_stays_as_it_is(llm: LLM) -> None:
     chat = llm.chat(max_tokens=200, max_new_tokens=30, temperature=0.0)
     pieces = chat.say(TURNS[0])
-    said = [next(pieces) for _ in range(5)]
+    texts = [next(pieces) for _ in range(5)]
     pieces.close()
     seen = chat.cache.seen[0]
     assert seen == len(llm.encode(TURNS[0])) + 4
     chat.ask(TURNS[1])
     assert chat.stats.prompt_tokens == len(llm.encode(TURNS[1]))  # the last token instead of the beginning of text
-    assert "".join(said)
+    assert "".join(texts)
 
 
 def test_a_conversation_that_is_full_says_so(llm: LLM) -> None:
@@ -141,11 +141,11 @@ def test_the_repetition_penalty_remembers_earlier_turns(llm: LLM) -> None:
 
 def test_an_interrupt_ends_a_reply_and_not_the_conversation(llm: LLM, capsys: pytest.CaptureFixture) -> None:
     chat = llm.chat(max_new_tokens=200, temperature=0.0)
-    real, said = chat.say, []
+    real, texts = chat.say, []
 
     def say(text):
         for n, piece in enumerate(real(text)):
-            said.append(piece)
+            texts.append(piece)
             if n == 4:
                 signal.raise_signal(signal.SIGINT)
             yield piece
@@ -153,7 +153,7 @@ def test_an_interrupt_ends_a_reply_and_not_the_conversation(llm: LLM, capsys: py
     chat.say = say
     _reply(chat, "def f(x):")
     out = capsys.readouterr().out
-    assert out == "".join(said) + "\n" and len(said) == 5
+    assert out == "".join(texts) + "\n" and len(texts) == 5
     assert chat.cache.seen[0] == len(llm.encode("def f(x):")) + 4
     chat.say = real
     assert chat.ask("x")

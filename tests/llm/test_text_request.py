@@ -79,14 +79,14 @@ def chat_line(**body: object) -> dict:
 
 def test_a_line_of_openais_batch() -> None:
     line = chat_line(max_tokens=5, temperature=0, top_p=0.5, stop=["\n"], seed=3, n=1, stream=False, user="u", top_k=2)
-    asked, batch = read_batch_line(line, DEFAULTS)
+    request, batch = read_batch_line(line, DEFAULTS)
     assert (batch.custom_id, batch.model, batch.is_chat) == ("c1", "demo", True)
-    assert asked.messages == tuple(line["body"]["messages"])
-    assert asked.stopping == StoppingArgs(5, stop=["\n"])
-    assert asked.sampling == SamplingArgs(0, 2, 0.5, 3)
+    assert request.messages == tuple(line["body"]["messages"])
+    assert request.stopping == StoppingArgs(5, stop=["\n"])
+    assert request.sampling == SamplingArgs(0, 2, 0.5, 3)
     text = {"custom_id": "c2", "body": {"prompt": ["a"], "max_completion_tokens": 2}}
-    asked, batch = read_batch_line(text, DEFAULTS)
-    assert (asked.prompt, asked.stopping.max_new_tokens, batch.is_chat) == ("a", 2, False)
+    request, batch = read_batch_line(text, DEFAULTS)
+    assert (request.prompt, request.stopping.max_new_tokens, batch.is_chat) == ("a", 2, False)
 
 
 @pytest.mark.parametrize(
