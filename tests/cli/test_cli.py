@@ -150,7 +150,7 @@ def test_strategies_lists_all(capsys):
     with pytest.raises(SystemExit) as end:
         main(["generate", "--kv-cache.help", "h2o"])
     assert end.value.code == 0
-    assert "recent: The last so many tokens" in capsys.readouterr().out
+    assert "recent: Never evict the last so many tokens" in capsys.readouterr().out
 
 
 def test_help_shows_dashes_and_examples(capsys):

@@ -173,7 +173,7 @@ def test_a_line_that_is_too_long_is_not_held_in_memory(
         long = [line.number for line in lines if line.error == "it is longer than 1,000 bytes"]
         assert long == ([lines[-1].number] if end == b"\n" else [2, 4])
         assert [line.request.prompt[:5] for line in (lines[0], lines[-2])] == ["def a", "def b"]
-    for path, says in (("/dev/zero", "no file but a device"), (tmp_path, "no file but a folder")):
+    for path, says in (("/dev/zero", "a device, not a file"), (tmp_path, "a folder, not a file")):
         assert run("--prompts", path) == 2
         assert f"The prompts {str(path)!r} cannot be read: it is {says}." in capsys.readouterr().err
 

@@ -85,11 +85,11 @@ def test_bad_lines_are_named_and_the_exit_code_says_so(tmp_path: Path, capsys: p
     assert [json.loads(line)["line"] for line in out.splitlines()] == [1, 3, 13]
     limit = "max_new_tokens must be at least 1, got 0"
     faults = [
-        "no JSON",
+        "it is not JSON",
         "no prompt",
         "'temprature'",
         "seed must be a whole number, got True",
-        "no object",
+        "must be an object",
         "top_p",
         "limit of 1024",
         limit,

@@ -129,7 +129,7 @@ def test_a_stop_text_and_a_stop_token_together():
         ({"stop": ["ab"]}, "stop sequences of at least one token"),
         ({"stop": [[]]}, "stop sequences of at least one token"),
         ({"max_new_tokens": 2.5}, "max_new_tokens must be a whole number, got 2.5"),
-        ({"sampling": SamplingArgs(temperature=[0.0, 1.0])}, "one value of each sampling setting, got a list for temp"),
+        ({"sampling": SamplingArgs(temperature=[0.0, 1.0])}, "one value for each sampling setting, got a list for"),
     ],
 )
 def test_what_a_request_refuses(given, message):

@@ -48,7 +48,7 @@ def test_every_field_is_a_key(cls: type) -> None:
 @pytest.mark.parametrize(
     ("record", "says"),
     [
-        ([1], "no object with a prompt"),
+        ([1], "it must be an object with a prompt, got"),
         ({}, "it has no prompt"),
         ({"prompt": ""}, "it has no prompt"),
         ({"prompt": 3}, "prompt must be a text, got 3"),
