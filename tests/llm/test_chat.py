@@ -194,7 +194,7 @@ def test_two_replies_at_once_are_refused(llm: LLM) -> None:
     first, second = chat.say("q"), chat.say("r")
     next(first)
     next(second)
-    with pytest.raises(ValueError, match="another turn began"):
+    with pytest.raises(ValueError, match="ended by a new turn"):
         next(first)
     assert len(list(second)) == 8
 
@@ -207,7 +207,7 @@ def test_two_replies_at_once_are_refused(llm: LLM) -> None:
         ({"stop": ""}, "stop must be a text of at least one character"),
         ({"temperature": -1.0}, "temperature must be 0 or greater"),
         ({"prefill": "left"}, "prefill must be one of"),
-        ({"kv_cache": "none"}, "nothing is kept between turns"),
+        ({"kv_cache": "none"}, "A chat needs a cache"),
         ({"kv_cache": "h2o", "budget": 0}, "budget must be at least 1"),
     ],
 )
