@@ -58,12 +58,12 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to("loop")
     for path, says in (
-        ("/dev/null", "it is no file but a device"),
-        (tmp_path / "pipe", "it is no file but a device"),
-        (tmp_path, "it is no file but a folder"),
+        ("/dev/null", "it is a device, not a file"),
+        (tmp_path / "pipe", "it is a device, not a file"),
+        (tmp_path, "it is a folder, not a file"),
         (tmp_path / "no" / "file", "there is no folder"),
         (tmp_path / "loop", "symbolic links"),
-        ("nul\0", "it is no path"),
+        ("nul\0", "it is not a path"),
         (tmp_path / ("x" * 300), "name too long"),
         ("x" * 5000, "A path of 5,000 characters cannot be written: 4,096 are allowed"),
     ):
@@ -102,7 +102,7 @@ def test_a_full_disk_keeps_what_is_there(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
     assert first == (
-        f"{tmp_path / 'a'} cannot be written: File too large; what was in it is unchanged; make room and try again."
+        f"{tmp_path / 'a'} cannot be written: File too large; its content is unchanged; make room and try again."
     )
     assert second == "File too large"
     assert (tmp_path / "a").read_text() == "before"

@@ -78,7 +78,7 @@ def test_options_of_a_strategy_without_any() -> None:
 
 @pytest.mark.usefixtures("scratch")
 def test_a_taken_name_is_refused_and_a_reloaded_class_is_not() -> None:
-    with pytest.raises(ValueError, match=r"strategy 'h2o' is registered already, by litgpt_kv\.cache\.\S*\.H2O"):
+    with pytest.raises(ValueError, match=r"strategy 'h2o' is already registered by litgpt_kv\.cache\.\S*\.H2O"):
 
         @register("strategy", "h2o")
         class Other(Strategy):

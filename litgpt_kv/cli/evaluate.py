@@ -10,7 +10,7 @@ from typing import Annotated
 from tqdm import tqdm
 
 from litgpt_kv.arguments import DeviceArgs, Without, check_count
-from litgpt_kv.cli.commands import load
+from litgpt_kv.cli.loading import load
 from litgpt_kv.config import KVCacheArgs, shown
 from litgpt_kv.disk import write_text
 from litgpt_kv.evaluate import fidelity

@@ -139,7 +139,7 @@ class FileRun:
         """Return the most tokens that a row will see, over all usable lines."""
         limits = Limits.of(self.llm.model, self.args, self.batching.prefill)
         requests = (self._request(line, limits) for line in prompts)
-        return max((request.sees for request in requests if request is not None), default=1)
+        return max((request.cache_tokens for request in requests if request is not None), default=1)
 
     def requests(self, prompts: Iterable[Line], tokens: int | None) -> Iterator[Request]:
         """Yield the requests that have no answer yet. Count bad lines and pass them to `on_bad`."""
@@ -167,7 +167,7 @@ class FileRun:
                 request = self.llm.request(line.request)
                 limits.check(request)
                 if self.grows and self.args.keep_prompt:  # the smallest cache it may run in
-                    Limits.of(self.llm.model, self.args, self.batching.prefill, request.sees).check(request)
+                    Limits.of(self.llm.model, self.args, self.batching.prefill, request.cache_tokens).check(request)
                 return request
             except (ValueError, TypeError, OverflowError, RecursionError) as error:
                 line.error = str(error)
@@ -187,14 +187,14 @@ class FileRun:
             return bool(ahead)
 
         def fitting() -> Iterator[Request]:
-            while fill(1) and (not self.grows or ahead[0].sees <= size):
+            while fill(1) and (not self.grows or ahead[0].cache_tokens <= size):
                 if self.cache is not None:  # `on_begin` was not called for the first ones yet
                     self.on_begin([ahead[0]], self.cache)
                 yield ahead.popleft()
 
         limit = Limits.of(self.llm.model, self.args, self.batching.prefill).limit
         while fill(self.batching.batch_size or ROWS):
-            longest = max(request.sees for request in ahead)
+            longest = max(request.cache_tokens for request in ahead)
             size = tokens or max(longest, int(size * GROWTH) if limit is None else min(limit, int(size * GROWTH)))
             first, self.cache = list(ahead), None
             run = self.llm.answer(fitting(), self.args, replace(self.batching, batch_size=len(ahead)), size)
@@ -235,7 +235,7 @@ def _record(sequence: Sequence, line: Line, sample: int, many: bool) -> dict[str
     record |= {"prompt": line.prompt}
     record |= {"text": sequence.text, "prompt_tokens": len(sequence.prompt), "new_tokens": len(sequence.tokens)}
     record |= {"finish_reason": sequence.reason} | ({} if sequence.error is None else {"error": sequence.error})
-    record["first_token_seconds"] = round(sequence.first - sequence.began, 6)
-    record["seconds"] = round(sequence.ended - sequence.began, 6)
+    record["first_token_seconds"] = round(sequence.first_token_time - sequence.start_time, 6)
+    record["seconds"] = round(sequence.end_time - sequence.start_time, 6)
     record |= {"tokens": sequence.tokens, "logprobs": sequence.logprobs} if sequence.logprobs else {}
     return record | (batch_answer(line.batch, record, f"{line.number}-{sample}") if line.batch is not None else {})

@@ -1,4 +1,4 @@
-"""What `litgpt_kv strategies` and `--kv-cache.help NAME` say; all of it is read off the strategies' classes."""
+"""`litgpt_kv strategies`, and `--kv-cache.help NAME`, which shows one strategy; both read the strategies' classes."""
 
 from __future__ import annotations
 
@@ -6,11 +6,24 @@ import contextlib
 import dataclasses
 import inspect
 from collections.abc import Sequence
+from typing import NoReturn
 
 from litgpt_kv import registry
 from litgpt_kv.cache.strategies.base import Strategy
+from litgpt_kv.cli.options import fail
+from litgpt_kv.config import KVCacheArgs
 
 HEADER = ("strategy", "scores by", "evicts", "latent", "select, positions")
+
+
+def strategies() -> None:
+    """List every registered strategy in a table to choose from; `--kv-cache.help NAME` shows all about one.
+
+    The columns: what its score is made of; when it evicts; whether it is defined for multi-head latent attention; who
+    chooses what stays, and from where positions count, unless `--kv-cache.select` and `--kv-cache.positions` say
+    otherwise. Below: what it keeps, and its source.
+    """
+    print(table(registry.names("strategy")))
 
 
 def table(names: Sequence[str]) -> str:
@@ -65,7 +78,7 @@ def describe(name: str) -> str:
     cls = registry.get("strategy", name)
     fields = [f"{f.name}={f.default!r}" for f in dataclasses.fields(cls)]
     protects, select, positions = [], cls.select, cls.positions
-    with contextlib.suppress(TypeError):  # options without defaults: what it protects may hang on them
+    with contextlib.suppress(TypeError):  # an option has no default, so it cannot be built here
         strategy = cls()
         select, positions = strategy.select, strategy.positions
         for what, small, large in zip(("sinks", "recent"), strategy.protected(10_000), strategy.protected(20_000)):
@@ -73,3 +86,16 @@ def describe(name: str) -> str:
     chosen = [f"select={select}"] if select != "head" else []
     parameters = ", ".join([*protects, f"positions={positions}", *chosen, *fields])
     return "\n".join([f"{name}: {summary(cls)}", f"    {parameters}", *([f"    {cls.paper}"] if cls.paper else [])])
+
+
+def show_strategy(name: str) -> NoReturn:
+    """Print all about one strategy, and end the program: `--kv-cache.help h2o`."""
+    try:
+        cls = registry.get("strategy", name)
+    except ValueError as error:
+        fail(str(error))
+    print(describe(name))
+    print("\n" + (inspect.getdoc(cls) or "").partition("\n")[2].strip())
+    print("\nWhat every strategy takes, as --kv-cache.budget and so on:\n")
+    print((inspect.getdoc(KVCacheArgs) or "").partition("Args:\n")[2])
+    raise SystemExit(0)

@@ -15,22 +15,23 @@ from litgpt_kv.llm.text_model import TextModel
 
 
 class Run:
-    """Answers requests, as many at a time as the cache has rows; iterate over it for the sequences that drew a token.
+    """Answer a list of requests, as many at a time as the cache has rows.
 
-    With "data_parallel" a process answers some of the requests, and its last step has the answers of the others.
+    Iterate over it: each step yields the sequences that got a token. With "data_parallel", a process answers a share of
+    the requests, and its last step yields the sequences of the other processes.
 
     Args:
         llm: The model and its tokenizer.
-        requests: What to answer; one without an id gets its place in this list.
-        args: What the cache keeps; None: no cache.
-        batching: How prompts are read and batched; without a batch size, one row a request.
-        tokens: What the longest row will see, prompt and new ones; None: as these requests ask.
+        requests: The requests; one without an id gets its index in this list.
+        args: The cache; None: no cache.
+        batching: How prompts are read and batched; without a batch size, every request has its own row.
+        tokens: The most tokens of a row, prompt and new ones; None: the most of these requests.
 
     Attributes:
-        stats: What the run did. cache: What it keeps, None without one.
+        stats: Tokens and seconds of the run. cache: The cache, or None.
 
     Raises:
-        ValueError: Before the first step, if an argument is out of range or a first request does not fit.
+        ValueError: If an argument is out of range, or one of the first requests does not fit.
     """
 
     def __init__(
@@ -48,10 +49,10 @@ class Run:
             check_type("requests", request, Request, "a list of Requests")
         requests = [r if r.id is not None else replace(r, id=number) for number, r in enumerate(requests)]
         self.llm, self.requests, self.stats = llm, requests, Stats()
-        tokens = tokens or max((request.sees for request in requests), default=1)
+        tokens = tokens or max((request.cache_tokens for request in requests), default=1)
         own = requests
         if llm.parallel is not None:
-            if llm.parallel.divides_prompts:  # what one process would refuse, all refuse
+            if llm.parallel.divides_prompts:  # check all requests, so that all processes raise the same error
                 limits = Limits.of(llm.model, args, batching.prefill, tokens)
                 for request in requests:
                     limits.check(request, f"Prompt {request.id}")
@@ -59,69 +60,70 @@ class Run:
         rows = max(1, min(len(own), batching.batch_size or len(own)))
         self.cache: KVCache | None = None if args is None else llm.build_cache(args, rows, tokens)
         engine = build_engine(llm, self.cache, rows, batching, self.stats)
-        waiting = begin(engine, self.cache, own) if own or not requests else iter(())  # a process may have nothing
-        self._steps = _noted_steps(llm, requests, RunResult(self.stats, self.cache), engine, waiting)
+        is_idle = bool(requests) and not own  # all requests belong to other processes
+        waiting = iter(()) if is_idle else begin(engine, self.cache, own)
+        self._steps = _run_steps(llm, requests, RunResult(self.stats, self.cache), engine, waiting)
 
     def __iter__(self) -> Iterator[list[Sequence]]:
         return self._steps
 
     def close(self) -> None:
-        """Breaks the run off."""
+        """Stop the run."""
         self._steps.close()
 
     def sequences(self) -> list[Sequence]:
-        """All answers, in the order of the requests."""
+        """Run to the end, and return all sequences in the order of the requests."""
         ended = {sequence.index: sequence for step in self for sequence in step if sequence.reason is not None}
         return [ended[request.id] for request in self.requests]
 
     def pieces(self) -> Iterator[list[str]]:
-        """For each step the text that it added to each answer."""
+        """Yield for each step the new text of each request, in their order."""
         failed: list[Sequence] = []
         for step in self:
-            made = {sequence.index: sequence.piece for sequence in step}
+            texts = {sequence.index: sequence.new_text for sequence in step}
             failed += [sequence for sequence in step if sequence.error is not None]
-            yield [made.get(request.id, "") for request in self.requests]
+            yield [texts.get(request.id, "") for request in self.requests]
         raise_failed(failed)
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run that ended leaves: its `stats`, and its `cache` or None."""
+    """The `stats` of a run that ended, and its `cache` or None."""
 
     stats: Stats
     cache: KVCache | None
 
 
-def _noted_steps(
+def _run_steps(
     llm: TextModel,
     requests: abc.Sequence[Request],
     result: RunResult,
     engine: Engine,
     waiting: Iterator[Request],
 ) -> Iterator[list[Sequence]]:
-    """The steps of a run, which tells the other processes how it ended.
+    """Yield the steps of a run, and tell the other processes how it ended.
 
-    It knows nothing of the run itself: a run that is dropped in the middle must end at once, not when the garbage
-    collector finds it, as other processes wait for it.
+    This generator must not refer to the `Run`: a run that is dropped in the middle must end at once and not when the
+    garbage collector finds a cycle, because other processes wait for it.
     """
     parallel, stats, answered = llm.parallel, result.stats, []
-    number = {request.id: n for n, request in enumerate(requests)}
-    stats.reasons, stats.logprobs = [None] * len(number), [[] for _ in number]
+    index_of = {request.id: n for n, request in enumerate(requests)}
+    stats.reasons, stats.logprobs = [None] * len(index_of), [[] for _ in index_of]
 
     def note(sequences: abc.Sequence[Sequence]) -> None:
         for sequence in sequences:
             if sequence.reason is not None:
                 answered.append(sequence)
-                at = number[sequence.index]
-                stats.reasons[at], stats.logprobs[at] = sequence.reason, sequence.logprobs
+                n = index_of[sequence.index]
+                stats.reasons[n], stats.logprobs[n] = sequence.reason, sequence.logprobs
 
     try:
         try:
             while engine.unfinished:
                 if outputs := engine.step():
-                    drew = [output.sequence for output in outputs]
-                    note(drew)
-                    yield drew
+                    sequences = [output.sequence for output in outputs]
+                    note(sequences)
+                    yield sequences
                 fill(engine, waiting)
         except BaseException as error:
             if parallel is not None and parallel.divides_prompts:
@@ -135,22 +137,22 @@ def _noted_steps(
 
 
 class OpenRun:
-    """Answers any number of requests, each taken from an iterator only when a row is free; iterate over it as a `Run`.
+    """Answer requests from an iterator, each taken only when a row is free; iterate over it as over a `Run`.
 
-    Processes that divide the requests need `Run`, which knows all of them.
+    With "data_parallel" use `Run`: to divide the requests, the processes must know all of them.
 
     Args:
         llm: The model and its tokenizer.
-        requests: What to answer; those without an id are numbered as they come.
-        args: What the cache keeps; None: no cache.
-        batching: How prompts are read and batched; its batch size is needed: the rows of the cache.
-        tokens: What the longest row will see, prompt and new tokens.
+        requests: The requests; those without an id are numbered in their order.
+        args: The cache; None: no cache.
+        batching: How prompts are read and batched; its batch size is the number of rows, and must be given.
+        tokens: The most tokens of a row, prompt and new ones.
 
     Attributes:
-        stats: What the run did, nothing of single requests. cache: What it keeps, None without one.
+        stats: Tokens and seconds of the run; `reasons` and `logprobs` stay empty. cache: The cache, or None.
 
     Raises:
-        ValueError: Before the first step, if an argument is out of range or a first request does not fit.
+        ValueError: If an argument is out of range, or one of the first requests does not fit.
     """
 
     def __init__(
@@ -165,13 +167,13 @@ class OpenRun:
         check_type("batching", batching, RunArgs, "RunArgs")
         rows = batching.batch_size
         if rows is None:
-            raise ValueError("Any number of requests needs a batch size: the rows of the cache.")
+            raise ValueError("answer() needs a batch_size, the number of rows of the cache.")
         if llm.parallel is not None and llm.parallel.divides_prompts:
-            raise ValueError("Processes that divide the requests need all of them at once: use run().")
+            raise ValueError("data_parallel needs all requests at once: use run().")
         self.stats = Stats()
         self.cache: KVCache | None = None if args is None else llm.build_cache(args, rows, tokens)
         if llm.parallel is not None:
-            requests = (request for each in requests for request in llm.parallel.own_requests([each]))
+            requests = (request for request in requests for request in llm.parallel.own_requests([request]))
         engine = build_engine(llm, self.cache, rows, batching, self.stats)
         waiting = begin(engine, self.cache, requests)
         self._steps = _steps(llm, RunResult(self.stats, self.cache), engine, waiting)
@@ -180,7 +182,7 @@ class OpenRun:
         return self._steps
 
     def close(self) -> None:
-        """Breaks the run off."""
+        """Stop the run."""
         self._steps.close()
 
 
@@ -195,23 +197,23 @@ def _steps(llm: TextModel, result: RunResult, engine: Engine, waiting: Iterator[
 
 
 def check_loaded(llm: TextModel) -> None:
-    """Raises ValueError if there is no model."""
+    """Raise ValueError if the model has no weights yet."""
     if llm.model is None:
         raise ValueError("No weights are loaded: call distribute() first, or load without distribute=None.")
 
 
 def build_engine(llm: TextModel, cache: KVCache | None, rows: int, batching: RunArgs, stats: Stats) -> Engine:
-    """An engine on the rows of a cache, or on so many rows without one, that reads whole prompts between its steps."""
+    """Build an engine on the rows of a cache, or on `rows` rows without one; it reads whole prompts between steps."""
     options = {name: getattr(batching, name) for name in ("prefill", "prefill_chunk", "logprobs")}
     options |= {"pieces": None, "stats": stats, "decoder": llm.decoder, "decode_text": llm.decode}
     return Engine(llm.model, cache, rows=rows, **options)
 
 
 class Pieces(Iterator):
-    """Text of a run, piece by piece as it is made.
+    """Iterate over the text of a run, piece by piece as it is generated.
 
     Attributes:
-        stats: What the run did so far. cache: What it keeps.
+        stats: Tokens and seconds so far. cache: The cache, or None.
     """
 
     def __init__(self, run: Run, single: bool) -> None:
@@ -223,5 +225,5 @@ class Pieces(Iterator):
         return pieces[0] if self._single else pieces
 
     def close(self) -> None:
-        """Breaks the run off."""
+        """Stop the run."""
         self._pieces.close()

@@ -45,7 +45,7 @@ def test_a_checkpoint_one_strategy_without_litgpt(capsys):
         (["--repeats", "0"], "must be at least 1"),
         (["--checkpoint-dir", "demo", "--contexts", "[1024]"], "do not fit"),
         (["--strategies", "[nope]"], "Unknown strategy 'nope'"),
-        (["--out", "/dev/null"], "/dev/null cannot be written: it is no file but a device"),
+        (["--out", "/dev/null"], "/dev/null cannot be written: it is a device, not a file"),
         (["--out", "no/folder/out.json"], "there is no folder"),
     ],
 )

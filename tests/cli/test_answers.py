@@ -57,7 +57,7 @@ def test_two_runs_on_one_file_are_refused_and_the_first_ones_answers_stay(
 
 
 def test_two_runs_that_start_together(tmp_path: Path) -> None:
-    """Both find no file; the second one to begin is refused while the first one runs, and also once it has ended."""
+    """Both find no file; the second one is refused while the first one runs, and after it has ended."""
     path = tmp_path / "a.jsonl"
     first, second, third = (Answers(str(path)) for _ in range(3))
     first.begin(None)
@@ -86,7 +86,7 @@ def test_links_and_modes_stay(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", ["/dev/null", "/dev/full"])
 def test_a_device_is_refused(path: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert run("--prompts", write(tmp_path / "q.txt", ["a"]), "--out", path) == 2
-    assert f"{path} cannot be written: it is no file but a device." in capsys.readouterr().err
+    assert f"{path} cannot be written: it is a device, not a file." in capsys.readouterr().err
 
 
 SMALL_DISK = """
@@ -105,12 +105,12 @@ def test_a_full_disk_names_the_file_and_loses_nothing(tmp_path: Path, capsys: py
     kept = len(records_of(out))
     assert done.returncode == 2 and 0 < kept < 9
     assert done.stderr.splitlines()[-1] == (
-        f"litgpt_kv: error: {out} cannot take another answer: File too large; the {kept} answers before it are kept; "
-        "make room, and --resume goes on."
+        f"litgpt_kv: error: {out} cannot be written: File too large; the {kept} answers before it are kept; "
+        "make room, and continue with --resume."
     )
     options = ("--prompts", questions, "--max-new-tokens", 9, "--batch-size", 2, "--temperature", 0)
     assert run(*options, "--out", out, "--resume") == 0
-    assert f"{kept} of them from before" in capsys.readouterr().err
+    assert f"{kept} of them from an earlier run" in capsys.readouterr().err
     assert run(*options, "--out", whole) == 0
     assert texts(out) == texts(whole)
 
@@ -126,7 +126,7 @@ def test_a_full_disk_while_answers_are_put_in_order(tmp_path: Path, monkeypatch:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(ValueError, match=r"make room and try again\. All 2 answers are in it, .*--resume orders them"):
+    with pytest.raises(ValueError, match=r"make room and try again\. All 2 answers are in it, .*--resume sorts them"):
         answers.close()
     assert [r["line"] for r in records_of(path)] == [2, 1]
     monkeypatch.undo()
@@ -143,8 +143,8 @@ def test_a_full_standard_output_says_so(tmp_path: Path) -> None:
         done = warm.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == (
-        "litgpt_kv: error: Standard output cannot take another answer: No space left on device; 0 answers were "
-        "written; with --out FILE a run can go on."
+        "litgpt_kv: error: Standard output cannot be written: No space left on device; 0 answers were "
+        "written; a run with --out FILE can be continued."
     )
 
 
@@ -180,7 +180,7 @@ def test_a_damaged_file_is_refused_and_stays_as_it_is(name: str, tmp_path: Path,
     out.write_bytes(before := GOOD + b"\n" + DAMAGED[name] + b"\n" + GOOD + b"\n")
     assert run("--prompts", write(tmp_path / "q.txt", ["p1"]), "--out", out, "--resume") == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"{out} cannot be continued: line 2 is no answer of a run before" in line and len(line) < 500
+    assert f"{out} cannot be continued: line 2 is not an answer of an earlier run" in line and len(line) < 500
     assert out.read_bytes() == before
 
 

@@ -29,7 +29,7 @@ def run(capsys, *args):
 
 
 def refused(capsys, *args):
-    """The single line on standard error with which a command line is refused with exit code 2."""
+    """Run a command that must fail with exit code 2; return its error line."""
     with pytest.raises(SystemExit) as end:
         main(list(args))
     out = capsys.readouterr()
@@ -156,7 +156,7 @@ def test_strategies_lists_all(capsys):
     with pytest.raises(SystemExit) as end:
         main(["generate", "--kv-cache.help", "h2o"])
     assert end.value.code == 0
-    assert "recent: The last so many tokens" in capsys.readouterr().out
+    assert "recent: Never evict the last so many tokens" in capsys.readouterr().out
 
 
 def test_help_shows_dashes_and_examples(capsys):

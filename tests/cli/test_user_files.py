@@ -17,7 +17,7 @@ FLAGS = ["--accelerator", "cpu", "--prompt", "def f(x):", "--max-new-tokens", "3
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """The strategy of CONTRIBUTING, saved in a file, and one that does not register itself."""
+    """Save the strategy of CONTRIBUTING in a file, with one that does not register itself."""
     path = tmp_path / "my_file.py"
     path.write_text(STRATEGY + '\n\n@dataclass(frozen=True)\nclass Plainest(Unusual):\n    """Keep the same."""\n')
     known = dict(registry._KINDS["strategy"])
@@ -74,7 +74,7 @@ def test_yaml_alone_imports_nothing(file: Path, capsys: pytest.CaptureFixture, t
     ):
         options.write_text(text)
         line = refused(capsys, "--config", options)
-        assert f"a YAML file imports no code: give --import {file} on the command line" in line
+        assert f"a YAML file cannot import code: give --import {file} on the command line" in line
         assert not (tmp_path / "ran").exists()
     line = refused(capsys, f"--kv-cache={{strategy: {file}:Unusual}}")
     assert "give --import" in line and not (tmp_path / "ran").exists()

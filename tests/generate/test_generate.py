@@ -89,10 +89,10 @@ def test_the_same_tokens_as_litgpt_with_its_own_cache(model, prompts):
         prompt = prompts[3]
         other.set_kv_cache(1)
         torch.manual_seed(11)
-        theirs = litgpt_generate.generate(other, prompt, len(prompt) + 30, include_prompt=False, **settings)
+        expected = litgpt_generate.generate(other, prompt, len(prompt) + 30, include_prompt=False, **settings)
         torch.manual_seed(11)
-        (ours,) = generate(model, [prompt], max_new_tokens=30, sampling=SamplingArgs(**settings))
-        assert ours.tolist() == theirs.tolist(), settings
+        (found,) = generate(model, [prompt], max_new_tokens=30, sampling=SamplingArgs(**settings))
+        assert found.tolist() == expected.tolist(), settings
 
 
 def test_a_seed_repeats_a_run_and_another_does_not(model, prompts):

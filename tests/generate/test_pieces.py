@@ -1,4 +1,4 @@
-"""What an engine asks of a cache: prompts in pieces, kept prompts, static mode, and steps that are interrupted."""
+"""The cache under an engine: prompts in pieces, kept prompts, static mode, and interrupted steps."""
 
 from __future__ import annotations
 

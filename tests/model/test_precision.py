@@ -61,7 +61,7 @@ def test_without_a_gpu_one_line_says_what_is_missing(
         main(["generate", "demo", "--prompt", "x", "--quantize", name])
     out = capsys.readouterr()
     assert end.value.code == 2 and out.out == ""
-    assert out.err == f"litgpt_kv: error: quantize {name!r} needs an NVIDIA GPU, and there is none here.\n"
+    assert out.err == f"litgpt_kv: error: quantize {name!r} needs an NVIDIA GPU; this machine has none.\n"
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def test_a_file_over_two_processes_is_that_of_one_and_survives_a_killed_one(tmp_
     )
     code, _, err = together(2, str(script), *command[2:], "--resume")
     script.unlink()
-    assert code == 1 and "Line 31 was left out" in err and "30 answers" in err, err
+    assert code == 1 and "Line 31 was skipped" in err and "30 answers" in err, err
     assert answers_in(two) == answers_in(one)
     found = [json.loads(line) for line in two.read_text().splitlines()]
     assert all(record in found for record in kept), "what was finished stays as it was, its seconds too"
