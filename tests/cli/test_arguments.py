@@ -68,7 +68,7 @@ def parsed(*args: str) -> dict[str, object]:
 def test_every_field_is_an_option_and_a_yaml_key(cls: type, field: dataclasses.Field, tmp_path: Path) -> None:
     value = other_value(field)
     if value is None:
-        pytest.skip("needs other_value machine or strategy")
+        pytest.skip("needs another machine or strategy")
     nested = cls is KVCacheArgs
     option = ("--kv-cache." if nested else "--") + field.name.replace("_", "-")
     args = (option, as_text(value)) if field.name != "stop" else ("--stop", "a", "--stop", "b")
@@ -158,24 +158,24 @@ LONG = "9" * 400
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--threads", "1000000"], f"threads must be at most {max(64, 4 * cores()):,}, parsed 1000000"),
-        (["--threads", "0"], "threads must be at least 1, parsed 0"),
-        (["--num-samples", "1000000000"], "num_samples must be at most 1,048,576, parsed 1000000000"),
+        (["--threads", "1000000"], f"threads must be at most {max(64, 4 * cores()):,}, got 1000000"),
+        (["--threads", "0"], "threads must be at least 1, got 0"),
+        (["--num-samples", "1000000000"], "num_samples must be at most 1,048,576, got 1000000000"),
         (["--devices", "1000000", "--generate-strategy", "data_parallel"], "devices must be at most"),
-        (["--devices", "many"], "devices must be a whole number or auto, parsed 'many'"),
+        (["--devices", "many"], "devices must be a whole number or auto, got 'many'"),
         (["--num-nodes", "1000000"], "num_nodes must be at most 4,096"),
-        (["--seed", LONG], "seed must be 0 to 2**63 - 1, parsed 9999"),
-        (["--top-k", LONG], "top_k must be at least 1, at most 9.22e+18, parsed 9999"),
-        (["--max-new-tokens", LONG], "max_new_tokens must be at most 2,147,483,647, parsed 9999"),
-        (["--min-new-tokens", LONG], "min_new_tokens must be 0 to 50 (max_new_tokens), parsed 9999"),
+        (["--seed", LONG], "seed must be 0 to 2**63 - 1, got 9999"),
+        (["--top-k", LONG], "top_k must be at least 1, at most 9.22e+18, got 9999"),
+        (["--max-new-tokens", LONG], "max_new_tokens must be at most 2,147,483,647, got 9999"),
+        (["--min-new-tokens", LONG], "min_new_tokens must be 0 to 50 (max_new_tokens), got 9999"),
         (["--batch-size", LONG], "batch_size must be at most"),
         (["--prefill-chunk", LONG], "prefill_chunk must be at most"),
         (["--num-samples", LONG], "num_samples must be at most"),
         (["--temperature", LONG], "--temperature cannot be 999"),
-        (["--kv-cache", "h2o", "--kv-cache.budget", LONG], "budget must be less than 2**31 tokens, parsed 9999"),
-        (["--kv-cache", "h2o", "--kv-cache.sinks", LONG], "sinks must be less than 2**31 tokens, parsed 9999"),
+        (["--kv-cache", "h2o", "--kv-cache.budget", LONG], "budget must be less than 2**31 tokens, got 9999"),
+        (["--kv-cache", "h2o", "--kv-cache.sinks", LONG], "sinks must be less than 2**31 tokens, got 9999"),
         (["--seed", "9" * 5000], "--seed cannot be 999"),
-        (["--min-p", "1.5"], "min_p must be between 0 and 1, parsed 1.5"),
+        (["--min-p", "1.5"], "min_p must be between 0 and 1, got 1.5"),
         (["--min-p", "high"], "--min-p cannot be high"),
         (["--temperature", "[0.1, 0.2, 0.3]", "--prompt", "a", "--prompt", "b"], "temperature has 3 values for 2 rows"),
         (["--kv-cache", "none", "--kv-cache.sinks", "2"], "'none' takes no options"),
@@ -195,8 +195,8 @@ def test_limits(flags: list[str], says: str, capsys: pytest.CaptureFixture) -> N
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("kv_cache: 3", "kv_cache must be a mapping of options, parsed 3"),
-        ("kv_cache: [h2o]", "kv_cache must be a mapping of options, parsed ['h2o']"),
+        ("kv_cache: 3", "kv_cache must be a mapping of options, got 3"),
+        ("kv_cache: [h2o]", "kv_cache must be a mapping of options, got ['h2o']"),
         ("kv_cache: {budget: {a: b}}", "--kv-cache.budget cannot be {'a': 'b'}"),
         ("kv_cache: {options: 3}", "--kv-cache.options cannot be 3"),
         ("max_new_tokens: ten", "--max-new-tokens cannot be ten; see --help"),
