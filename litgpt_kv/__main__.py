@@ -7,6 +7,8 @@ from litgpt.scripts.merge_lora import merge_lora
 from litgpt_kv.benchmark.batches import benchmark_batches
 from litgpt_kv.benchmark.decode import benchmark
 from litgpt_kv.cli.chat import chat
+from litgpt_kv.cli.convert_gguf import convert_gguf
+from litgpt_kv.cli.evaluate import evaluate
 from litgpt_kv.cli.generate import generate
 from litgpt_kv.cli.parser import one_line_errors, parse
 from litgpt_kv.cli.plan import plan
@@ -17,8 +19,10 @@ COMMANDS = {
     "chat": chat,
     "strategies": strategies,
     "plan": plan,
+    "evaluate": evaluate,
     "benchmark": benchmark,
     "benchmark_batches": benchmark_batches,
+    "convert_gguf": convert_gguf,
 }
 COMMANDS |= {  # litgpt's own commands, unchanged
     "download": download_from_hub,
@@ -35,11 +39,13 @@ DESCRIPTION = """Key/value caches for litgpt's models.
   litgpt_kv chat demo --kv-cache sink --kv-cache.budget 512                    a conversation, as long as you like
   litgpt_kv generate demo --config config_hub/generate/sink.yaml               options from a file
   litgpt_kv generate demo --devices 2 --accelerator cpu --generate-strategy tensor_parallel
+  litgpt_kv evaluate demo --text README.md --tasks "[]" --out results          what caches cost in quality
   litgpt_kv plan Llama-3.1-70B --devices 8                                     memory a device, computed
   litgpt_kv strategies                                                         the strategies for --kv-cache
   litgpt_kv generate --kv-cache.help h2o                                       all about one of them
   litgpt_kv generate --help                                                    a command's options
   litgpt_kv download EleutherAI/pythia-160m                                    weights from the Hugging Face Hub
+  litgpt_kv convert_gguf model.gguf --out checkpoints/model                    a GGUF file that is on this machine
   litgpt_kv convert_to_litgpt FOLDER --model_name pythia-160m                  weights that are on this machine
 """
 

@@ -55,9 +55,12 @@ def register(kind: str, name: str) -> Callable[[C], C]:
 
 
 def names(kind: str) -> list[str]:
-    """Return the sorted names of all registered classes of one kind, those of other packages included."""
+    """Return the sorted names of all registered classes of one kind, those of other packages included.
+
+    Names that begin with an underscore are for internal use and not listed.
+    """
     _load_entry_points()
-    return sorted(_table(kind))
+    return sorted(name for name in _table(kind) if not name.startswith("_"))
 
 
 def get(kind: str, name: str) -> Any:
@@ -69,7 +72,7 @@ def get(kind: str, name: str) -> Any:
     _load_entry_points()
     table = _table(kind)
     if name not in table:
-        raise ValueError(f"Unknown {kind} {name!r:.80}. Available: {', '.join(sorted(table))}.")
+        raise ValueError(f"Unknown {kind} {name!r:.80}. Available: {', '.join(names(kind))}.")
     return table[name]
 
 

@@ -128,6 +128,8 @@ def stored_tokens(slots: Slots, layers: Sequence[LayerCache], now: Tensor, table
             now,
             tables,
             layer.stores_unrotated,
+            slots.plan.window,
+            layer.constants,
         )
         for layer in layers
     ]

@@ -184,7 +184,8 @@ class PieceView:
         unrotated = prompt.rotated if prompt.unrotated is None else prompt.unrotated
         first = self.length - q.size(2)
         tensors = prompt.rotated, unrotated, prompt.v, q, raw_q
-        layer.seed(step, FreshTokens(layer.spec, *tensors, length, layer.window, first), prompt.received)
+        fresh = FreshTokens(layer.spec, *tensors, length, layer.window, first, layer.constants)
+        layer.seed(step, fresh, prompt.received)
 
 
 def _append(old: Tensor | None, new: Tensor, dim: int) -> Tensor:

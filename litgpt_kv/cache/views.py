@@ -99,7 +99,8 @@ class SequenceView:
                 rotated_q, q = latent.absorb(rotated_q), latent.absorb(q)
             # detached: the cache must not keep the autograd graph alive
             tensors = (x.detach() for x in (rotated_k, k, v, rotated_q, q))
-            self.layer.seed(self.step, FreshTokens(spec, *tensors, length, self.layer.window), received)
+            fresh = FreshTokens(spec, *tensors, length, self.layer.window, constants=self.layer.constants)
+            self.layer.seed(self.step, fresh, received)
         return y.transpose(1, 2)  # (B, T, H, Dv)
 
 
@@ -236,7 +237,7 @@ class DecodeView:
         pos = step.pos.unsqueeze(1).expand(-1, sets, -1)
         zeros = torch.zeros_like(pos, dtype=slots.dtype)
         turned = rotate(k, self.new_key_angles or self.angles, layer.spec.rope_size)
-        fresh = FreshTokens(layer.spec, turned, k, v, k, k, step.pos[:, -1] + 1, 0)
+        fresh = FreshTokens(layer.spec, turned, k, v, k, k, step.pos[:, -1] + 1, 0, constants=layer.constants)
         now = step.pos[:, -1]
         return slots.strategy.enter(
             Tokens(pos, now, step.prompt_length, layer.spec, dict.fromkeys(slots.names, zeros), fresh)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import threading
@@ -10,6 +11,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from litgpt_kv.llm.chat import Chat
+
+with contextlib.suppress(ImportError):  # gives `input` editing and a history, where the system has it
+    import readline  # noqa: F401
 
 HELP = "/reset starts a new conversation, /cache shows the cache, /quit ends; a line that ends with \\ continues."
 END = ("!submit", "!quit", "!exit")

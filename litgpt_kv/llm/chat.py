@@ -7,14 +7,17 @@ from collections import abc
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from litgpt.prompts import PromptStyle
+from litgpt.prompts import ChatML, Gemma, Phi4, Phi4Mini, PromptStyle
 from litgpt_kv.arguments import RunArgs, StoppingArgs, check_count, grouped
 from litgpt_kv.config import KVCacheArgs, SamplingArgs
 from litgpt_kv.generate import Engine, Request, Sequence, Stats
 from litgpt_kv.generate.limits import Limits
+from litgpt_kv.llm.beginning import encode_later
 from litgpt_kv.llm.text_model import TextModel
 from litgpt_kv.llm.text_request import TextRequest
+from litgpt_kv.llm.turns import Turns
 
+REPLY_ENDS = {ChatML: "<|im_end|>\n", Gemma: "<end_of_turn>\n", Phi4: "<|im_end|>", Phi4Mini: "<|end|>"}
 MAX_TOKENS = 8192  # the default limit of a conversation
 
 
@@ -145,7 +148,7 @@ class Chat:
         first = self.llm.encode(text, self.sys_prompt).tolist()
         if self._reply is None:
             return first
-        ids = self.llm.tokenizer.encode(later_turn(self.llm.prompt_style, text), bos=False).tolist()
+        ids = encode_later(self.llm.tokenizer, later_turn(self.llm.prompt_style, text))
         if not ids:
             raise ValueError(f"The prompt {text!r} has no tokens.")
         return ids
@@ -154,9 +157,12 @@ class Chat:
 def later_turn(style: PromptStyle, text: str) -> str:
     """Return a later user turn in a prompt style: all text between a reply and the next one.
 
-    Styles that know conversations (Llama 3, R1) say it themselves. The others' single turn is used, without its system
-    prompt where they can leave it out; Llama 2, TinyLlama, Phi 3 and a few more repeat theirs.
+    Styles that know conversations (`Turns`, Llama 3, R1) say it themselves. The others' single turn is used, after what
+    ends a reply in the styles of `REPLY_ENDS`, and without its system prompt where they can leave it out; Llama 2,
+    TinyLlama, Phi 3 and a few more repeat theirs.
     """
+    if isinstance(style, Turns):
+        return style.later(text)
     reply = "\x00"
     turns = [{"role": r, "content": c} for r, c in (("user", "?"), ("assistant", reply), ("user", text))]
     try:
@@ -167,7 +173,7 @@ def later_turn(style: PromptStyle, text: str) -> str:
         return whole.partition(reply)[2]
     style = copy.copy(style)
     style.system_message = None
-    return style.apply(text)
+    return next((end for cls, end in REPLY_ENDS.items() if isinstance(style, cls)), "") + style.apply(text)
 
 
 def conversation_text(
@@ -189,6 +195,8 @@ def conversation_text(
         order = ", ".join(m["role"] for m in messages)
         raise ValueError(f"messages must be system messages, then user and assistant in turns, got {order[:200]}.")
     system = "\n\n".join(systems) if systems else sys_prompt
+    if isinstance(style, Turns):
+        return style.conversation([turn["content"] for turn in turns], system)
     text = style.apply(turns[0]["content"], sys_prompt=system)
     for reply, turn in zip(turns[1::2], turns[2::2]):
         text += reply["content"] + later_turn(style, turn["content"])

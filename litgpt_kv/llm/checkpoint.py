@@ -20,11 +20,13 @@ from litgpt_kv.llm.check_config import read_config
 from litgpt_kv.llm.check_weights import check_fit, check_memory, check_tables, read_weights
 from litgpt_kv.llm.quantize import quantizer
 from litgpt_kv.llm.safe_load import MAX_BYTES, one_line, read_json, read_text, read_yaml
+from litgpt_kv.llm.turns import Turns
 
 DEMO = Path(__file__).parents[1] / "demo"
 ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps")
 PRECISIONS = ("32-true", "bf16-true", "16-true", "64-true", "bf16-mixed", "16-mixed")
 
+TURNS = f"{Turns.__module__}.{Turns.__name__}"
 WEIGHTS = "lit_model.pth"
 LONGEST_PATH = 250  # characters: every system accepts so many
 MOST_TO_MEND = 10_000  # characters of broken JSON that litgpt may repair, in time that grows with their square
@@ -195,15 +197,21 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 def load_prompt(folder: Path, config: Config) -> PromptStyle:
     """Return the prompt style in a checkpoint's `prompt_style.yaml`, else the one for the name of its config.
 
-    litgpt's loader imports any module and calls any name in it; this one knows litgpt's own style classes only.
+    litgpt's loader imports any module and calls any name in it; this one knows litgpt's own style classes, and `Turns`
+    with its texts beside it.
 
     Raises:
-        ValueError: If the file does not name a prompt style of litgpt.
+        ValueError: If the file names another style, or its texts are not texts.
     """
     path = folder / "prompt_style.yaml"
     if not path.exists():
         return PromptStyle.from_config(config)
     data = read_yaml(path)
+    if isinstance(data, dict) and data.get("class_path") == TURNS:
+        try:
+            return Turns.of(data.get("turns"))
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be used: {error}.") from error
     module, _, name = str(data.get("class_path") if isinstance(data, dict) else data).rpartition(".")
     found = vars(prompts).get(name) if module == prompts.__name__ else None
     if not (isinstance(found, type) and issubclass(found, PromptStyle) and found is not PromptStyle):

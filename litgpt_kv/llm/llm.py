@@ -20,6 +20,7 @@ from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.config import KVCacheArgs, SamplingArgs, check_type, shown
 from litgpt_kv.generate import Request, Stats, raise_failed
 from litgpt_kv.llm import checkpoint
+from litgpt_kv.llm.beginning import encode_first
 from litgpt_kv.llm.chat import Chat, conversation_text
 from litgpt_kv.llm.check_weights import check_finite, check_fit
 from litgpt_kv.llm.run import OpenRun, Pieces, Run, RunResult
@@ -186,10 +187,10 @@ class LLM:
 
     def encode_text(self, text: str) -> Tensor:
         """Return the token ids of a text as it is, without a prompt style, 1-D int64."""
-        ids = self.tokenizer.encode(text, device=self.fabric.device)
-        if not len(ids):
+        ids = encode_first(self.tokenizer, text)
+        if not ids:
             raise ValueError(f"The prompt {shown(text)} has no tokens.")
-        return ids.long()
+        return torch.tensor(ids, dtype=torch.int64, device=self.fabric.device)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids.

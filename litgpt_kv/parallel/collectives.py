@@ -59,16 +59,17 @@ class Collectives:
         self.size = 1 if group is None else group.size()
         self.timer: CollectiveTimer | None = None
 
-    def all_reduce(self, x: Tensor) -> Tensor:
-        """Return the sum over all processes, bit-equal on each; `x` may be overwritten."""
+    def all_reduce(self, x: Tensor, largest: bool = False) -> Tensor:
+        """Return the sum (or the largest element) over all processes, bit-equal on each; `x` may be overwritten."""
         if self.size == 1:
             return x
         x = x.contiguous()
+        op = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
         if self.timer is None:
-            dist.all_reduce(x, group=self.group)
+            dist.all_reduce(x, op, group=self.group)
         else:
             with self.timer.measure(x):
-                dist.all_reduce(x, group=self.group)
+                dist.all_reduce(x, op, group=self.group)
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:

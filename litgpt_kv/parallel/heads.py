@@ -90,6 +90,15 @@ class Sharing:
             return self._of_groups(score) if self.split else score
         return self.collectives.all_reduce(score * (len(self.heads.queries) / self.heads.all_queries))
 
+    def largest(self, x: Tensor) -> Tensor:
+        """The largest of what the devices that hold parts of a group worked out from their query heads, (B, G, ...)."""
+        if not self.split:
+            return x
+        (group,) = self.heads.groups
+        every = x.new_full((x.size(0), self.heads.all_groups, *x.shape[2:]), float("-inf"))
+        every[:, group] = x[:, 0]
+        return self.collectives.all_reduce(every, largest=True)[:, group].unsqueeze(1)
+
     def _of_groups(self, x: Tensor) -> Tensor:
         """Return the mean over the devices that share this device's only group, weighted by their query heads."""
         (group,) = self.heads.groups

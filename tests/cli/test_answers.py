@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import resource
 import signal
 import stat
 import subprocess
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from litgpt_kv.cli.answers import Answers
+from tests import warm
 from tests.cli.test_prompt_files import records_of, run, write
 
 SETTINGS = ["--accelerator", "cpu", "--threads", "1", "--batch-size", "2", "--temperature", "0"]
@@ -36,7 +36,7 @@ def test_two_runs_on_one_file_are_refused_and_the_first_ones_answers_stay(
     lines = [{"prompt": f"def f{n}(x):", "max_new_tokens": 400, "min_new_tokens": 400} for n in range(8)]
     questions, out = write(tmp_path / "q.jsonl", lines), tmp_path / "a.jsonl"
     options = ("--prompts", questions, "--batch-size", 2, "--temperature", 0)
-    with subprocess.Popen([*COMMAND, "--prompts", questions, "--out", out], stderr=subprocess.DEVNULL) as first:
+    with warm.Popen([*COMMAND, "--prompts", questions, "--out", out], stderr=subprocess.DEVNULL) as first:
         while not (out.exists() and out.stat().st_size):
             assert first.poll() is None
             time.sleep(0.01)
@@ -89,16 +89,19 @@ def test_a_device_is_refused(path: str, tmp_path: Path, capsys: pytest.CaptureFi
     assert f"{path} cannot be written: it is a device, not a file." in capsys.readouterr().err
 
 
-def small_disk() -> None:
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+SMALL_DISK = """
+import resource
+from litgpt_kv.__main__ import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # Python ignores SIGXFSZ: writes fail
+main()
+"""
 
 
 def test_a_full_disk_names_the_file_and_loses_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     questions = write(tmp_path / "q.txt", [f"def f{n}(x):" for n in range(9)])
     out, whole = tmp_path / "a.jsonl", tmp_path / "whole.jsonl"
-    command = [*COMMAND, "--prompts", questions, "--max-new-tokens", "9", "--out", out]
-    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=small_disk)
+    command = [sys.executable, "-c", SMALL_DISK, *COMMAND[3:], "--prompts", questions, "--max-new-tokens", "9"]
+    done = warm.run([*command, "--out", out], capture_output=True, text=True)
     kept = len(records_of(out))
     assert done.returncode == 2 and 0 < kept < 9
     assert done.stderr.splitlines()[-1] == (
@@ -137,7 +140,7 @@ def test_a_full_standard_output_says_so(tmp_path: Path) -> None:
     questions = write(tmp_path / "q.txt", ["a", "b"])
     with open("/dev/full", "w") as full:
         command = [*COMMAND, "--prompts", questions, "--max-new-tokens", "2"]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+        done = warm.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == (
         "litgpt_kv: error: Standard output cannot be written: No space left on device; 0 answers were "

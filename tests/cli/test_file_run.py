@@ -21,6 +21,7 @@ from litgpt_kv.cli.file_run import answer_file
 from litgpt_kv.cli.prompt_files import PromptFile
 from litgpt_kv.generate import Request, Sequence, Stats
 from litgpt_kv.llm.text_request import TextRequest
+from tests import warm
 from tests.cli.test_answers import COMMAND, texts
 from tests.cli.test_prompt_files import records_of, run, write
 
@@ -32,7 +33,7 @@ def llm() -> LLM:
 
 def test_the_first_answer_comes_before_the_last_line_is_there(tmp_path: Path) -> None:
     command = [*COMMAND, "--prompts", "-", "--batch-size", "1", "--max-new-tokens", "2"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with warm.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         for n in range(1, 4):
             print(f"def f{n}(x):", file=process.stdin, flush=True)
             if n > 1:  # the next row is looked at before one ends

@@ -16,6 +16,7 @@ from litgpt_kv import LLM
 from litgpt_kv.__main__ import main
 from litgpt_kv.cli.answers import Answers
 from litgpt_kv.cli.prompt_files import PromptFile
+from tests import warm
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +134,7 @@ def test_a_run_that_was_killed_goes_on(tmp_path: Path, capsys: pytest.CaptureFix
     questions, out, whole = write(tmp_path / "q.jsonl", lines), tmp_path / "a.jsonl", tmp_path / "whole.jsonl"
     settings = ["--prompts", str(questions), "--batch-size", "4", "--accelerator", "cpu", "--threads", "1"]
     command = [sys.executable, "-m", "litgpt_kv", "generate", "demo", *settings, "--out", str(out)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    process = warm.Popen(command, stderr=subprocess.DEVNULL)
     while not (out.exists() and out.read_bytes().count(b"\n") >= 5):
         assert process.poll() is None
         time.sleep(0.01)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 
 from litgpt_kv import KVCacheArgs, registry
 from litgpt_kv.__main__ import main
+from tests import warm
 from tests.test_contributing import STRATEGY
 
 FLAGS = ["--accelerator", "cpu", "--prompt", "def f(x):", "--max-new-tokens", "30", "--temperature", "0"]
@@ -99,6 +99,6 @@ def test_in_python_and_in_a_process_of_its_own(file: Path) -> None:
     assert registry.import_file(str(file)) is module, "a file is run once"
     assert registry.get("strategy", "unusual") is module.Unusual
     command = [sys.executable, "-m", "litgpt_kv", "strategies", "--import", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = warm.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "unusual: " in done.stdout

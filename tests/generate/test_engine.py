@@ -10,9 +10,10 @@ import pytest
 from litgpt_kv import LLM, KVCache, KVCacheArgs, SamplingArgs, registry
 from litgpt_kv.generate import Engine, Request, generate, serve
 from tests.oracle.reference import kept_of, tiny, tokens_of
+from tests.oracle.strategies import FEW
 
 GREEDY = SamplingArgs(temperature=0)
-STRATEGIES = registry.names("strategy")
+STRATEGIES = FEW
 MODEL = tiny(seed=5, n_layer=1)
 BUDGET = 10
 

@@ -14,6 +14,7 @@ from litgpt_kv.__main__ import main
 from litgpt_kv.cli.terminal import _reply
 from litgpt_kv.generate import generate
 from litgpt_kv.llm.chat import later_turn
+from tests.oracle.strategies import FEW
 
 GREEDY = SamplingArgs(temperature=0)
 TURNS = ["def fib(n):\n", "\n\nclass Parser:\n    def __init__(self):\n", "\nimport os\n"]
@@ -24,7 +25,7 @@ def llm() -> LLM:
     return LLM.load("demo", accelerator="cpu")
 
 
-@pytest.mark.parametrize("name", registry.names("strategy"))
+@pytest.mark.parametrize("name", FEW)
 def test_turns_equal_the_whole_text_read_again(llm: LLM, name: str) -> None:
     kind = registry.get("strategy", name)
     args = KVCacheArgs(name, 24 if kind.evicts and kind.recency else None)  # others keep what came to them in its order
@@ -223,8 +224,8 @@ def test_what_stands_between_turns() -> None:
         "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nHi?<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n"
     )
-    assert found["qwen2.5"] == "<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n"
-    assert found["gemma"] == "<start_of_turn>user\nHi?<end_of_turn>\n<start_of_turn>model\n"
+    assert found["qwen2.5"] == "<|im_end|>\n<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n"
+    assert found["gemma"] == "<end_of_turn>\n<start_of_turn>user\nHi?<end_of_turn>\n<start_of_turn>model\n"
     bar = "\uff5c"
     assert later_turn(R1Base(), "Hi?") == f"<{bar}User{bar}>Hi?<{bar}Assistant{bar}>"  # not among the named styles
 
