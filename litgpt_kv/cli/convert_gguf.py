@@ -1,4 +1,4 @@
-"""`litgpt_kv convert_gguf`: a checkpoint folder from a GGUF file."""
+"""`litgpt_kv convert_gguf`: convert a GGUF file to a checkpoint folder."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from litgpt_kv.convert.checkpoint import convert
 
 
 def convert_gguf(file: str, *, out: str, dtype: str | None = None) -> None:
-    """Make a checkpoint folder of a GGUF file.
+    """Convert a GGUF file to a checkpoint folder.
 
-    The architectures llama (SmolLM, Mistral and TinyLlama, too), qwen2, qwen3, gemma, gemma2, gemma3, phi2 and phi3.
+    Supported architectures: llama (also SmolLM, Mistral and TinyLlama), qwen2, qwen3, gemma, gemma2, gemma3, phi2 and
+    phi3.
 
     Args:
         file: The GGUF file.
-        out: The folder to make; it must not exist, or be empty.
-        dtype: Of the weights: float32, bfloat16 or float16. By default the file's own 16 bits if it is not quantised,
-            else float32, which holds every quantised number exactly.
+        out: The new folder; it must not exist, or must be empty.
+        dtype: The dtype of the weights: float32, bfloat16 or float16. By default the file's own 16 bits if it is not
+            quantised, else float32, which holds every quantised number exactly.
     """
     made = convert(file, out, dtype)
     weights = f"{made.weight_bytes / 1e6:,.0f} MB of weights in {str(made.dtype).removeprefix('torch.')}"

@@ -17,17 +17,16 @@ HEADER = ("strategy", "scores by", "evicts", "latent", "select, positions")
 
 
 def strategies() -> None:
-    """List every registered strategy in a table to choose from; `--kv-cache.help NAME` shows all about one.
+    """List every registered strategy in a table; `--kv-cache.help NAME` shows all about one.
 
-    The columns: what its score is made of; when it evicts; whether it is defined for multi-head latent attention; who
-    chooses what stays, and from where positions count, unless `--kv-cache.select` and `--kv-cache.positions` say
-    otherwise. Below: what it keeps, and its source.
+    The columns: what its score is computed from; when it evicts; whether it supports multi-head latent attention; the
+    defaults of `--kv-cache.select` and `--kv-cache.positions`. Below each line: what it keeps, and its source.
     """
     print(table(registry.names("strategy")))
 
 
 def table(names: Sequence[str]) -> str:
-    """A table to choose from: a line with columns for each strategy, and under it what it keeps and its source."""
+    """Return a table: a line with columns for each strategy, and below it what it keeps and its source."""
     rows = [HEADER, *(columns(name) for name in names)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
     lines = ["  ".join(x.ljust(width) for x, width in zip(row, widths)).rstrip() for row in rows]
@@ -39,7 +38,7 @@ def table(names: Sequence[str]) -> str:
 
 
 def columns(name: str) -> tuple[str, ...]:
-    """The columns of `HEADER` for one strategy with its default options."""
+    """Return the columns of `HEADER` for a strategy with its default options."""
     cls = registry.get("strategy", name)
     try:
         strategy = cls()
@@ -56,7 +55,7 @@ def columns(name: str) -> tuple[str, ...]:
 
 
 def looks_at(strategy: Strategy) -> str:
-    """What a strategy's score is made of: attention (from which queries) and what else."""
+    """Return what a strategy's score is computed from: attention (of which queries) and other data."""
     if strategy.recency:
         return "position"
     kinds = {"mass": "attention of all queries", "last": "attention of the newest query"}
@@ -69,7 +68,7 @@ def looks_at(strategy: Strategy) -> str:
 
 
 def summary(cls: type) -> str:
-    """The first line of a class' docstring."""
+    """Return the first line of a class' docstring."""
     return (inspect.getdoc(cls) or "").partition("\n")[0]
 
 

@@ -157,9 +157,9 @@ class Chat:
 def later_turn(style: PromptStyle, text: str) -> str:
     """Return a later user turn in a prompt style: all text between a reply and the next one.
 
-    Styles that know conversations (`Turns`, Llama 3, R1) say it themselves. The others' single turn is used, after what
-    ends a reply in the styles of `REPLY_ENDS`, and without its system prompt where they can leave it out; Llama 2,
-    TinyLlama, Phi 3 and a few more repeat theirs.
+    Styles for conversations (`Turns`, Llama 3, R1) define it. For others, their single turn is used, after the end of a
+    reply from `REPLY_ENDS`, and without the system prompt if the style can leave it out; Llama 2, TinyLlama, Phi 3 and
+    a few more repeat theirs.
     """
     if isinstance(style, Turns):
         return style.later(text)

@@ -13,17 +13,17 @@ MOST = 100_000  # characters of one text
 
 @dataclass(frozen=True)
 class Turns(PromptStyle):
-    """What stands around the messages of a conversation; most chat templates are no more than that.
+    """The fixed texts before, between and after the messages of a conversation; most chat templates are such texts.
 
     Attributes:
-        first: Before the first message of the user, where there is no system prompt; with a default one, if the model
-            has one.
-        reply: After the user's last message: the model's reply follows.
-        between: After a reply, before the user's next message.
-        past: After an earlier message of the user, before its reply.
-        system: Before and after a system prompt, up to the first message of the user; None: the model knows none.
-        strip, strip_reply, strip_system: Whether the user's messages, replies, and the system prompt lose the white
-            space around them.
+        first: The text before the user's first message if there is no system prompt; it has the model's default system
+            prompt, if there is one.
+        reply: The text after the user's last message; the model's reply follows.
+        between: The text between a reply and the user's next message.
+        past: The text between an earlier message of the user and its reply.
+        system: The texts before and after a system prompt; None if the model has no system prompt.
+        strip, strip_reply, strip_system: Whether to strip white space from the user's messages, from replies, and from
+            the system prompt.
     """
 
     first: str
@@ -36,15 +36,15 @@ class Turns(PromptStyle):
     strip_system: bool = False
 
     def apply(self, prompt: str, *, sys_prompt: str | None = None, **kwargs: str) -> str:
-        """The text up to where the model's first reply begins.
+        """Return the text up to the model's first reply.
 
         Raises:
-            ValueError: If a system prompt is given and the model knows none.
+            ValueError: If a system prompt is given and the model has none.
         """
         return self.begin(sys_prompt) + self._said(prompt) + self.reply
 
     def begin(self, sys_prompt: str | None) -> str:
-        """Everything before the first message of the user."""
+        """Return all text before the user's first message."""
         if not sys_prompt:
             return self.first
         if self.system is None:
@@ -52,11 +52,11 @@ class Turns(PromptStyle):
         return self.system[0] + (sys_prompt.strip() if self.strip_system else sys_prompt) + self.system[1]
 
     def later(self, prompt: str) -> str:
-        """What stands between a reply and the next one."""
+        """Return all text between a reply and the next one."""
         return self.between + self._said(prompt) + self.reply
 
     def conversation(self, turns: list[str], sys_prompt: str | None) -> str:
-        """A conversation: the user's messages and the replies by turns, up to where the next reply begins."""
+        """Return a conversation up to the next reply; `turns` are the user's messages and the replies, alternating."""
         text = self.begin(sys_prompt) + self._said(turns[0])
         for reply, turn in zip(turns[1::2], turns[2::2]):
             text += self.past + (reply.strip() if self.strip_reply else reply) + self.between + self._said(turn)
@@ -66,15 +66,15 @@ class Turns(PromptStyle):
         return text.strip() if self.strip else text
 
     def data(self) -> dict[str, Any]:
-        """The texts as plain data."""
+        """Return the texts as plain data."""
         return {**asdict(self), "system": None if self.system is None else list(self.system)}
 
     @classmethod
     def of(cls, data: Any) -> Turns:
-        """The style of plain data.
+        """Build the style from plain data.
 
         Raises:
-            ValueError: If a text is missing, unknown, too long or no text.
+            ValueError: If a text is missing, unknown, too long or not a str.
         """
         names = {f.name for f in fields(cls)}
         if not isinstance(data, dict) or not {"first", "reply", "between", "past"} <= data.keys() <= names:

@@ -180,7 +180,7 @@ def test_help_shows_dashes_and_examples(capsys):
         (["--kv-cache", "h2o", "--kv-cache.budget", "many"], "got 'many'"),
         (["--kv-cache", "h2o", "--kv-cache.budget", "130%"], "got '130%'"),
         (["--kv-cache", "h2o", "--kv-cache.bugdet", "9"], "Unknown kv_cache option 'bugdet'"),
-        (["--kv-cache", "h2o", "--kv-cache.storage", "int7"], "Unknown storage 'int7'. Available: plain"),
+        (["--kv-cache", "h2o", "--kv-cache.storage", "int7"], "Unknown storage 'int7'. Available: float8, int4"),
         (["--kv-cache", "h2o", "--kv-cache.positions", "left"], "positions must be 'absolute' or 'cache'"),
         (["--kv-cache", "none", "--kv-cache.budget", "9"], "'none' takes no options"),
         (["--prompt", ""], "prompt is empty"),
