@@ -282,7 +282,7 @@ def triattention(view: View) -> Scores:
     oracle, layer, found = view.oracle, view.layer, load_file(view.options["calibration"])
     means, sizes = found[f"layers.{layer}.mean"].double(), found[f"layers.{layer}.length"].double()
     pairs, farthest = oracle.config.rope_n_elem // 2, view.option("farthest", 65536)
-    offsets = [2**i for i in range(farthest + 1) if 2**i <= farthest]
+    offsets = [2**i for i in range(32) if 2**i <= farthest]
     scores = {}
     for p in view.held:
         k, heads = oracle.keys[layer][p, view.g].tolist(), []
