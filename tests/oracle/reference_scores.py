@@ -160,8 +160,9 @@ def murmur(x: int) -> int:
 
 
 def random(view: View) -> Scores:
-    stream = murmur(view.g) ^ murmur((murmur(view.option("seed", 0)) + view.layer) % 2**32)
-    return {p: (murmur((murmur(p) + stream) % 2**32) >> 8) / 2**24 for p in view.held}
+    layer = murmur((view.option("seed", 0) + 0x9E3779B9) % 2**32) + view.layer
+    head = murmur(layer % 2**32) + view.g
+    return {p: (murmur((murmur(head % 2**32) + p) % 2**32) >> 8) / 2**24 for p in view.held}
 
 
 def knorm(view: View) -> Scores:
