@@ -22,6 +22,7 @@ from litgpt_kv import registry
 from litgpt_kv.arguments import DeviceArgs, Without, check_count
 from litgpt_kv.benchmark.parallel import compare
 from litgpt_kv.cache.kv_cache import KVCache
+from litgpt_kv.cache.plan import ready_strategies
 from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.config import KVCacheArgs
 from litgpt_kv.disk import check_target, write_text
@@ -212,7 +213,7 @@ def _contenders(
     decoder = torch.compile(model, dynamic=False) if compiled else model
     length = torch.full((batch_size,), context, device=device)
     made = []
-    for name in strategies or registry.names("strategy"):
+    for name in strategies or ready_strategies():
         if name == "none":
             made.append(_none(model))
             continue

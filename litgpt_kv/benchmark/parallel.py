@@ -17,6 +17,7 @@ from tqdm import tqdm
 from litgpt.config import Config
 from litgpt_kv import registry
 from litgpt_kv.cache.kv_cache import KVCache
+from litgpt_kv.cache.plan import ready_strategies
 from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.config import KVCacheArgs
 from litgpt_kv.parallel import DeviceRequest
@@ -115,7 +116,7 @@ def compare(
     tokens = collectives.all_reduce(tokens if collectives.rank == 0 else torch.zeros_like(tokens))
     own_threads = threads or torch.get_num_threads()  # this process' share of the cores
     report = {"model": config.name, "device": str(device), "processes": collectives.size, "rows": []}
-    names = strategies or registry.names("strategy")
+    names = strategies or ready_strategies()
     with tqdm(total=len(contexts) * len(names) * repeats, file=sys.stderr, disable=hidden, leave=False) as bar:
         for context in contexts:
             rows = []

@@ -89,6 +89,12 @@ def resolve(config: Config, args: KVCacheArgs, max_tokens: int, context: int) ->
     return plans
 
 
+def ready_strategies() -> list[str]:
+    """The names of strategies that run as they are: without a calibration file."""
+    names = registry.names("strategy")
+    return [name for name in names if "calibration" not in registry.build("strategy", name).needs]
+
+
 @dataclass(frozen=True)
 class _LayerArgs:
     """What the user asked for one layer."""

@@ -302,6 +302,17 @@ def test_retired_rows_stay_and_change_nobody(model: GPT, combo: Combo) -> None:
     assert all(torch.equal(x, y) for x, y in zip(state(cache, 2), frozen[0]))
 
 
+@every
+@torch.no_grad()
+def test_a_retired_row_may_hold_more_than_the_others(model: GPT, combo: Combo) -> None:
+    rows, cache = [row_of(1, 30), row_of(2, 30)], combo.build(model, 2)
+    model(torch.tensor([rows[0][:5], rows[1][:5]]), cache, torch.tensor([2, 5]))
+    (alone,) = logits_of(model, combo.build(model), rows[:1], [2], "full")
+    cache.retire([1])
+    for i in range(2, 12):
+        close(model(torch.tensor([[rows[0][i]], [0]]), cache)[0, 0], alone[i])
+
+
 @in_ways("how", ("never retired", "retired", "retired, reset through the view"))
 @torch.no_grad()
 def test_a_row_is_admitted_without_changing_the_others(model: GPT, combo: Combo, how: str) -> None:

@@ -160,8 +160,9 @@ def murmur(x: int) -> int:
 
 
 def random(view: View) -> Scores:
-    stream = murmur(view.g) ^ murmur((murmur(view.option("seed", 0)) + view.layer) % 2**32)
-    return {p: (murmur((murmur(p) + stream) % 2**32) >> 8) / 2**24 for p in view.held}
+    layer = murmur((view.option("seed", 0) + 0x9E3779B9) % 2**32) + view.layer
+    head = murmur(layer % 2**32) + view.g
+    return {p: (murmur((murmur(head % 2**32) + p) % 2**32) >> 8) / 2**24 for p in view.held}
 
 
 def knorm(view: View) -> Scores:
@@ -282,7 +283,7 @@ def triattention(view: View) -> Scores:
     oracle, layer, found = view.oracle, view.layer, load_file(view.options["calibration"])
     means, sizes = found[f"layers.{layer}.mean"].double(), found[f"layers.{layer}.length"].double()
     pairs, farthest = oracle.config.rope_n_elem // 2, view.option("farthest", 65536)
-    offsets = [2**i for i in range(farthest + 1) if 2**i <= farthest]
+    offsets = [2**i for i in range(32) if 2**i <= farthest]
     scores = {}
     for p in view.held:
         k, heads = oracle.keys[layer][p, view.g].tolist(), []

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from litgpt_kv import GPT, registry
+from litgpt_kv import GPT, KVCache, KVCacheArgs, registry
 from litgpt_kv.cache.constants import FORMAT
 from tests.oracle.reference import Policy, compare, tiny
 from tests.oracle.reference_scores import NAIVE
@@ -112,3 +112,72 @@ def test_latent_attention(name: str, options: dict) -> None:
     model = tiny(seed=2, n_query_groups=4, latent_attention=LATENT, rope_interleave=True)
     for positions in POSITIONS:
         check(model, policy_of(name, options, "", positions), prompts=[C + 3], new=5)
+
+
+@pytest.mark.parametrize("name", NOT_LATENT)
+def test_what_is_not_defined_for_latent_attention_is_refused_by_name(calibration: str, name: str) -> None:
+    model = tiny(n_query_groups=4, latent_attention=LATENT)
+    with pytest.raises(ValueError, match=f"{name} is not defined for multi-head latent attention"):
+        KVCache.build(model, KVCacheArgs(name, C))
+    with pytest.raises(ValueError, match="h2o is not defined for multi-head latent attention"):
+        KVCache.build(model, KVCacheArgs("h2o", C, options=dict(value_weighted=True)))
+
+
+def test_a_strategy_that_needs_rotations_refuses_what_is_none(calibration: str) -> None:
+    model = tiny(rotary_percentage=0.5)
+    for args in (
+        KVCacheArgs("expected_attention", C),
+        KVCacheArgs("triattention", C, options=dict(calibration=calibration)),
+        KVCacheArgs("criticalkv", C, options=dict(base="expected_attention")),
+    ):
+        with pytest.raises(ValueError, match=f"{args.strategy} needs an even number of rotated elements, not 3"):
+            KVCache.build(model, args)
+
+
+def test_a_strategy_without_its_calibration_says_what_makes_it(gqa: GPT) -> None:
+    with pytest.raises(ValueError, match="`litgpt_kv calibrate CHECKPOINT --text FILE --for triattention"):
+        KVCache.build(gqa, KVCacheArgs("triattention", C))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("snapkv", dict(window=0), "window must be a whole number from 1 to 4,096, got 0"),
+        ("snapkv", dict(kernel=4), "kernel must be odd, got 4"),
+        ("rkv", dict(importance=1.5), "importance must be a number from 0 to 1, got 1.5"),
+        ("rkv", dict(similar=float("nan")), "similar must be a number"),
+        ("finch", dict(window=2.0), "window must be a whole number from 1 to 4,096, got 2.0"),
+        ("lagkv", dict(lag=1), "lag must be a whole number from 2"),
+        ("random", dict(seed=-1), "seed must be a whole number from 0"),
+        ("h2o", dict(normalize=1), "normalize must be true or false, got 1"),
+        ("expected_attention", dict(future=0), "future must be a whole number from 1"),
+        ("triattention", dict(calibration=3), "calibration must be the path of a file, got 3"),
+        ("criticalkv", dict(base="sink"), "base must be one of expected_attention, .*, got 'sink'"),
+        ("criticalkv", dict(base="criticalkv"), "base must be one of .*, got 'criticalkv'"),
+        ("criticalkv", dict(base="triattention"), "base must be one of .*, got 'triattention'"),
+        ("criticalkv", dict(base=3), "base must be one of .*, got 3"),
+    ],
+)
+def test_options_are_refused_by_name(gqa: GPT, name: str, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        KVCache.build(gqa, KVCacheArgs(name, C, options=options))
+
+
+def test_random_numbers_are_uniform_and_differ_by_seed_layer_head_and_position() -> None:
+    model, n = tiny(seed=1, n_query_groups=4, block_size=2000), 2000
+    tokens = torch.randint(61, (1, n), generator=torch.Generator().manual_seed(1))
+    draws = []
+    for seed in (0, 1):
+        cache = KVCache.build(model, KVCacheArgs("random", n, options=dict(seed=seed)))
+        model(tokens, cache, torch.tensor([n]))
+        draws.append(cache.slots[0].statistics["draw"])
+    every = torch.stack(draws).flatten(0, -2)  # (2 seeds * 2 layers * 4 heads, n)
+    assert (every.mean(-1) - 0.5).abs().max() < 0.03 and (every.var(-1) - 1 / 12).abs().max() < 0.01
+    between = torch.corrcoef(torch.cat((every, every.roll(1, -1)))).fill_diagonal_(0)
+    assert between.abs().max() < 0.1
+
+
+def test_of_two_rows_a_strategys_window_may_be_longer_than_either(gqa: GPT) -> None:
+    """Fewer queries than the window, fewer tokens than a chunk: nothing is counted that is not there."""
+    for name in ("snapkv", "finch", "rkv", "expected_attention"):
+        check(gqa, policy_of(name, dict(window=30) | (dict(future=2) if name == "expected_attention" else {}), ""))

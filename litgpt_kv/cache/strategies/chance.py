@@ -13,6 +13,7 @@ from litgpt_kv.cache.strategies.common import check_number
 from litgpt_kv.registry import register
 
 MASK = 2**32 - 1
+GOLDEN = 0x9E3779B9  # without it, number 0 of everything would be 0 whatever is mixed
 
 
 @register("strategy", "random")
@@ -38,9 +39,10 @@ class Random(Strategy):
 
     def enter(self, tokens: Tokens) -> dict[str, Tensor]:
         head = torch.arange(tokens.pos.size(1), device=tokens.pos.device).view(-1, 1) + tokens.first_head
-        state = mix(
-            mix(tokens.pos & MASK) + (mix(head) ^ mix(mix(torch.full_like(head, self.seed)) + tokens.layer.index))
-        )
+        state = torch.full_like(head, self.seed + GOLDEN)
+        for number in (tokens.layer.index, head, tokens.pos):
+            state = mix(state) + number
+        state = mix(state)
         return {"draw": (state >> 8).float() * 2.0**-24}
 
     def score(self, tokens: Tokens) -> Tensor:

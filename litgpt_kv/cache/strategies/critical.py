@@ -26,7 +26,7 @@ class CriticalKV(Strategy):
     attention.
 
     Args:
-        base: The other strategy, with its options as by default.
+        base: The other strategy, with its options as by default: not one that goes by position or needs a file.
     """
 
     base: str = "snapkv"
@@ -38,8 +38,10 @@ class CriticalKV(Strategy):
     )
 
     def __post_init__(self) -> None:
-        known = [n for n in registry.names("strategy") if n != "criticalkv" and not registry.get("strategy", n).recency]
-        if self.base not in known:
+        known = [n for n in registry.names("strategy") if n != "criticalkv"]
+        if self.base not in known or self.other.recency or "calibration" in self.other.needs:
+            built = {n: registry.build("strategy", n) for n in known}
+            known = [n for n, s in built.items() if not s.recency and "calibration" not in s.needs]
             raise ValueError(f"base must be one of {', '.join(known)}, got {shown(self.base)}.")
 
     @cached_property
@@ -59,11 +61,6 @@ class CriticalKV(Strategy):
     def window(self) -> int:
         """Last queries that the other reads."""
         return self.other.window  # type: ignore[attr-defined]
-
-    @property
-    def calibration(self) -> str | None:
-        """The other's calibration file."""
-        return getattr(self.other, "calibration", None)
 
     @property
     def select(self) -> str:  # type: ignore[override]
