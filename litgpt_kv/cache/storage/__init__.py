@@ -1,7 +1,7 @@
 """How keys and values are stored.
 
-`base.py` says what a storage is, `coded.py` has what those of codes share, and every other file registers some: `plain`,
-`integer` (int8, int4, int4-hadamard, k8v4), `float8`, `kivi` (by channel and token), `offload` (in the host's memory).
+`base.py` says what a storage is, `coded.py` has what those of codes share, and every other file registers some:
+`plain`, `integer` (int8, int4, int4-hadamard, k8v4), `float8`, `kivi` (keys by channel), `offload` (host memory).
 """
 
 import importlib
