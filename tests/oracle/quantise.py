@@ -105,7 +105,7 @@ class NaiveKivi(Storage):
     ) -> None:
         super().__init__()
         self.role, self.bits, self.shape = role, bits, shape
-        self.elements, self.group = group, min(group, shape[2])
+        self.group = group
         self.closed: dict[tuple[int, int], Tensor] = {}  # by row and number of the token
         self.tokens: list[list[tuple[int, Tensor]]] = [[] for _ in range(shape[0])]  # slot, (G, D)
         self.register_buffer("nothing", torch.zeros(shape[0], 1), persistent=False)
@@ -129,7 +129,7 @@ class NaiveKivi(Storage):
     def _quantised(self, tokens: list[tuple[int, Tensor]], i: int, x: Tensor) -> Tensor:
         first = i // self.group * self.group
         if self.role == "values":
-            return apply(lambda row: in_groups(row, self.elements, self.bits), x)
+            return apply(lambda row: in_groups(row, self.group, self.bits), x)
         group = torch.stack([x for _, x in tokens[first : first + self.group]], -1)  # (G, D, g)
         return apply(lambda channel: levels(channel, self.bits), group)[..., i - first]
 

@@ -26,6 +26,7 @@ class Kivi(Coded):
     when it is no longer among the last `residual_length`, here keys and values wait for the end of their group.
 
     `bits` (2) is 2 or 4; `group` (32) is the tokens of a group, and the most elements of a value that share a scale.
+    A budget below it leaves all tokens as they are. Tokens that left before their group was whole count for its scales.
 
     Attributes:
         codes: (B, G, S + 1, .) packed uint8; the last slot takes what is not to be written.
@@ -60,7 +61,7 @@ class Kivi(Coded):
         B, G, S, D = shape
         super().__init__(role, D, dtype)
         self.bits = bits
-        self.group = min(group, S)
+        self.group = group
         self.count, self.size = (1, D) if role == "keys" else groups_of(D, group)
         # held tokens are a beginning and a run, each with a group at its ends that is theirs in part
         scales = -(-S // self.group) + 3 if role == "keys" else S + 1
