@@ -8,12 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from litgpt_kv.arguments import check_count, check_new_tokens
+from litgpt_kv.arguments import check_count, check_flag, check_new_tokens
 from litgpt_kv.config import SamplingArgs, check_type, shown
 from litgpt_kv.generate.stopping import StopMatcher
 from litgpt_kv.generate.text import TextStream, stop_texts
 
-ANSWER = ("tokens", "text", "reason", "error", "began", "first", "ended", "_logprobs")
+ANSWER = ("tokens", "text", "reason", "error", "began", "first", "ended", "_logprobs", "_tops")
+MOST_LOGPROBS = 100  # alternatives of a token
+Top = list[tuple[int, float]]  # the most probable tokens at a place, and their log-probabilities, best first
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,10 @@ class Request:
         stop_texts: Texts that end the answer, where it is made into text; they are not part of it.
         past: Tokens that the cache has before the prompt, for the repetition penalty.
         id: Its number, which must not be in use; None: the next one of the engine.
+        logprobs: Keep the log-probability of every new token, and so many of the most probable tokens at its place;
+            None: as the engine does.
+        prompt_logprobs: Keep the same of the prompt's tokens, as the cache gives them while it reads the prompt; that
+            costs a second pass over what a prompt's first pass reads.
     """
 
     prompt: Tensor | abc.Sequence[int]
@@ -39,6 +45,8 @@ class Request:
     past: abc.Sequence[int] = ()
     stop_texts: abc.Sequence[str] = ()
     id: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
 
     def __post_init__(self) -> None:
         check_new_tokens(self.max_new_tokens, self.min_new_tokens)
@@ -57,6 +65,9 @@ class Request:
                 raise ValueError(f"{name} must be a list of token ids, got {shown(tokens)}.")
         if self.id is not None:
             check_count("id", self.id, 0, 2**63 - 1)
+        if self.logprobs is not None:
+            check_count("logprobs", self.logprobs, 0, MOST_LOGPROBS)
+        check_flag("prompt_logprobs", self.prompt_logprobs)
 
     @property
     def sees(self) -> int:
@@ -79,6 +90,7 @@ class Sequence:
         stream: Makes its text and finds stop texts in it; None where only tokens are wanted.
         row: Of the cache; -1 while it waits for one.
         continues: Whether it goes on with what its row holds, `past` tokens.
+        state: What its row holds when it begins, a cache of one row; None: nothing, or what the row has.
         prompt: The prompt's token ids; `read` of them were read.
         tokens: All tokens released so far, and `new` those of the last push. A stop text takes back the tokens in which
             it began; the text itself is held back until it is certain.
@@ -87,6 +99,8 @@ class Sequence:
         reason: Why it ended: "stop", "length", "abort", or "error" if no token could be drawn; None while it runs.
         error: With "error", what was wrong.
         elsewhere: Whether another process answered it.
+        prompt_scores: If asked for, of each token of the prompt but the first its log-probability and the most probable
+            tokens at its place.
         began, first, ended: Seconds (`time.perf_counter`) when it was admitted, had its first token, and ended.
     """
 
@@ -95,6 +109,7 @@ class Sequence:
     stream: TextStream | None = None
     row: int = -1
     continues: bool = False
+    state: Any = None
     past: int = 0
     prompt: list[int] = field(default_factory=list)
     read: int = 0
@@ -108,8 +123,10 @@ class Sequence:
     first: float = 0.0
     ended: float = 0.0
     elsewhere: bool = False
+    prompt_scores: list[tuple[float, Top]] = field(default_factory=list)
     _held: deque[int] = field(default_factory=deque)
     _logprobs: list[float] = field(default_factory=list)
+    _tops: list[Top] = field(default_factory=list)
     _pieces: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -153,11 +170,18 @@ class Sequence:
         """Of each token in `tokens` its log-probability, if it was asked for."""
         return self._logprobs[: len(self.tokens)]
 
-    def push(self, token: int, logprob: float | None = None) -> list[int]:
+    @property
+    def top_logprobs(self) -> list[Top]:
+        """Of each token in `tokens` the most probable ones at its place, if they were asked for."""
+        return self._tops[: len(self.tokens)]
+
+    def push(self, token: int, logprob: float | None = None, top: Top | None = None) -> list[int]:
         """Takes the next token; returns those that are now certain to belong to the output."""
         self.last = token
         if logprob is not None:
             self._logprobs.append(logprob)
+        if top is not None:
+            self._tops.append(top)
         self._held.append(token)
         made = self.made
         complete = [n for n in self._stops.push(token) if made - n >= self.request.min_new_tokens]

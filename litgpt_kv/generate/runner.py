@@ -16,6 +16,7 @@ from litgpt_kv.cache.pieces import PromptReader
 from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.config import shown
 from litgpt_kv.generate.limits import Limits, check_prefill
+from litgpt_kv.generate.prompt_scores import FirstPassScores, note_scores
 from litgpt_kv.generate.request import Sequence
 
 PIECE = 512  # tokens of a prompt in a step, unless told otherwise
@@ -40,8 +41,11 @@ class Runner(Protocol):
     def check_continues(self, row: int) -> None:
         """Raises ValueError if a row is in the middle of a step that broke off: nothing can go on there."""
 
+    def check_state(self, state: KVCache, row: int | None) -> None:
+        """Raises ValueError if a sequence cannot begin with what a cache of one row holds."""
+
     def start(self, sequence: Sequence) -> None:
-        """Gives a sequence its row: emptied, or as it is for one that continues."""
+        """Gives a sequence its row: emptied, with its state, or as it is for one that continues."""
 
     def piece_size(self, sequence: Sequence) -> int:
         """Tokens of the next piece of its prompt; 0 if nothing is left, or the rest is read beside decode steps."""
@@ -95,6 +99,7 @@ class CacheRunner:
         self._live = set(range(self.size))  # rows that the next step of the cache would advance
         self._tokens = cache.seen  # of each row
         self._readers: dict[int, PromptReader] = {}  # by row, of prompts that are read in pieces
+        self._scores: dict[int, FirstPassScores] = {}  # by row, of prompts whose first pass is scored
 
     def seen(self, row: int) -> int:
         return self._tokens[row]
@@ -102,11 +107,22 @@ class CacheRunner:
     def check_continues(self, row: int) -> None:
         self.cache.clock.check_whole("A conversation or text", [row])
 
+    def check_state(self, state: KVCache, row: int | None) -> None:
+        if not isinstance(state, KVCache) or state.batch_size != 1 or not state.seen[0]:
+            raise ValueError(f"state must be a cache of one row that has seen tokens, got {shown(state)}.")
+        if row is not None:
+            raise ValueError("A request goes on with a row or with a state, not with both.")
+
     def start(self, sequence: Sequence) -> None:
         row = sequence.row
-        self._readers.pop(row, None)
+        self._forget(row)
+        restored = sequence.state is not None
+        if restored:
+            self.cache.restore(row, sequence.state)
+            self._tokens[row], sequence.state = sequence.state.seen[0], None
+            self._live.add(row)
         sequence.past = self._tokens[row]
-        if not sequence.continues and (sequence.past or row not in self._live or self.cache.clock.interrupted[row]):
+        if not (sequence.continues or restored) and (sequence.past or row not in self._live or self.cache.clock.interrupted[row]):
             self.cache.reset([row])
             self._live.add(row)
             sequence.past = self._tokens[row] = 0
@@ -129,12 +145,18 @@ class CacheRunner:
         size, seeds = self.piece_size(first), 0 if first.past else self._first_pass(first)
         tokens = torch.tensor([s.prompt[s.read : s.read + size] for s in sequences]).to(self.device)
         self._set_live(self._live.union(rows))
+        for sequence in (s for s in sequences if s.request.prompt_logprobs and s.read < seeds):
+            self._score(sequence, size, seeds)
         if first.read < seeds and size < seeds:  # alone: `Scheduler.next_to_read` joins whole first passes only
             logits = self._read_on(first, tokens, seeds)
         else:
             cache = self.cache if len(rows) == self.size else self.cache.rows(rows[0], rows[-1] + 1)
             if first.read >= seeds:
-                logits = self.model(tokens, cache)[:, -1]
+                block = self.model(tokens, cache)  # (N, T, V)
+                for sequence, own in zip(sequences, block):
+                    if sequence.request.prompt_logprobs:
+                        note_scores(sequence, sequence.read, own)
+                logits = block[:, -1]
             else:
                 logits = self.model(tokens, cache, torch.full((len(rows),), size, device=self.device))
         for sequence in sequences:
@@ -153,6 +175,19 @@ class CacheRunner:
             del self._readers[row]
         return logits
 
+    def _score(self, sequence: Sequence, size: int, seeds: int) -> None:
+        """Score the tokens that the next piece of a first pass reads."""
+        row = sequence.row
+        if row not in self._scores:
+            self._scores[row] = FirstPassScores(self.model, seeds, self.cache.dtype)
+        self._scores[row].read(sequence, sequence.read, sequence.read + size)
+        if sequence.read + size >= seeds:
+            del self._scores[row]
+
+    def _forget(self, row: int) -> None:
+        self._readers.pop(row, None)
+        self._scores.pop(row, None)
+
     def decode(self, token: Tensor, rows: set[int]) -> Tensor:
         self._set_live(rows)
         limit = self.evicts_from
@@ -166,7 +201,7 @@ class CacheRunner:
         return logits
 
     def discard(self, row: int) -> None:
-        self._readers.pop(row, None)
+        self._forget(row)
         self.cache.clock.begin([row])  # also where the step broke off before or after the cache's own part
 
     def _set_live(self, rows: set[int]) -> None:
@@ -196,6 +231,9 @@ class RecomputeRunner:
     def check_continues(self, row: int) -> None:
         """A text without a cache is always whole."""
 
+    def check_state(self, state: KVCache, row: int | None) -> None:
+        raise ValueError("Without a cache there is no state to go on with.")
+
     def start(self, sequence: Sequence) -> None:
         self.length[sequence.row] = 0
 
@@ -206,8 +244,12 @@ class RecomputeRunner:
         size = self.piece_size(sequences[0])
         for sequence in sequences:
             self.text[sequence.row, :size] = torch.tensor(sequence.prompt, device=self.device)
+        logits = self.model(self.text[sequences[0].row : sequences[-1].row + 1, :size])  # (N, T, V)
+        for sequence, own in zip(sequences, logits):
+            if sequence.request.prompt_logprobs:
+                note_scores(sequence, 0, own)
             self.length[sequence.row] = sequence.read = size
-        return self.model(self.text[sequences[0].row : sequences[-1].row + 1, :size])[:, -1]
+        return logits[:, -1]
 
     def decode(self, token: Tensor, rows: set[int]) -> Tensor:
         for row in rows:
