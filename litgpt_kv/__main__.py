@@ -9,10 +9,12 @@ from litgpt_kv.benchmark.decode import benchmark
 from litgpt_kv.cli.commands import chat, generate, strategies
 from litgpt_kv.cli.parser import run
 from litgpt_kv.cli.plan import plan
+from litgpt_kv.cli.serve import serve
 
 COMMANDS = {
     "generate": generate,
     "chat": chat,
+    "serve": serve,
     "strategies": strategies,
     "plan": plan,
     "benchmark": benchmark,
@@ -31,6 +33,7 @@ DESCRIPTION = """Key/value caches for litgpt's models.
   litgpt_kv generate demo --prompt "import os" --prompt "class A:"             a batch
   litgpt_kv generate demo --prompts questions.jsonl --out answers.jsonl        a file of prompts
   litgpt_kv chat demo --kv-cache sink --kv-cache.budget 512                    a conversation, as long as you like
+  litgpt_kv serve demo --kv-cache h2o --kv-cache.budget 25% --port 8000        an OpenAI-compatible server
   litgpt_kv generate demo --config config_hub/generate/sink.yaml               options from a file
   litgpt_kv generate demo --devices 2 --accelerator cpu --generate-strategy tensor_parallel
   litgpt_kv plan Llama-3.1-70B --devices 8                                     memory a device, computed

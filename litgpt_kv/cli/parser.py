@@ -32,8 +32,9 @@ from litgpt_kv.cli.options import PROG, fail, load_yaml, normalise
 from litgpt_kv.config import KVCacheArgs, SamplingArgs, shown
 from litgpt_kv.llm.safe_load import one_line
 from litgpt_kv.parallel import end_worker
+from litgpt_kv.serve.settings import ServeArgs
 
-FLAT = (SamplingArgs, StoppingArgs, RunArgs, DeviceArgs)
+FLAT = (SamplingArgs, StoppingArgs, RunArgs, DeviceArgs, ServeArgs)
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,9 @@ class CacheRunner:
             self._tokens[row], sequence.state = sequence.state.seen[0], None
             self._live.add(row)
         sequence.past = self._tokens[row]
-        if not (sequence.continues or restored) and (sequence.past or row not in self._live or self.cache.clock.interrupted[row]):
+        if not (sequence.continues or restored) and (
+            sequence.past or row not in self._live or self.cache.clock.interrupted[row]
+        ):
             self.cache.reset([row])
             self._live.add(row)
             sequence.past = self._tokens[row] = 0

@@ -37,7 +37,9 @@ class Sampler:
         self.least = [0] * batch_size
         self.seen: Tensor | None = None  # (B, V) bool, the tokens in a row's text, for repetition penalties
         self.banned: Tensor | None = None  # (B, V) bool, tokens that would end a row before it may end
-        self.counts: Tensor | None = None  # (B, V) int32, how often the new text has each token, for the other penalties
+        self.counts: Tensor | None = (
+            None  # (B, V) int32, how often the new text has each token, for the other penalties
+        )
 
     def assign(self, requests: Mapping[int, Request]) -> None:
         """Give rows the settings of new requests, by row."""
