@@ -180,6 +180,10 @@ class EngineLoop:
         """Free the rows of tickets before the next step; they get no more events."""
         self._commands.put(lambda: self._cancel(tickets))
 
+    def end_all(self) -> None:
+        """End what waits or runs, with an error."""
+        self._commands.put(self._end_all)
+
     def call(self, work: Callable[[], T]) -> Future[T]:
         """Do something between two steps."""
         future: Future[T] = Future()
@@ -248,6 +252,12 @@ class EngineLoop:
             if sequence is not None and served.tickets.pop(sequence.index, None) is not None:
                 served.engine.abort(sequence.index)
                 self._close(ticket, "abort")
+
+    def _end_all(self) -> None:
+        for ticket in [ticket for served in self._served.values() for ticket in served.tickets.values()]:
+            self._cancel([ticket])
+            self._events.append((ticket, Event(ticket.number, reason="error", error="The server is ending.")))
+        self._deliver()
 
     def _close(self, ticket: Ticket, reason: str) -> None:
         with self._lock:

@@ -65,7 +65,8 @@ class Body(BaseModel):
             raise Refused(f"The body is no JSON: {error}") from error
         if not isinstance(values, dict):
             raise Refused("The body must be a JSON object.")
-        values = {name: value for name, value in values.items() if value is not None}
+        known = {*cls.model_fields, *UNSUPPORTED}
+        values = {name: value for name, value in values.items() if value is not None or name not in known}
         for name, neutral in UNSUPPORTED.items():
             if name in values and name not in cls.model_fields:
                 if values[name] not in neutral:

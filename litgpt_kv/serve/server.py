@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
+import math
 import os
 import signal
 import socket
@@ -29,6 +31,20 @@ from litgpt_kv.serve.settings import KEY_VARIABLE, ServeArgs
 
 log = logging.getLogger("litgpt_kv.serve")
 NEW_TOKENS = StoppingArgs(max_new_tokens=256)
+GRACE = 5  # seconds for clients to read the end of what was ended
+
+
+class _Draining(uvicorn.Server):
+    """Ends the answers that still run some seconds after it was told to end."""
+
+    def __init__(self, config: uvicorn.Config, loop: EngineLoop, seconds: float) -> None:
+        super().__init__(config)
+        self.engine_loop, self.seconds = loop, seconds
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        timer = asyncio.get_running_loop().call_later(self.seconds, self.engine_loop.end_all)
+        await super().shutdown(sockets)
+        timer.cancel()
 
 
 class Server:
@@ -89,9 +105,9 @@ class Server:
             ws="none",
             server_header=False,
             limit_concurrency=settings.connections,
-            timeout_graceful_shutdown=settings.drain,  # type: ignore[arg-type]
+            timeout_graceful_shutdown=math.ceil(settings.drain) + GRACE,
         )
-        self._server = uvicorn.Server(config)
+        self._server = _Draining(config, loop, settings.drain)
 
     def run(self) -> None:
         """Answer until SIGTERM or Ctrl-C: then end what runs, refuse what is new, and return."""
