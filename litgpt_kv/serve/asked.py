@@ -102,7 +102,7 @@ class Reader:
         if new == 0 and not body.echo:
             raise Refused("max_tokens must be at least 1, or 0 with echo: true.", "max_tokens")
         scored = body.echo and body.logprobs is not None
-        requests = self._requests(body, cache, prompts, max(1, new), body.logprobs, 0, prompt_logprobs=scored)
+        requests = self._requests(body, cache, prompts, new or 1, body.logprobs, 0, prompt_logprobs=scored)
         return Asked(cache, requests, body.n, sum(map(len, prompts)), body.echo, new > 0)
 
     def chat_tokens(self, messages: list[Message]) -> list[int]:

@@ -1,4 +1,4 @@
-"""What a server does under stress: clients that leave, full queues, wrong keys, large and slow bodies, failing steps."""
+"""A server under stress: clients that leave, full queues, wrong keys, large and slow bodies, failing steps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
