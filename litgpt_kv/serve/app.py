@@ -30,7 +30,9 @@ B = TypeVar("B", bound=Body)
 PAGE = "page.html"
 SMALL = 4096  # bytes of a body that is read into tokens without a thread of its own
 ANSWER_SECONDS = 10.0  # that a question to the engine's thread may take
-CONTENT_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
+CONTENT_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+)
 
 
 @dataclass
