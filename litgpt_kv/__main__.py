@@ -6,6 +6,7 @@ from litgpt.scripts.download import download_from_hub
 from litgpt.scripts.merge_lora import merge_lora
 from litgpt_kv.benchmark.batches import benchmark_batches
 from litgpt_kv.benchmark.decode import benchmark
+from litgpt_kv.benchmark.serve import benchmark_serve
 from litgpt_kv.cli.commands import chat, generate, strategies
 from litgpt_kv.cli.parser import run
 from litgpt_kv.cli.plan import plan
@@ -19,6 +20,7 @@ COMMANDS = {
     "plan": plan,
     "benchmark": benchmark,
     "benchmark_batches": benchmark_batches,
+    "benchmark_serve": benchmark_serve,
 }
 COMMANDS |= {  # litgpt's own, unchanged, so that one program is enough
     "download": download_from_hub,
