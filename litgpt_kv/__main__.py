@@ -6,23 +6,27 @@ from litgpt.scripts.download import download_from_hub
 from litgpt.scripts.merge_lora import merge_lora
 from litgpt_kv.benchmark.batches import benchmark_batches
 from litgpt_kv.benchmark.decode import benchmark
+from litgpt_kv.benchmark.serve import benchmark_serve
 from litgpt_kv.cli.chat import chat
 from litgpt_kv.cli.convert_gguf import convert_gguf
 from litgpt_kv.cli.evaluate import evaluate
 from litgpt_kv.cli.generate import generate
 from litgpt_kv.cli.parser import one_line_errors, parse
 from litgpt_kv.cli.plan import plan
+from litgpt_kv.cli.serve import serve
 from litgpt_kv.cli.strategies import strategies
 
 COMMANDS = {
     "generate": generate,
     "chat": chat,
+    "serve": serve,
     "strategies": strategies,
     "plan": plan,
     "evaluate": evaluate,
     "benchmark": benchmark,
     "benchmark_batches": benchmark_batches,
     "convert_gguf": convert_gguf,
+    "benchmark_serve": benchmark_serve,
 }
 COMMANDS |= {  # litgpt's own commands, unchanged
     "download": download_from_hub,
@@ -37,6 +41,7 @@ DESCRIPTION = """Key/value caches for litgpt's models.
   litgpt_kv generate demo --prompt "import os" --prompt "class A:"             a batch
   litgpt_kv generate demo --prompts questions.jsonl --out answers.jsonl        a file of prompts
   litgpt_kv chat demo --kv-cache sink --kv-cache.budget 512                    a conversation, as long as you like
+  litgpt_kv serve demo --kv-cache h2o --kv-cache.budget 25% --port 8000        an OpenAI-compatible server
   litgpt_kv generate demo --config config_hub/generate/sink.yaml               options from a file
   litgpt_kv generate demo --devices 2 --accelerator cpu --generate-strategy tensor_parallel
   litgpt_kv evaluate demo --text README.md --tasks "[]" --out results          what caches cost in quality

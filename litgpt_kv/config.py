@@ -203,6 +203,9 @@ class SamplingArgs:
             generate).
         min_p: Sample among the tokens that have at least this share of the most probable token's probability, after
             temperature (Nguyen et al. 2024, arXiv 2407.01082; as in vLLM and Hugging Face's generate); 0.0: among all.
+        frequency_penalty: Subtracted from the logit of a token as often as the new text has it, after the repetition
+            penalty; negative values favour it (as in OpenAI's API). The prompt does not count.
+        presence_penalty: Subtracted once from the logits of all tokens that the new text has.
 
     Each may be one value for all rows, or a list with one value for each row.
     """
@@ -213,6 +216,8 @@ class SamplingArgs:
     seed: int | None | Sequence[int | None] = None
     repetition_penalty: float | Sequence[float] = 1.0
     min_p: float | Sequence[float] = 0.0
+    frequency_penalty: float | Sequence[float] = 0.0
+    presence_penalty: float | Sequence[float] = 0.0
 
     def __post_init__(self) -> None:
         for name, (kind, least, most, says) in SAMPLING_LIMITS.items():
@@ -249,4 +254,6 @@ SAMPLING_LIMITS: dict[str, tuple[Any, float, float, str]] = {  # type, least, mo
     "seed": (int, 0, 2**63 - 1, "0 to 2**63 - 1"),
     "repetition_penalty": ((int, float), 0.01, 100, "between 0.01 and 100"),
     "min_p": ((int, float), 0, 1, "between 0 and 1"),
+    "frequency_penalty": ((int, float), -2, 2, "between -2 and 2"),
+    "presence_penalty": ((int, float), -2, 2, "between -2 and 2"),
 }

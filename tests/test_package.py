@@ -70,8 +70,15 @@ def test_dependencies_are_what_is_imported_and_nothing_else() -> None:
     assert imported(ROOT / "litgpt_kv") == required(PROJECT["dependencies"]) | optional
 
 
+def test_only_the_server_needs_what_its_extra_has() -> None:
+    extra = required(PROJECT["optional-dependencies"]["serve"])
+    folders = [p for p in (ROOT / "litgpt_kv").iterdir() if p.is_dir() and p.name != "serve"]
+    assert extra <= imported(ROOT / "litgpt_kv" / "serve")
+    assert not imported(*folders) & extra
+
+
 def test_tests_need_nothing_that_the_test_extra_lacks() -> None:
-    extra = required(PROJECT["optional-dependencies"]["test"])
+    extra = required(PROJECT["optional-dependencies"]["test"]) | required(PROJECT["optional-dependencies"]["serve"])
     conditional = {"tomli"}  # comes with pytest where Python has no tomllib
     assert imported(ROOT / "tests") - conditional <= required(PROJECT["dependencies"]) | extra
 

@@ -23,7 +23,7 @@ from litgpt_kv.cache.layer import build_layers
 from litgpt_kv.cache.pieces import PromptReader
 from litgpt_kv.cache.plan import check_prompt_kept, limit_of, resolve
 from litgpt_kv.cache.row_clock import RowClock
-from litgpt_kv.cache.rows import RowViews, allocated, refresh, repeated, reset_rows, view_of
+from litgpt_kv.cache.rows import RowViews, allocated, refresh, repeated, reset_rows, restore_row, view_of
 from litgpt_kv.cache.views import Pass, begin_prefill
 from litgpt_kv.config import KVCacheArgs
 
@@ -246,6 +246,18 @@ class KVCache(nn.Module):
         self._refresh()
         with torch.inference_mode(False), torch.no_grad():  # see `build`
             return repeated(self, count)
+
+    @torch.no_grad()
+    def restore(self, row: int, state: KVCache) -> None:
+        """Let a row hold what a state holds: a copy that `cache.row(b).repeat(1)` made, of this or a like cache.
+
+        Raises:
+            ValueError: If the state is of another model, has other settings, or a step of it broke off.
+        """
+        state.clock.check_whole("Restoring")
+        self._refresh()
+        check_rows([row], self.batch_size)
+        restore_row(self, row, state)
 
     def recount(self) -> None:
         """Read the counters off the buffers, after these were written from outside (a device sync)."""

@@ -44,6 +44,24 @@ def repeated(cache: Any, count: int) -> Any:
     return copy
 
 
+def restore_row(cache: Any, row: int, state: Any) -> None:
+    """Do the work of `KVCache.restore`."""
+    view = cache.row(row)
+    own, other = (dict(x.named_buffers()) for x in (view, state))
+    if state.fingerprint != cache.fingerprint or state.batch_size != 1:
+        raise ValueError("A row takes the state of one row of a cache of the same model.")
+    if {name: (b.shape, b.dtype) for name, b in own.items()} != {name: (b.shape, b.dtype) for name, b in other.items()}:
+        raise ValueError("A row takes the state of a row of a cache with the same settings.")
+    for name, buffer in own.items():
+        buffer.copy_(other[name])
+    number, of, host = cache.clock.rows[row], state.clock.rows[0], state.clock.host
+    for name in ("seen", "prompt", "interrupted"):
+        getattr(cache.clock.host, name)[number] = getattr(host, name)[of]
+    for fill, theirs in zip(cache.clock.host.fill, host.fill):
+        fill[number] = theirs[of]
+    cache.clock.set_live([row], True)
+
+
 def refresh(cache: Any, views: RowViews) -> None:
     """Let a view take its rows of buffers that were replaced, as `cache.to(...)` does, since it was made."""
     moves = cache.clock.host.moves

@@ -33,8 +33,9 @@ from litgpt_kv.cli.strategies import show_strategy
 from litgpt_kv.config import KVCacheArgs, SamplingArgs, shown
 from litgpt_kv.llm.safe_load import one_line
 from litgpt_kv.parallel import end_worker
+from litgpt_kv.serve.settings import ServeArgs
 
-FLAT = (SamplingArgs, StoppingArgs, RunArgs, DeviceArgs)
+FLAT = (SamplingArgs, StoppingArgs, RunArgs, DeviceArgs, ServeArgs)
 
 
 @dataclass(frozen=True)

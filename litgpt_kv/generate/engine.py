@@ -18,6 +18,7 @@ from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.config import check_callable, check_type, shown
 from litgpt_kv.generate.limits import vocabulary_of
+from litgpt_kv.generate.prompt_scores import note_scores, tops_of
 from litgpt_kv.generate.request import Output, Request, Sequence
 from litgpt_kv.generate.runner import PIECE, CacheRunner, Model, RecomputeRunner, Runner
 from litgpt_kv.generate.sampling import Sampler, logprobs_of
@@ -141,12 +142,13 @@ class Engine:
         """The number of further requests that would get a row at the next step."""
         return self.scheduler.free
 
-    def add(self, request: Request, row: int | None = None) -> int:
+    def add(self, request: Request, row: int | None = None, state: KVCache | None = None) -> int:
         """Add a request; it starts when a row is free.
 
         Args:
             request: The request.
             row: Continue after the tokens of this row of the cache; None: take any free row, and empty it first.
+            state: Continue after the tokens of this cache of one row, copied into a free row: `copy_of` made it.
 
         Returns:
             The request's id.
@@ -163,11 +165,16 @@ class Engine:
         number = self._next_id if request.id is None else request.id
         if number in self._sequences:
             raise ValueError(f"The id {number} is in use: wait until its request has ended, or abort it.")
-        if row is not None:
+        seen = 0
+        if state is not None:
+            self.runner.check_state(state, row)
+            seen = state.seen[0]
+        elif row is not None:
             self.runner.check_continues(row)
-        self.limits.check(request, f"Prompt {number}", 0 if row is None else self.runner.seen(row))
+            seen = self.runner.seen(row)
+        self.limits.check(request, f"Prompt {number}", seen)
         self._next_id = max(self._next_id, number) + 1
-        sequence = Sequence(request, number, row=-1 if row is None else row, continues=row is not None)
+        sequence = Sequence(request, number, row=-1 if row is None else row, continues=row is not None, state=state)
         if self.decode_text is not None:
             sequence.stream = TextStream(self.decode_text, sequence.prompt, request.stop_texts)
         self._sequences[number] = sequence
@@ -182,6 +189,16 @@ class Engine:
             return False
         self._finish(sequence, "abort")
         return True
+
+    def copy_of(self, sequence: Sequence) -> KVCache:
+        """A copy of what the row of an ended sequence holds, before the next step; the last token drawn is not in it.
+
+        Raises:
+            ValueError: Without a cache, or if a step of the row broke off.
+        """
+        if not isinstance(self.runner, CacheRunner):
+            raise ValueError("Without a cache there is nothing to copy.")
+        return self.runner.cache.row(sequence.row).repeat(1)
 
     @torch.inference_mode()
     def step(self) -> list[Output]:
@@ -227,6 +244,8 @@ class Engine:
         with self._guard(running):
             logits = self.runner.decode(self._token, {s.row for s in running})
         for sequence in reading:
+            if sequence.request.prompt_logprobs:
+                note_scores(sequence, sequence.read, logits[sequence.row].unsqueeze(0))
             sequence.read += 1
         self.stats.prompt_tokens += len(reading)
         self.stats.prefill_tokens += len(reading) if len(reading) == len(running) else 0
@@ -274,8 +293,10 @@ class Engine:
         drawn = self.sampler(logits, drawing)
         drawn = drawn if drawing is None else torch.where(drawing, drawn, self._token)
         self._token = drawn.clamp(min=0)
-        logprobs = logprobs_of(logits, self._token) if self.logprobs else None
+        wanted = [s.request.logprobs for s in ready if s.request.logprobs is not None]
+        logprobs = logprobs_of(logits, self._token) if self.logprobs or wanted else None
         tokens, logprobs = _to_host(drawn, logprobs)  # the only copy to the host in a step
+        tops = tops_of(logits, max(wanted)) if any(wanted) else None
         now, outputs = time.perf_counter(), []
         for sequence in ready:
             row = sequence.row
@@ -284,7 +305,10 @@ class Engine:
             else:
                 self.stats.new_tokens += 1
                 self.stats.decode_tokens += sequence.last >= 0
-                sequence.push(tokens[row], logprobs[row])
+                count = sequence.request.logprobs
+                wants = self.logprobs or count is not None
+                top = tops[row][:count] if tops and count else None
+                sequence.push(tokens[row], logprobs[row] if wants else None, top)
             sequence.first_token_time = sequence.first_token_time or now
             outputs.append(Output(sequence.index, sequence.new_tokens, sequence.new_text, sequence.reason, sequence))
             if sequence.reason is not None:

@@ -8,12 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from litgpt_kv.arguments import check_count, check_new_tokens
+from litgpt_kv.arguments import check_count, check_flag, check_new_tokens
 from litgpt_kv.config import SamplingArgs, check_type, shown
 from litgpt_kv.generate.stopping import StopMatcher
 from litgpt_kv.generate.text import TextStream, stop_texts
 
-ANSWER = ("tokens", "text", "reason", "error", "start_time", "first_token_time", "end_time", "_logprobs")
+ANSWER = ("tokens", "text", "reason", "error", "start_time", "first_token_time", "end_time", "_logprobs", "_tops")
+MOST_LOGPROBS = 100  # the most alternatives of a token
+Top = list[tuple[int, float]]  # the most probable tokens in place of one, with their log-probabilities, best first
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,10 @@ class Request:
         stop_texts: Texts that end the answer, if the engine decodes it; they are not part of it.
         past: Tokens that the cache has before the prompt, for the repetition penalty.
         id: The request's number, which must not be in use; None: the engine's next number.
+        logprobs: Keep the log-probability of every new token, and so many of the most probable tokens in its place;
+            None: as the engine does.
+        prompt_logprobs: Keep the same of the prompt's tokens, as the cache gives them while it reads the prompt; this
+            needs a second pass over the tokens of a prompt's first pass.
     """
 
     prompt: Tensor | abc.Sequence[int]
@@ -39,6 +45,8 @@ class Request:
     past: abc.Sequence[int] = ()
     stop_texts: abc.Sequence[str] = ()
     id: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
 
     def __post_init__(self) -> None:
         check_new_tokens(self.max_new_tokens, self.min_new_tokens)
@@ -57,6 +65,9 @@ class Request:
                 raise ValueError(f"{name} must be a list of token ids, got {shown(tokens)}.")
         if self.id is not None:
             check_count("id", self.id, 0, 2**63 - 1)
+        if self.logprobs is not None:
+            check_count("logprobs", self.logprobs, 0, MOST_LOGPROBS)
+        check_flag("prompt_logprobs", self.prompt_logprobs)
 
     @property
     def cache_tokens(self) -> int:
@@ -81,6 +92,7 @@ class Sequence:
         stream: Decodes the tokens and finds stop texts; None if only tokens are wanted.
         row: The row of the cache; -1 while it waits for one.
         continues: Whether it continues after `past` tokens that its row already has.
+        state: The cache of one row that it continues; None: its row is empty, or has what it continues.
         prompt: The prompt's token ids. `read`: how many of them were read.
         tokens: All tokens released so far. `new_tokens`: those of the last push. A stop text removes tokens that belong
             to it, even released ones.
@@ -90,6 +102,8 @@ class Sequence:
             be drawn; None while it runs.
         error: With "error", the message.
         remote: Whether another process answered it.
+        prompt_scores: If asked for, of each token of the prompt but the first its log-probability and the most probable
+            tokens in its place.
         start_time, first_token_time, end_time: Seconds (`time.perf_counter`) when it got a row, got its first token,
             and ended.
     """
@@ -99,6 +113,7 @@ class Sequence:
     stream: TextStream | None = None
     row: int = -1
     continues: bool = False
+    state: Any = None
     past: int = 0
     prompt: list[int] = field(default_factory=list)
     read: int = 0
@@ -112,8 +127,10 @@ class Sequence:
     first_token_time: float = 0.0
     end_time: float = 0.0
     remote: bool = False
+    prompt_scores: list[tuple[float, Top]] = field(default_factory=list)
     _held: deque[int] = field(default_factory=deque)
     _logprobs: list[float] = field(default_factory=list)
+    _tops: list[Top] = field(default_factory=list)
     _pieces: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -157,11 +174,18 @@ class Sequence:
         """The log-probability of each token in `tokens`, if the engine keeps them."""
         return self._logprobs[: len(self.tokens)]
 
-    def push(self, token: int, logprob: float | None = None) -> list[int]:
+    @property
+    def top_logprobs(self) -> list[Top]:
+        """The most probable tokens in place of each token in `tokens`, if the request asked for them."""
+        return self._tops[: len(self.tokens)]
+
+    def push(self, token: int, logprob: float | None = None, top: Top | None = None) -> list[int]:
         """Add the next token; return the tokens that now certainly belong to the answer."""
         self.last = token
         if logprob is not None:
             self._logprobs.append(logprob)
+        if top is not None:
+            self._tops.append(top)
         self._held.append(token)
         count = self.num_generated
         complete = [n for n in self._stops.push(token) if count - n >= self.request.min_new_tokens]

@@ -17,6 +17,7 @@ from litgpt_kv.cache.pieces import PromptReader
 from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.config import shown
 from litgpt_kv.generate.limits import Limits, check_prefill
+from litgpt_kv.generate.prompt_scores import FirstPassScores, note_scores
 from litgpt_kv.generate.request import Sequence
 
 PIECE = 512  # the default of piece_size, in tokens
@@ -43,8 +44,11 @@ class Runner(Protocol):
     def check_continues(self, row: int) -> None:
         """Raise ValueError if a step failed in the middle of this row, so that a text cannot continue in it."""
 
+    def check_state(self, state: KVCache, row: int | None) -> None:
+        """Raises ValueError if a sequence cannot begin with what a cache of one row holds."""
+
     def start(self, sequence: Sequence) -> None:
-        """Prepare the row of a sequence: empty it, unless the sequence continues it."""
+        """Prepare the row of a sequence: empty it, copy its state into it, or leave it if the sequence continues it."""
 
     def piece_size(self, sequence: Sequence) -> int:
         """Return the tokens of the prompt's next piece; 0 at its end, or if decode steps read the rest."""
@@ -104,6 +108,7 @@ class CacheRunner:
         self._live = set(range(self.size))  # rows that the next decode step advances
         self._tokens = cache.seen  # tokens that each row has seen
         self._readers: dict[int, PromptReader] = {}  # by row; for prompts that are read in pieces
+        self._scores: dict[int, FirstPassScores] = {}  # by row; for prompts whose first pass is scored
 
     def seen(self, row: int) -> int:
         return self._tokens[row]
@@ -111,11 +116,24 @@ class CacheRunner:
     def check_continues(self, row: int) -> None:
         self.cache.clock.check_whole("A conversation or text", [row])
 
+    def check_state(self, state: KVCache, row: int | None) -> None:
+        if not isinstance(state, KVCache) or state.batch_size != 1 or not state.seen[0]:
+            raise ValueError(f"state must be a cache of one row that has seen tokens, got {shown(state)}.")
+        if row is not None:
+            raise ValueError("A request goes on with a row or with a state, not with both.")
+
     def start(self, sequence: Sequence) -> None:
         row = sequence.row
-        self._readers.pop(row, None)
+        self._forget(row)
+        restored = sequence.state is not None
+        if restored:
+            self.cache.restore(row, sequence.state)
+            self._tokens[row], sequence.state = sequence.state.seen[0], None
+            self._live.add(row)
         sequence.past = self._tokens[row]
-        if not sequence.continues and (sequence.past or row not in self._live or self.cache.clock.interrupted[row]):
+        if not (sequence.continues or restored) and (
+            sequence.past or row not in self._live or self.cache.clock.interrupted[row]
+        ):
             self.cache.reset([row])
             self._live.add(row)
             sequence.past = self._tokens[row] = 0
@@ -138,12 +156,18 @@ class CacheRunner:
         size, first_pass = self.piece_size(first), 0 if first.past else self._first_pass(first)
         tokens = torch.tensor([s.prompt[s.read : s.read + size] for s in sequences]).to(self.device)
         self._set_live(self._live.union(rows))
+        for sequence in (s for s in sequences if s.request.prompt_logprobs and s.read < first_pass):
+            self._score(sequence, size, first_pass)
         if first.read < first_pass and size < first_pass:  # one row: `Scheduler.next_to_read` joins whole passes only
             logits = self._read_part(first, tokens, first_pass)
         else:
             cache = self.cache if len(rows) == self.size else self.cache.rows(rows[0], rows[-1] + 1)
             if first.read >= first_pass:
-                logits = self.model(tokens, cache)[:, -1]
+                block = self.model(tokens, cache)  # (N, T, V)
+                for sequence, own in zip(sequences, block):
+                    if sequence.request.prompt_logprobs:
+                        note_scores(sequence, sequence.read, own)
+                logits = block[:, -1]
             else:
                 logits = self.model(tokens, cache, torch.full((len(rows),), size, device=self.device))
         for sequence in sequences:
@@ -162,6 +186,19 @@ class CacheRunner:
             del self._readers[row]
         return logits
 
+    def _score(self, sequence: Sequence, size: int, seeds: int) -> None:
+        """Score the tokens that the next piece of a first pass reads."""
+        row = sequence.row
+        if row not in self._scores:
+            self._scores[row] = FirstPassScores(self.model, seeds, self.cache.dtype)
+        self._scores[row].read(sequence, sequence.read, sequence.read + size)
+        if sequence.read + size >= seeds:
+            del self._scores[row]
+
+    def _forget(self, row: int) -> None:
+        self._readers.pop(row, None)
+        self._scores.pop(row, None)
+
     def decode(self, token: Tensor, rows: set[int]) -> Tensor:
         self._set_live(rows)
         limit = self.evicts_from
@@ -175,7 +212,7 @@ class CacheRunner:
         return logits
 
     def discard(self, row: int) -> None:
-        self._readers.pop(row, None)
+        self._forget(row)
         self.cache.clock.begin([row])  # marks the row also if the step failed outside the cache
 
     def _set_live(self, rows: set[int]) -> None:
@@ -206,6 +243,9 @@ class RecomputeRunner:
     def check_continues(self, row: int) -> None:
         """Do nothing: without a cache, a failed step leaves nothing behind."""
 
+    def check_state(self, state: KVCache, row: int | None) -> None:
+        raise ValueError("Without a cache there is no state to go on with.")
+
     def start(self, sequence: Sequence) -> None:
         self.length[sequence.row] = 0
 
@@ -216,8 +256,12 @@ class RecomputeRunner:
         size = self.piece_size(sequences[0])
         for sequence in sequences:
             self.text[sequence.row, :size] = torch.tensor(sequence.prompt, device=self.device)
+        logits = self.model(self.text[sequences[0].row : sequences[-1].row + 1, :size])  # (N, T, V)
+        for sequence, own in zip(sequences, logits):
+            if sequence.request.prompt_logprobs:
+                note_scores(sequence, 0, own)
             self.length[sequence.row] = sequence.read = size
-        return self.model(self.text[sequences[0].row : sequences[-1].row + 1, :size])[:, -1]
+        return logits[:, -1]
 
     def decode(self, token: Tensor, rows: set[int]) -> Tensor:
         for row in rows:

@@ -37,6 +37,7 @@ class Sampler:
         self.min_new_tokens = [0] * batch_size
         self.seen: Tensor | None = None  # (B, V) bool, the tokens in a row's text, for repetition penalties
         self.banned: Tensor | None = None  # (B, V) bool, tokens that end a row, banned before min_new_tokens
+        self.counts: Tensor | None = None  # (B, V) int32, occurrences in the new text, for the other penalties
 
     def assign(self, requests: Mapping[int, Request]) -> None:
         """Set the settings of rows to those of new requests, given by row."""
@@ -54,6 +55,10 @@ class Sampler:
                     [torch.as_tensor(t).to(self.device, torch.int64) for t in (request.past, request.prompt)]
                 )
                 self.seen = self._marks(self.seen, b, text)
+            if self.counts is None and (request.sampling.frequency_penalty or request.sampling.presence_penalty):
+                self.counts = torch.zeros(self.size, dtype=torch.int32, device=self.device)
+            if self.counts is not None:
+                self.counts[b] = 0
         self.made[list(requests)] = 0
         self._resolve()
 
@@ -78,6 +83,10 @@ class Sampler:
         self.temperature = put([1.0 if is_cold(a) or a.temperature is None else float(a.temperature) for a in rows])
         penalties = [float(a.repetition_penalty) for a in rows]
         self.penalty = put(penalties).unsqueeze(-1) if any(p != 1.0 for p in penalties) else None
+        self.frequency, self.presence = (
+            put([float(getattr(a, name)) for a in rows]).unsqueeze(-1) if any(getattr(a, name) for a in rows) else None
+            for name in ("frequency_penalty", "presence_penalty")
+        )
         self.minimum = put(self.min_new_tokens) if any(self.min_new_tokens) else None
         self.seeds = None
         if any(a.seed is not None for a in rows):
@@ -103,10 +112,13 @@ class Sampler:
             greatest = greatest / self.temperature  # overflows if the division in `probabilities` does
             drawn = self._draw(self.probabilities(logits))
             token = drawn if self.greedy is None else torch.where(self.greedy, token, drawn)
-        if self.seen is not None:
+        if self.seen is not None or self.counts is not None:
             where = token.unsqueeze(-1)
             used = torch.ones_like(where, dtype=torch.bool) if drawing is None else drawing.unsqueeze(-1)
-            self.seen.scatter_(-1, where, used | self.seen.gather(-1, where))
+            if self.seen is not None:
+                self.seen.scatter_(-1, where, used | self.seen.gather(-1, where))
+            if self.counts is not None:
+                self.counts.scatter_add_(-1, where, used.int())
         self.made += 1 if drawing is None else drawing
         return torch.where(greatest.isfinite(), token, -1)
 
@@ -120,11 +132,17 @@ class Sampler:
         return (probs / noise).argmax(dim=-1)
 
     def _adjusted(self, logits: Tensor) -> Tensor:
-        """Apply the repetition penalty, and ban the tokens that would end a row too early."""
+        """Apply the penalties, and ban the tokens that would end a row too early."""
         if self.penalty is not None and self.seen is not None:
             logits = logits.float()
             punished = torch.where(logits > 0, logits / self.penalty, logits * self.penalty)
             logits = torch.where(self.seen & (self.penalty != 1.0), punished, logits)
+        if self.counts is not None and (self.frequency is not None or self.presence is not None):
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            if self.frequency is not None:
+                logits = logits - self.frequency * self.counts
+            if self.presence is not None:
+                logits = logits - self.presence * (self.counts > 0)
         if self.minimum is not None and self.banned is not None:
             early = (self.made < self.minimum).unsqueeze(-1)
             logits = logits.masked_fill(self.banned & early, float("-inf"))
@@ -164,6 +182,12 @@ def is_cold(args: SamplingArgs) -> bool:
 def logprobs_of(logits: Tensor, token: Tensor) -> Tensor:
     """Return the log-probabilities (B,) float32 of tokens (B,) under unchanged logits (B, V)."""
     return logits.float().log_softmax(dim=-1).gather(-1, token.unsqueeze(-1)).squeeze(-1)
+
+
+def top_logprobs(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The most probable tokens under logits (B, V): log-probabilities (B, count) float32 and tokens (B, count)."""
+    values, tokens = logits.float().log_softmax(dim=-1).topk(count, dim=-1)
+    return values, tokens
 
 
 def exponential(seed: Tensor, step: Tensor, size: int) -> Tensor:

@@ -26,8 +26,6 @@ ONLY: Mapping[str, tuple[Any, ...]] = {  # the supported values of these setting
     "best_of": (1,),
     "stream": (False,),
     "echo": (False,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
     "logit_bias": ({},),
     "suffix": ("",),
     "logprobs": (False, 0),
