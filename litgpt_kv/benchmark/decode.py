@@ -18,13 +18,11 @@ from tqdm import tqdm
 
 import litgpt
 from litgpt.config import Config
-from litgpt_kv import registry
 from litgpt_kv.arguments import DeviceArgs, Without, check_count
-from litgpt_kv.benchmark.parallel import compare
+from litgpt_kv.benchmark.parallel import cache_args, compare
 from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.cache.plan import ready_strategies
 from litgpt_kv.compat.input_pos import GPT
-from litgpt_kv.config import KVCacheArgs
 from litgpt_kv.disk import check_target, write_text
 from litgpt_kv.llm import checkpoint
 from litgpt_kv.llm.check_config import LIMITS
@@ -217,9 +215,7 @@ def _contenders(
         if name == "none":
             made.append(_none(model))
             continue
-        strategy, _, select = name.partition(":")
-        size = budget if registry.get("strategy", strategy).evicts else None
-        args = KVCacheArgs(strategy, size, select=select or None)
+        args = cache_args(name, budget)
         total = context + steps
         cache = KVCache.build(model, args, batch_size, total, static=compiled)
         dtype = model.transformer.wte.weight.dtype

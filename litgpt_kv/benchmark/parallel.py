@@ -117,17 +117,24 @@ def compare(
     own_threads = threads or torch.get_num_threads()  # this process' share of the cores
     report = {"model": config.name, "device": str(device), "processes": collectives.size, "rows": []}
     names = strategies or ready_strategies()
+    if "none" in names:
+        raise ValueError("The strategy 'none' keeps nothing that several devices could share: leave it out.")
     with tqdm(total=len(contexts) * len(names) * repeats, file=sys.stderr, disable=hidden, leave=False) as bar:
         for context in contexts:
             rows = []
             for name in names:
-                args = KVCacheArgs(name, budget=budget if registry.get("strategy", name).evicts else None)
+                args = cache_args(name, budget)
 
                 def contender(
-                    model: GPT, group: Collectives, threads: int, args: KVCacheArgs = args, size: int = context
+                    model: GPT,
+                    group: Collectives,
+                    threads: int,
+                    args: KVCacheArgs = args,
+                    size: int = context,
+                    label: str = name,
                 ) -> Contender:
                     cache = KVCache.build(model, args, batch_size, size + steps)
-                    return Contender(args.strategy, group.size, model, cache, group, threads)
+                    return Contender(label, group.size, model, cache, group, threads)
 
                 alone = None if whole is None else contender(whole, Collectives(), threads or os.cpu_count() or 1)
                 together = contender(part, collectives, own_threads)
@@ -144,6 +151,13 @@ def compare(
             if collectives.rank == 0:
                 _print(rows, repeats)
     return report if collectives.rank == 0 else None
+
+
+def cache_args(name: str, budget: int | str) -> KVCacheArgs:
+    """Return the arguments for a strategy, which may be given with who selects, as in h2o:pool."""
+    strategy, _, select = name.partition(":")
+    size = budget if registry.get("strategy", strategy).evicts else None
+    return KVCacheArgs(strategy, size, select=select or None)
 
 
 def _largest(rows: list[dict[str, Any]]) -> dict[str, Any]:

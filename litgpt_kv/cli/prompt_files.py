@@ -75,6 +75,7 @@ class PromptFile:
         except (OSError, ValueError) as error:
             raise ValueError(f"The prompts {path!r} cannot be read: {getattr(error, 'strerror', error)}.") from error
         if not self._head:
+            self.close()
             raise ValueError(f"There are no prompts in {'standard input' if path == '-' else repr(path)}.")
         first = self._head[0][1]
         self.as_json = first.lstrip().startswith(b"{") if path == "-" else path.lower().endswith(JSON)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from litgpt_kv import registry
+from litgpt_kv.cache.plan import ready_strategies
 from litgpt_kv.config import KVCacheArgs
 
 SELECTS = (":head", ":layer", ":pool")
@@ -33,14 +34,14 @@ def candidates(specs: list[str] | None, budgets: list[int | str], base: KVCacheA
 
     Args:
         specs: NAME[:SELECT][@STORAGE], as in h2o, keydiff:pool, dense@int8 or my_file.py:MyStrategy; None: every
-            registered strategy.
+            registered strategy that needs no file.
         budgets: Tokens, or shares of the longest row. base: All other arguments.
 
     Raises:
         ValueError: For an unknown name or a value out of range.
     """
     made = []
-    for spec in specs or registry.names("strategy"):
+    for spec in specs or ready_strategies():
         name, _, storage = spec.partition("@")
         select = name.rpartition(":")[2] if name.endswith(SELECTS) else ""
         name = registry.import_named(name.removesuffix(f":{select}") if select else name)

@@ -98,9 +98,10 @@ class Engine:
         if not (cache is None or isinstance(cache, KVCache)):
             raise ValueError(f"cache must be a KVCache or None, got {shown(cache)}.")
         size = rows if cache is None else cache.batch_size
-        if not isinstance(size, int) or size < 1 or not (rows is None or (isinstance(rows, int) and rows == size)):
+        counts = [size] if rows is None else [size, rows]
+        if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 or n != size for n in counts):
             raise ValueError(f"rows must be at least 1, and the cache's batch size if there is one, got {shown(rows)}.")
-        if pieces is not None and not (isinstance(pieces, int) and pieces >= 1):
+        if pieces is not None and (isinstance(pieces, bool) or not isinstance(pieces, int) or pieces < 1):
             raise ValueError(f"pieces must be at least 1, or None for all, got {shown(pieces)}.")
         check_count("piece_size", piece_size, 1, 2**31 - 1)
         vocabulary_of(model)  # raises TypeError if it is not a model

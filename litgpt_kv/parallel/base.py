@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections import abc
 from collections.abc import Mapping
@@ -13,13 +12,12 @@ import lightning as L
 from torch import Tensor
 
 from litgpt.config import Config
+from litgpt_kv.arguments import MOST_DEVICES, MOST_NODES, cores
 from litgpt_kv.generate import Request, Sequence, Stats
 from litgpt_kv.model.gpt import GPT
 from litgpt_kv.parallel.collectives import Collectives
 
 Weights = Mapping[str, Tensor]
-MOST_DEVICES = 16  # on one machine, or as many as its CPU cores: on a CPU, each device is a process
-MOST_NODES = 4096
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class DeviceRequest:
         is_valid = self.devices == "auto" or (isinstance(self.devices, int) and self.devices >= 1)
         if not is_valid or isinstance(self.devices, bool):
             raise ValueError(f"devices must be a number or 'auto', got {self.devices!r}.")
-        most = max(MOST_DEVICES, os.cpu_count() or 1)
+        most = max(16, 4 * cores()) if self.accelerator == "cpu" else MOST_DEVICES
         if self.devices != "auto" and self.devices > most:
             raise ValueError(f"devices must be at most {most} on this machine, got {self.devices!r:.20}.")
         if not isinstance(self.num_nodes, int) or self.num_nodes < 1:
