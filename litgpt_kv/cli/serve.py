@@ -10,16 +10,18 @@ from litgpt_kv.cli.loading import load
 from litgpt_kv.cli.options import cache_fields
 from litgpt_kv.cli.output import Output
 from litgpt_kv.cli.parser import typed_options
-from litgpt_kv.config import KVCacheArgs, SamplingArgs, shown
+from litgpt_kv.config import KVCacheArgs, OptionValue, SamplingArgs, shown
 from litgpt_kv.serve.settings import ServeArgs
 
+Values = OptionValue | list[OptionValue]
+CacheSettings = dict[str, Values | dict[str, Values]]
 EXTRA = ("fastapi", "prometheus_client", "pydantic", "starlette", "uvicorn")
 
 
 def serve(
     checkpoint_dir: str,
     *,
-    caches: dict[str, Any] | None = None,
+    caches: dict[str, str | CacheSettings] | None = None,
     settings: ServeArgs = ServeArgs(),
     stopping: StoppingArgs = StoppingArgs(max_new_tokens=256),
     sampling: SamplingArgs = SamplingArgs(),

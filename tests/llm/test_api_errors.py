@@ -29,6 +29,7 @@ JUNK += ["none", "\ud800", "\0", "20%", "1e9%", "x" * 100_000, [], [1], [None], 
 JUNK += [b"x", object(), Unshowable(), torch.tensor(1), torch.zeros(2), Path("x"), len, int, KVCacheArgs("h2o")]
 JUNK += [SamplingArgs(), range(3), {1, 2}, iter([1]), 3j]
 SAMPLING = ["temperature", "top_k", "top_p", "seed", "repetition_penalty", "min_p"]
+SAMPLING += ["frequency_penalty", "presence_penalty"]
 STOPPING = ["min_new_tokens", "stop", "ignore_eos"]
 GENERATE = ["prompt", "sys_prompt", "return_as_token_ids", "stream", "kv_cache", "budget", "batch_size", "prefill"]
 GENERATE += ["prefill_chunk", "logprobs", "unknown", *SAMPLING, *STOPPING]

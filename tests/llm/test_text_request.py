@@ -39,6 +39,7 @@ def test_a_record_changes_what_it_names() -> None:
 def test_every_field_is_a_key(cls: type) -> None:
     values = {"stop": ["x"], "ignore_eos": True, "min_new_tokens": 1, "max_new_tokens": 3}
     values |= {"temperature": 0.1, "top_k": 2, "top_p": 0.5, "seed": 1, "repetition_penalty": 1.5, "min_p": 0.5}
+    values |= {"frequency_penalty": 0.5, "presence_penalty": -0.5}
     for field in dataclasses.fields(cls):
         read = TextRequest().read({"prompt": "a", field.name: values[field.name]})
         part = read.stopping if cls is StoppingArgs else read.sampling
