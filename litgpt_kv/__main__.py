@@ -7,6 +7,7 @@ from litgpt.scripts.merge_lora import merge_lora
 from litgpt_kv.benchmark.batches import benchmark_batches
 from litgpt_kv.benchmark.decode import benchmark
 from litgpt_kv.benchmark.serve import benchmark_serve
+from litgpt_kv.cli.calibrate import calibrate
 from litgpt_kv.cli.chat import chat
 from litgpt_kv.cli.convert_gguf import convert_gguf
 from litgpt_kv.cli.evaluate import evaluate
@@ -25,6 +26,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "benchmark": benchmark,
     "benchmark_batches": benchmark_batches,
+    "calibrate": calibrate,
     "convert_gguf": convert_gguf,
     "benchmark_serve": benchmark_serve,
 }

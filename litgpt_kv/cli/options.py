@@ -25,6 +25,7 @@ FIELDS = [f.name for f in dataclasses.fields(KVCacheArgs)]
 LISTED = ("--prompt", "--stop")  # each may be given several times; any value is text
 NEED_VALUE = ("--import", "--config", "--kv_cache.help")
 ALONE = ("--help", "--version", "--print_config")  # take no value
+ALIASES = {"--for": "--strategy"}  # `for` cannot be the name of a parameter
 PLAIN = ("--sys_prompt", "--out", "--checkpoint_dir")  # any value is text
 LONGEST_ERROR = 1000  # characters
 HINT = "a YAML file cannot import code: give --import {} on the command line, then use the strategy's name anywhere"
@@ -71,6 +72,7 @@ def normalise(args: list[str], flags: Collection[str] = ()) -> tuple[list[str], 
             continue
         option, equals, value = token.partition("=")
         name = "--" + option[2:].replace("-", "_")
+        name = ALIASES.get(name, name)
         if name[2:] in flags and not equals:
             is_given = bool(rest) and rest[0] in ("true", "false")
             out.append(f"{name}={rest.popleft() if is_given else 'true'}")

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from litgpt_kv import GPT, KVCache, KVCacheArgs
+from litgpt_kv.__main__ import main
 from litgpt_kv.cache.constants import FORMAT
 from litgpt_kv.calibrate import query_centres, write_calibration
 from tests.oracle.reference import Oracle, Policy, compare, tiny, tokens_of
@@ -75,3 +76,39 @@ def test_what_is_refused(gqa: GPT, tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(ValueError, match="is no calibration for this model"):
         build()
+
+
+def test_the_command_makes_what_the_strategy_takes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    text, out = tmp_path / "a.txt", tmp_path / "c.safetensors"
+    text.write_text("def f(x):\n    return x\n" * 30)
+    options = ["--accelerator", "cpu", "--threads", "1"]
+    main(
+        [
+            "calibrate",
+            "demo",
+            "--text",
+            str(text),
+            "--for",
+            "triattention",
+            "--out",
+            str(out),
+            "--length",
+            "50",
+            *options,
+        ]
+    )
+    printed = capsys.readouterr()
+    assert "tokens; wrote" in printed.err
+    command = printed.out.split()
+    assert command[:3] == ["litgpt_kv", "generate", "demo"]
+    main([*command[1:], "--prompt", "import os\n" * 9, "--max-new-tokens", "9", *options])
+    assert "Cache triattention" in capsys.readouterr().err
+    for wrong, says in (
+        (["--for", "h2o"], "--for must be one of triattention, got 'h2o'"),
+        (["--text", str(tmp_path / "no.txt")], "no.txt' cannot be read"),
+        (["--length", "4"], "length must be at least 5, got 4"),
+    ):
+        given = ["calibrate", "demo", "--text", str(text), "--for", "triattention", "--out", str(out), *options]
+        with pytest.raises(SystemExit) as end:
+            main([*given, *wrong])
+        assert end.value.code == 2 and says in capsys.readouterr().err

@@ -101,4 +101,4 @@ def test_in_python_and_in_a_process_of_its_own(file: Path) -> None:
     command = [sys.executable, "-m", "litgpt_kv", "strategies", "--import", str(file)]
     done = warm.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "unusual: " in done.stdout
+    assert "\nunusual  " in done.stdout

@@ -20,7 +20,7 @@ import torch
 from litgpt_kv import GPT, KVCache, KVCacheArgs, SamplingArgs, Strategy, Tokens, registry
 from litgpt_kv.cache.spec import layer_spec
 from litgpt_kv.generate import generate
-from tests.oracle.reference import Oracle, Policy, kept_of, logits_of, slots_of, tiny, walk
+from tests.oracle.reference import Oracle, Policy, compare, kept_of, logits_of, slots_of, tiny, walk
 from tests.oracle.strategies import FEW, NAMES, ONE_OF_NEEDS, THREE, options_of, plain
 from tests.oracle.walks import storages_for
 
@@ -57,6 +57,8 @@ class Combo(NamedTuple):
         return registry.get("strategy", self.strategy).evicts
 
     def args(self, model: GPT, budget: int = C) -> KVCacheArgs:
+        if model.config.latent_attention and self.strategy in NAMES and not plain(self.strategy).latent:
+            pytest.skip(f"{self.strategy} is not defined for latent attention")
         keep = dict(budget=budget, sinks=S, recent=R) if self.evicts else {}
         own = options_of(self.strategy, model.config) if self.strategy in NAMES else {}
         stored = {"group": 4} if "group" in registry.options("storage", self.storage) else {}
@@ -374,6 +376,18 @@ def test_on_a_tie_the_earlier_token_stays(model: GPT, monkeypatch: pytest.Monkey
             if i is not None:
                 expected = [p for p in range(i + 1) if p < C - R or p > i - R]
                 assert all(head == expected for heads in kept_of(cache, b) for head in heads), (i, kept_of(cache, b))
+
+
+PLAINEST = [c for c in PLAIN if c.strategy in FEW and not plain(c.strategy).needs]
+
+
+@pytest.mark.parametrize("combo", PLAINEST, ids="-".join)
+def test_equals_the_naive_reference(model: GPT, combo: Combo) -> None:
+    """Others: tests/semantics/test_strategies.py."""
+    policy = Policy(combo.strategy, C, S, R, combo.positions) if combo.evicts else Policy(positions=combo.positions)
+    prompts = [1, C - 1, C, C + 1, 2 * C]
+    for way in WAYS:
+        compare(model, policy, [row_of(n, n + 10) for n in prompts], prompts, way)
 
 
 def test_every_storage_takes_the_key_and_value_widths_of_a_layer(model: GPT) -> None:
