@@ -116,6 +116,7 @@ def test_keys_hosts_and_origins(llm: LLM) -> None:
     with serving(llm, H2O, rows=1) as server:
         url = f"{server.url}/v1/models"
         assert httpx.get(url, headers={"Origin": "http://evil.example"}).status_code == 403
+        assert httpx.get(url, headers={"Origin": "http://["}).status_code == 403  # no URL
         assert httpx.get(url, headers={"Origin": server.url}).status_code == 200
         assert httpx.get(url, headers={"Host": "evil.example"}).status_code == 403
 
