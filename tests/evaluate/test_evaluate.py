@@ -60,7 +60,7 @@ def test_variables_are_told_in_order_and_words_are_counted_right() -> None:
 
 
 def test_common_words_are_never_fewer_than_asked_for() -> None:
-    with pytest.raises(ValueError, match=r"has words for \d,\d+ tokens, got lengths 32,000"):
+    with pytest.raises(ValueError, match=r"has words for \d+,\d+ tokens, got lengths 32,000"):
         examples("common-words", 1, 32_000, lambda text: len(text) // 2)
 
 
