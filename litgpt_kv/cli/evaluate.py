@@ -165,7 +165,7 @@ def read(llm: LLM, results: Results, compared: list[Candidate], text: str) -> No
         own = {"cache": candidate.spec, "budget": candidate.budget, **key}
         if results.find(**own) is None:
             try:
-                fidelity.check(llm, candidate.args, len(ids))
+                fidelity.check(llm, candidate.args, len(ids), start)
                 todo.append((own, candidate.name))
                 args[candidate.name] = candidate.args
             except ValueError as error:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from litgpt_kv.cache.kv_cache import KVCache
-from litgpt_kv.cache.plan import limit_of, resolve
+from litgpt_kv.cache.plan import check_prompt_kept, limit_of, resolve
 from litgpt_kv.cache.strategies.base import Strategy
 from litgpt_kv.config import KVCacheArgs
 from litgpt_kv.generate import prefill
@@ -61,10 +61,12 @@ class Fidelity:
         return math.exp(sum(self.nll) / len(self.nll))
 
 
-def check(llm: LLM, args: KVCacheArgs, tokens: int) -> None:
-    """Raise ValueError if a cache for a text of so many tokens cannot be built."""
+def check(llm: LLM, args: KVCacheArgs, tokens: int, start: int) -> None:
+    """Raise ValueError if a cache for a text of so many tokens, `start` of them its prompt, cannot be built."""
     context, config = llm.model.max_seq_length, llm.model.config
-    limit, why = limit_of(resolve(config, args.resolved(tokens), tokens, context), context)
+    plans = resolve(config, args.resolved(tokens), tokens, context)
+    check_prompt_kept(plans, start)
+    limit, why = limit_of(plans, context)
     if limit is not None and tokens > limit:
         raise ValueError(f"A text of {tokens:,} tokens is over the limit of {limit:,}: {why}.")
 

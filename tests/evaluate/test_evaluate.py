@@ -122,7 +122,7 @@ def test_lost_attention_is_what_goes_to_tokens_outside_the_window(demo: LLM) -> 
 
 def test_a_text_longer_than_the_context_has_no_full_cache(demo: LLM) -> None:
     with pytest.raises(ValueError, match="over the limit of 1024"):
-        fidelity.check(demo, KVCacheArgs("dense"), 1100)
+        fidelity.check(demo, KVCacheArgs("dense"), 1100, 40)
     ids = demo.encode_text(Path(fidelity.__file__).read_text())[:100].repeat(11)
     found = fidelity.measure(demo, ids, 1000, {"sink": KVCacheArgs("sink", budget=16)})["sink"]
     assert len(found.nll) == 99 and not found.kl and not found.lost
@@ -203,6 +203,10 @@ def test_what_the_command_refuses(args: list[str], message: str, capsys: pytest.
 def test_a_cache_that_cannot_be_built_is_a_line_of_the_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run("--strategies", "[dense]", "--tasks", "[]", "--text-tokens", "5000", "--text-prompt", "900")
     assert "- dense: A dense cache of" in capsys.readouterr().out
+    text = ("--tasks", "[]", "--text-tokens", "90", "--text-prompt", "40", "--budgets", "[16]")
+    run("--strategies", "[dense, h2o]", *text, "--kv-cache.keep_prompt")
+    out = capsys.readouterr().out
+    assert "| dense | all |" in out and "- h2o: keep_prompt needs a budget of" in out
     damaged = Results({"seed": 1}, tmp_path)
     (tmp_path / "results.json").write_text("[]")
     with pytest.raises(ValueError, match="cannot be continued"):
