@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
@@ -49,6 +50,15 @@ class Measured:
     first: list[float] = field(default_factory=list)
     between: list[float] = field(default_factory=list)
     whole: list[float] = field(default_factory=list)
+
+    def add(self, timing: load.Timing, limits: tuple[float, float]) -> None:
+        """Take an answered request; `limits` are seconds to the first token and, on average, between tokens."""
+        self.requests += 1
+        self.first.append(timing.first - timing.sent)
+        self.whole.append(timing.ended - timing.sent)
+        self.between += timing.gaps
+        gap = sum(timing.gaps) / len(timing.gaps) if timing.gaps else 0.0
+        self.good += timing.first - timing.sent <= limits[0] and gap <= limits[1]
 
 
 def benchmark_serve(
@@ -108,7 +118,8 @@ def benchmark_serve(
     bodies = [{"prompt": text, "max_tokens": new_tokens, "temperature": 0, "ignore_eos": True} for text in texts]
     bodies = [{**body, "stream": True, "stream_options": {"include_usage": True}} for body in bodies]
     limits = first_limit, between_limit
-    found = [best(lambda: _engine(llm, args, texts, rows, new_tokens, max_tokens, limits), repeats)]
+    at_a_time = requests if rate is not None else clients
+    found = [best(lambda: _engine(llm, args, texts, rows, new_tokens, max_tokens, at_a_time, limits), repeats)]
     starting = _started(_our_command(checkpoint_dir, kv_cache, rows, max_tokens, requests, device), "/health")
     with contextlib.nullcontext(url) if url is not None else starting as address:
         measure = lambda: _measured("litgpt_kv serve", f"{address}/v1/completions", bodies, clients, rate, seed, limits)  # noqa: E731
@@ -140,28 +151,31 @@ def _engine(
     rows: int,
     new_tokens: int,
     max_tokens: int,
+    clients: int,
     limits: tuple[float, float],
 ) -> Measured:
-    """The engine alone: all requests are there from the beginning."""
+    """The engine alone, with `clients` requests at a time; a request's time begins when the engine gets it."""
     cache = None if args is None else llm.build_cache(args, rows, max_tokens)
     engine = Engine(llm.model, cache, rows=rows, decoder=llm.decoder, decode_text=llm.decode)
     greedy = SamplingArgs(temperature=0)
     measured, began = Measured("engine alone"), time.perf_counter()
-    for text in texts:
-        engine.add(Request(llm.encode_text(text), new_tokens, sampling=greedy))
-    last: dict[int, float] = {}
-    while engine.unfinished:
+    waiting = deque(texts)
+    timings: dict[int, load.Timing] = {}
+    while waiting or engine.unfinished:
+        while waiting and engine.unfinished < clients:
+            sent = time.perf_counter()
+            timings[engine.add(Request(llm.encode_text(waiting.popleft()), new_tokens, sampling=greedy))] = load.Timing(
+                sent
+            )
         outputs = engine.step()
         now = time.perf_counter()
         for output in outputs:
-            if output.id in last:
-                measured.between.append(now - last[output.id])
-            last[output.id] = now
-            if output.finish_reason is not None:
-                measured.whole.append(now - output.sequence.start_time)
-                measured.first.append(output.sequence.first_token_time - output.sequence.start_time)
-    measured.seconds, measured.requests = time.perf_counter() - began, len(texts)
-    measured.tokens, measured.good = engine.stats.new_tokens, len(texts)
+            timing = timings[output.id]
+            timing.gaps += [now - timing.ended] if timing.first else []
+            timing.first, timing.ended = timing.first or now, now
+    measured.seconds, measured.tokens = time.perf_counter() - began, engine.stats.new_tokens
+    for timing in timings.values():
+        measured.add(timing, limits)
     return measured
 
 
@@ -185,13 +199,8 @@ def _measured(
             continue
         if llm is not None:
             timing.tokens = len(llm.tokenizer.encode(timing.text, bos=False)) if timing.text else 0
-        measured.requests += 1
         measured.tokens += timing.tokens
-        measured.first.append(timing.first - timing.sent)
-        measured.whole.append(timing.ended - timing.sent)
-        measured.between += timing.gaps
-        gap = sum(timing.gaps) / len(timing.gaps) if timing.gaps else 0.0
-        measured.good += timing.first - timing.sent <= limits[0] and gap <= limits[1]
+        measured.add(timing, limits)
     return measured
 
 
@@ -214,6 +223,7 @@ def _started(command: Sequence[str], health: str) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    environment.pop("LITGPT_KV_API_KEY", None)  # our clients send none
     process = subprocess.Popen(
         [sys.executable, *command, str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
     )
@@ -250,10 +260,10 @@ def percentile(values: Sequence[float], percent: float) -> float:
 def _show(found: Sequence[Measured], clients: int, rate: float | None, limits: tuple[float, float]) -> None:
     how = f"{clients} clients" if rate is None else f"{rate:g} requests/s"
     print(f"\n{found[0].requests} requests, {how}; the best of the repeats")
-    print(f"{'':32}" + "".join(f"{measured.name:>20}" for measured in found))
+    print(f"{'':32}" + "".join(f"{measured.name:>26}" for measured in found))
 
     def line(name: str, values: Sequence[str]) -> None:
-        print(f"{name:32}" + "".join(f"{value:>20}" for value in values))
+        print(f"{name:32}" + "".join(f"{value:>26}" for value in values))
 
     line("new tokens/s", [f"{m.tokens / m.seconds:,.0f}" for m in found])
     line("requests/s", [f"{m.requests / m.seconds:,.2f}" for m in found])
