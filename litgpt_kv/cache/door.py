@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from litgpt_kv.cache.plan import LayerPlan, check_prompt_kept
+from litgpt_kv.cache.plan import LayerPlan, check_prompt_kept, check_reread
 from litgpt_kv.cache.row_clock import RowClock
 from litgpt_kv.config import KVCacheArgs, shown
 
@@ -55,8 +55,10 @@ def check_rows(rows: Iterable[int] | Tensor, batch_size: int) -> list[int]:
     return rows
 
 
-def check_context(length: int, context: int) -> None:
-    """Raise ValueError if a prompt that is to be read in pieces is longer than the model's context."""
+def check_pieces(length: int, context: int, rereads: bool) -> None:
+    """Raise ValueError if a prompt cannot be read in pieces: longer than the model's context, or to be read twice."""
+    if rereads:
+        raise ValueError("A strategy that reads prompts twice reads them in one pass, not in pieces.")
     if length > context:
         raise ValueError(
             f"A prompt of {length} tokens is over the limit of {context}: the model's context. "
@@ -65,12 +67,12 @@ def check_context(length: int, context: int) -> None:
 
 
 def check_prompt(
-    clock: RowClock, plans: Sequence[LayerPlan], limit: int | None, why: str, T: int, length: Tensor
+    clock: RowClock, plans: Sequence[LayerPlan], limit: int | None, why: str, context: int, T: int, length: Tensor
 ) -> list[int]:
     """The lengths of prompts that are to seed rows.
 
     Args:
-        clock: The rows'. plans: The layers'. limit, why: Of the cache.
+        clock: The rows'. plans: The layers'. limit, why, context: Of the cache.
         T: Tokens of the padded prompts. length: (B,).
 
     Raises:
@@ -91,6 +93,7 @@ def check_prompt(
     if limit is not None and max(lengths) > limit:
         raise ValueError(f"A prompt of {max(lengths)} tokens is over the limit of {limit}: {why}.")
     check_prompt_kept(plans, max(lengths))
+    check_reread(plans, max(lengths), context)
     return lengths
 
 

@@ -17,7 +17,7 @@ from litgpt_kv.attention.rope import RopeTables
 from litgpt_kv.cache import serialize
 from litgpt_kv.cache.constants import connect
 from litgpt_kv.cache.decode import begin_decode
-from litgpt_kv.cache.door import check_build, check_context, check_count, check_prompt, check_rows, check_step
+from litgpt_kv.cache.door import check_build, check_count, check_pieces, check_prompt, check_rows, check_step
 from litgpt_kv.cache.inspection import LayerContents, inspect_row
 from litgpt_kv.cache.layer import build_layers
 from litgpt_kv.cache.pieces import PromptReader
@@ -40,6 +40,7 @@ class KVCache(nn.Module):
         limit: The most tokens a row may see, None without an end; why: The reason.
         longest_block: The most tokens of one decode step. first_chunk: The most prompt tokens that every layer keeps.
         exact_blocks: Whether a block of tokens gives what they give one at a time, whatever attention they pay.
+        rereads: Whether prompts may be read twice, in one pass then.
         evicting: In static mode, whether the next step may find a row full; False saves it the search for victims.
     """
 
@@ -68,6 +69,7 @@ class KVCache(nn.Module):
         self.longest_block = max(1, min(plan.slots - plan.sinks for plan in plans))
         self.first_chunk = min(plan.slots for plan in plans)
         self.exact_blocks = all(plan.exact_blocks for plan in plans)
+        self.rereads = any(plan.strategy.rereads for plan in plans)
         self._views = RowViews()
 
     @classmethod
@@ -273,7 +275,7 @@ class KVCache(nn.Module):
             ValueError: If the row is not empty or the prompt of `length` tokens does not fit.
         """
         view = self.row(row)
-        check_context(length, self.context)
+        check_pieces(length, self.context, self.rereads)
         view.check_prompt(length, torch.tensor([length], device=view.pos.device))
         return PromptReader(view.clock, view.slots, view.layers, view.group_of, length)
 
@@ -293,7 +295,7 @@ class KVCache(nn.Module):
 
     def check_prompt(self, T: int, length: Tensor) -> list[int]:
         """The lengths (B,) of prompts (B, T), or ValueError if they cannot seed these rows."""
-        return check_prompt(self.clock, self.plans, self.limit, self.why, T, length)
+        return check_prompt(self.clock, self.plans, self.limit, self.why, self.context, T, length)
 
     def check_step(self, T: int) -> None:
         """Raise ValueError if T more tokens do not fit, or a row is in the middle of a step that failed."""
