@@ -245,10 +245,10 @@ def percentile(values: Sequence[float], percent: float) -> float:
 def _show(found: Sequence[Measured], clients: int, rate: float | None, limits: tuple[float, float]) -> None:
     how = f"{clients} clients" if rate is None else f"{rate:g} requests/s"
     print(f"\n{found[0].requests} requests, {how}; the best of the repeats")
-    print(f"{'':32}" + "".join(f"{measured.name:>20}" for measured in found))
+    print(f"{'':40}" + "".join(f"{measured.name:>32}" for measured in found))
 
     def line(name: str, values: Sequence[str]) -> None:
-        print(f"{name:32}" + "".join(f"{value:>20}" for value in values))
+        print(f"{name:40}" + "".join(f"{value:>32}" for value in values))
 
     line("new tokens/s", [f"{m.tokens / m.seconds:,.0f}" for m in found])
     line("requests/s", [f"{m.requests / m.seconds:,.2f}" for m in found])
