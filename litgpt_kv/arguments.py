@@ -1,4 +1,4 @@
-"""What a user chooses beside a cache and sampling: when a text ends, how a run is batched, and where it runs.
+"""Settings of a run, besides cache and sampling: when a text ends, how prompts are batched, and on which devices.
 
 Each class is a group of command-line options and of YAML keys: a new field is a new option everywhere.
 """
@@ -15,7 +15,7 @@ from litgpt_kv.config import shown
 PREFILLS = ("min-length", "full")
 MOST_NEW_TOKENS = 2**31 - 1
 MOST_NODES = 4096
-MOST_DEVICES = 1024  # of one machine
+MOST_DEVICES = 1024  # on one machine
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,9 @@ class StoppingArgs:
 
     Args:
         max_new_tokens: The most new tokens of a text.
-        min_new_tokens: The end of the model's text and `stop` count only after so many.
-        stop: A text that ends the output and is not part of it; on the command line, give the option several times for
-            several.
-        ignore_eos: Go on when the model ends its text.
+        min_new_tokens: The fewest new tokens: before that, neither `stop` nor the end-of-text token counts.
+        stop: A text that ends the output and is not part of it; for several, a list, or the option several times.
+        ignore_eos: Continue after the end-of-text token.
     """
 
     max_new_tokens: int = 50
@@ -53,12 +52,14 @@ class RunArgs:
     """How prompts are read and batched.
 
     Args:
-        batch_size: Prompts at a time; one that ends makes room for the next. None: 8 for a file of prompts, else all.
-        prefill: How prompts are read: "min-length", each in one pass as far as the budget allows and then in blocks or
-            token by token; or "full", each in one pass and then compressed to the budget.
-        prefill_chunk: Read what prompts have beyond the first pass in blocks of so many tokens; None: in blocks for
-            strategies whose results do not depend on it (dense, window, sink), one at a time for others.
-        logprobs: Also give each new token and its log-probability.
+        batch_size: How many prompts run at a time; when one ends, the next starts. None: 8 for a file of prompts, else
+            all.
+        prefill: How prompts are read. "min-length": one pass over as many tokens as the budget allows, the rest in
+            blocks or token by token. "full": one pass over the whole prompt, then eviction down to the budget.
+        prefill_chunk: The tokens of a block, for the rest of a prompt after the first pass. None: blocks of a fixed
+            size for strategies whose results do not depend on it (dense, window, sink), one token for others. With
+            prefill "full": read prompts in passes of so many tokens; results are the same, with less memory.
+        logprobs: Also return each new token and its log-probability.
     """
 
     batch_size: int | None = None
@@ -80,19 +81,19 @@ class DeviceArgs:
     """Where a model runs, and in which precision.
 
     Args:
-        precision: Lightning Fabric's name; None: 32-true on a CPU and bf16-true on a GPU.
+        precision: A precision of Lightning Fabric. None: 32-true on a CPU and bf16-true on a GPU.
         accelerator: cpu, cuda, mps, or auto.
-        devices: How many devices on each machine, or "auto" for all; more than one needs generate_strategy.
-        num_nodes: How many machines; each runs this command, under torchrun, SLURM or with Fabric's MASTER_ADDR and
+        devices: Number of devices on each machine, or "auto" for all; more than one needs generate_strategy.
+        num_nodes: Number of machines; each runs this command, under torchrun, SLURM or with Fabric's MASTER_ADDR and
             NODE_RANK.
-        generate_strategy: How devices share the work: tensor_parallel (every layer over all), sequential (layers over
-            the devices of one machine) or data_parallel (the whole model on each, and some of the prompts).
-        threads: CPU threads; None: one for a small model, whose steps are over before a second one has begun, and
-            torch's own choice for others.
+        generate_strategy: How devices share the work: tensor_parallel (every layer split over all), sequential (layers
+            split over the devices of one machine) or data_parallel (each has the whole model and some of the prompts).
+        threads: Number of CPU threads. None: one for a small model, which more threads slow down; torch's
+            default for others.
         quantize: Quantize the weights with bitsandbytes, which needs an NVIDIA GPU: bnb.nf4, bnb.nf4-dq, bnb.fp4,
             bnb.fp4-dq or bnb.int8.
-        compile: Compile the decode step: slow to start, fast to run.
-        check_weights: Refuse weights that are NaN or infinite: one more pass over them.
+        compile: Compile the decode step: it starts slower and runs faster.
+        check_weights: Refuse weights that are NaN or infinite; this reads all weights once more.
     """
 
     precision: str | None = None
@@ -125,42 +126,44 @@ class DeviceArgs:
 
     @property
     def many(self) -> bool:
-        """Whether more than one process or device is asked for."""
+        """Return whether the settings ask for several devices or processes."""
         return self.devices != 1 or self.num_nodes != 1 or self.generate_strategy is not None
 
 
 class Without:
-    """In `Annotated[RunArgs, Without("logprobs")]`: fields of the class that a command does not offer."""
+    """Mark fields that a command does not offer: `Annotated[RunArgs, Without("logprobs")]`."""
 
     def __init__(self, *names: str) -> None:
         self.names = names
 
 
 def grouped(caller: str, settings: Mapping[str, Any], *groups: type) -> list[Any]:
-    """Settings by name, divided among classes of arguments that have them as fields.
+    """Build several classes of arguments from one mapping of settings.
 
     Args:
-        caller: The function that was given them, for the message.
-        settings: Values by name; what is not given keeps its class' default.
+        caller: The name of the calling function, for the message.
+        settings: Values by name; other fields keep their defaults.
         groups: Dataclasses whose fields have different names.
 
     Raises:
-        TypeError: If no class has a setting.
+        TypeError: If a setting is not a field of any class.
     """
     names = [[f.name for f in fields(group)] for group in groups]
-    if unknown := [name for name in settings if not any(name in own for own in names)]:
-        known = ", ".join(sorted(name for own in names for name in own))
+    if unknown := [name for name in settings if not any(name in group_names for group_names in names)]:
+        known = ", ".join(sorted(name for group_names in names for name in group_names))
         raise TypeError(f"{caller}() has no argument {unknown[0]!r}; it takes {known}.")
-    return [group(**{k: v for k, v in settings.items() if k in own}) for group, own in zip(groups, names)]
+    return [
+        group(**{k: settings[k] for k in settings if k in group_names}) for group, group_names in zip(groups, names)
+    ]
 
 
 def cores() -> int:
-    """The CPU cores of this machine."""
+    """Return the number of CPU cores of this machine."""
     return os.cpu_count() or 1
 
 
 def check_threads(value: Any) -> None:
-    """Refuse more CPU threads than a machine can use: OpenMP ends the process when it cannot start them.
+    """Refuse more CPU threads than a machine can use; OpenMP kills the process if it cannot start them.
 
     Raises:
         ValueError: With the value and the limit.
@@ -169,7 +172,7 @@ def check_threads(value: Any) -> None:
 
 
 def check_count(name: str, value: Any, least: int, most: int, other: str = "") -> None:
-    """Refuse what is no whole number from `least` to `most`.
+    """Check that a value is a whole number from `least` to `most`.
 
     Raises:
         ValueError: With the name, the value and the limit.
@@ -183,7 +186,7 @@ def check_count(name: str, value: Any, least: int, most: int, other: str = "") -
 
 
 def check_new_tokens(most: Any, least: Any) -> None:
-    """Refuse what is no `max_new_tokens` with a `min_new_tokens` up to it.
+    """Check `max_new_tokens`, and that `min_new_tokens` is not greater.
 
     Raises:
         ValueError: With the name, the value and the limit.
@@ -194,7 +197,7 @@ def check_new_tokens(most: Any, least: Any) -> None:
 
 
 def check_flag(name: str, value: Any) -> None:
-    """Refuse what is neither True nor False.
+    """Check that a value is True or False.
 
     Raises:
         ValueError: With the name and the value.

@@ -1,4 +1,4 @@
-"""What the user chooses: `KVCacheArgs` and `SamplingArgs`."""
+"""The settings of a cache, `KVCacheArgs`, and of sampling, `SamplingArgs`."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 SELECTS = (None, "head", "layer", "pool")
 PATTERNS = (None, "pyramid", "funnel")
-OptionValue = bool | int | float | str | None  # of a strategy; Any would let a YAML file name code to run
-HOTTEST = 1e30  # temperature: well within float32
+OptionValue = bool | int | float | str | None  # a strategy's option; with Any, a YAML file could name code to run
+MAX_TEMPERATURE = 1e30  # logits divided by it are still normal float32 numbers
 
 
 def shown(value: Any) -> str:
-    """A value for an error message, at most 60 characters of it."""
+    """Return a value as text for an error message, at most 60 characters."""
     try:
         text = repr(value)
-    except Exception:  # an integer of more digits than Python prints, or an object that fails to show itself
+    except Exception:  # an integer with too many digits for Python to print, or an object whose repr fails
         text = f"a value of type {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def check_type(name: str, value: Any, kinds: type | tuple[type, ...], what: str) -> None:
-    """Raises TypeError in our words if a value is not what it should be."""
+    """Raise TypeError with a readable message if a value has another type than `kinds`."""
     if not isinstance(value, kinds):
         raise TypeError(f"{name} must be {what}, got {shown(value)}.")
 
 
 def check_callable(name: str, value: Any) -> None:
-    """Raises TypeError if a value, if there is one, cannot be called."""
+    """Raise TypeError if a value is neither callable nor None."""
     if value is not None and not callable(value):
         raise TypeError(f"{name} must be a function or None, got {shown(value)}.")
 
@@ -40,29 +40,29 @@ class KVCacheArgs:
     """Which tokens a cache keeps, how many, how they are stored, and which positions the rotary embedding sees.
 
     Args:
-        strategy: What is kept: a registered name (`litgpt_kv strategies` lists them).
-        budget: Tokens kept per row, layer and head, the one being decoded included. None: as many as `max_tokens`.
+        strategy: Which tokens are kept: a registered name (`litgpt_kv strategies` lists them).
+        budget: How many tokens each row, layer and head keeps, including the one that is decoded. None: `max_tokens`.
             A string with a percent sign ("20%") is that share of `max_tokens`.
-        sinks: The first so many positions are never evicted. None: the strategy's own default.
-        recent: The last so many tokens, the one being decoded included, are never evicted. None: the strategy's
-            own default.
+        sinks: Never evict the first so many positions. None: the strategy's own default.
+        recent: Never evict the last so many tokens, including the one that is decoded. None: the strategy's own
+            default.
         storage: How keys and values are stored: a registered name.
-        interval: Evict so many tokens at once when a row is full, so that a costly score runs once in so many steps;
-            a row then holds between `budget - interval + 1` and `budget` tokens.
-        keep_prompt: Never evict a row's prompt; it must leave room in the budget.
-        select: Who chooses what stays: "head" (each key/value head), "layer" (one choice for all heads of a layer) or
-            "pool" (the heads of a layer compete for the slots of all of them). None: the strategy's own default.
-        floor: With select "pool", the share of the budget that every head is sure to keep.
-        pools: With select "pool", into how many pools of neighbouring heads those of a layer are divided.
-        budget_pattern: Spread the budget over the layers with its total kept: "pyramid" (most in the first layers) or
-            "funnel" (most in the last ones). None: the same for all.
-        attention: The kernel that decodes: a registered name. None: the best one for the device and the storage.
-        positions: "absolute" (a token keeps its position in the text) or "cache" (positions count the kept tokens,
-            so that a stream may run past the model's context). None: the strategy's own default.
+        interval: Evict so many tokens at once when a row is full, so that a costly score is computed only once in so
+            many steps; a full row holds between `budget - interval + 1` and `budget` tokens.
+        keep_prompt: Never evict a row's prompt. The prompt must leave room in the budget.
+        select: Where scores are compared: "head" (each key/value head evicts for itself), "layer" (all heads of a layer
+            keep the same tokens) or "pool" (the heads of a layer share their slots). None: the strategy's own default.
+        floor: With select "pool", the share of the budget that every head keeps in any case.
+        pools: With select "pool", the number of pools in a layer; each has the same number of neighbouring heads.
+        budget_pattern: Give layers different budgets with the same total: "pyramid" (most to the first layers) or
+            "funnel" (most to the last ones). None: the same for all.
+        attention: The kernel for decode steps: a registered name. None: the best one for the device and the storage.
+        positions: "absolute" (a token keeps its position in the text) or "cache" (positions count the kept tokens, so
+            that a text may be longer than the model's context). None: the strategy's own default.
         options: The strategy's own parameters, by name.
         storage_options: The storage's own parameters, by name.
 
-    `strategy`, `budget`, `sinks`, `recent` and `storage` may each be a list with one value a layer.
+    `strategy`, `budget`, `sinks`, `recent` and `storage` may each be a list with one value for each layer.
     """
 
     strategy: str | Sequence[str] = "dense"
@@ -83,11 +83,11 @@ class KVCacheArgs:
 
     @classmethod
     def of(cls, kv_cache: str | KVCacheArgs | None, budget: int | str | None = None) -> KVCacheArgs | None:
-        """From a strategy's name or themselves, with another budget if one is given; None for None and "none".
+        """Return `kv_cache` as KVCacheArgs, with `budget` if it is given; None for None or "none".
 
         Raises:
-            TypeError: If `kv_cache` is something else.
-            ValueError: If "none", which keeps nothing, comes with options or a budget.
+            TypeError: If `kv_cache` has another type.
+            ValueError: If "none" comes with options or a budget.
         """
         args = cls(strategy=kv_cache) if isinstance(kv_cache, str) else kv_cache
         if not (args is None or isinstance(args, KVCacheArgs)):
@@ -97,11 +97,11 @@ class KVCacheArgs:
                 raise ValueError("kv_cache 'none' takes no options.")
             args = None
         if budget is not None and args is None:
-            raise ValueError(f"Without a cache there is no budget, got {shown(budget)}.")
+            raise ValueError(f"A budget needs a cache, got budget {shown(budget)} and no cache.")
         return args if budget is None else replace(args, budget=budget)
 
     def resolved(self, max_tokens: int) -> KVCacheArgs:
-        """The same with every percentage as the count of tokens that it is of `max_tokens`."""
+        """Return a copy in which a percentage is replaced by that share of `max_tokens`, as a number of tokens."""
         counts = [percent(b, max_tokens) if isinstance(b, str) else b for b in _each(self.budget)]
         return replace(self, budget=counts if isinstance(self.budget, (list, tuple)) else counts[0])
 
@@ -109,12 +109,12 @@ class KVCacheArgs:
         if self.positions not in (None, "absolute", "cache"):
             raise ValueError(f"positions must be 'absolute' or 'cache', got {shown(self.positions)}.")
         for name in ("strategy", "storage"):
-            if not all(isinstance(one, str) for one in _each(getattr(self, name))) or not getattr(self, name):
+            if not all(isinstance(value, str) for value in _each(getattr(self, name))) or not getattr(self, name):
                 raise TypeError(f"{name} must be a name, or a list of names, got {shown(getattr(self, name))}.")
         for name in ("options", "storage_options"):
             value = getattr(self, name)
             if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-                raise TypeError(f"{name} must be values by name, got {shown(value)}.")
+                raise TypeError(f"{name} must be a dict of values by name, got {shown(value)}.")
         for name in ("budget", "sinks", "recent"):
             for value in _each(getattr(self, name)):
                 _check_count(name, value)
@@ -142,7 +142,7 @@ def _check_count(name: str, value: Any) -> None:
     if name == "budget" and isinstance(value, str):
         percent(value, 100)
     elif isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name} is a count of tokens, got {shown(value)}.")
+        raise ValueError(f"{name} must be a number of tokens, got {shown(value)}.")
     elif value < (1 if name == "budget" else 0):
         raise ValueError(f"{name} must be at least {1 if name == 'budget' else 0}, got {shown(value)}.")
     elif value >= 2**31:
@@ -150,13 +150,15 @@ def _check_count(name: str, value: Any) -> None:
 
 
 def percent(text: str, of: int) -> int:
-    """The count of tokens that "20%" of `of` tokens is, at least 1."""
+    """Return "20%" of `of` tokens as a number of tokens, at least 1."""
     try:
         share = float(text.removesuffix("%")) if text.endswith("%") else math.nan
     except ValueError:
         share = math.nan
     if not 0 < share <= 100:
-        raise ValueError(f"A budget is a count of tokens or a percentage over 0% and up to 100%, got {shown(text)}.")
+        raise ValueError(
+            f"budget must be a number of tokens or a percentage over 0% and up to 100%, got {shown(text)}."
+        )
     return max(1, round(of * share / 100))
 
 
@@ -169,40 +171,43 @@ def _spread(name: str, value: T | Sequence[T], count: int, what: str) -> list[T]
     if values is not value:
         return [*values] * count
     if len(values) != count:
-        raise ValueError(f"{name} has {len(values)} values for {count} {what}s: give one value, or one a {what}.")
+        raise ValueError(
+            f"{name} has {len(values)} values for {count} {what}s: give one value, or one for each {what}."
+        )
     return list(values)
 
 
 def per_layer(name: str, value: T | Sequence[T], n_layer: int) -> list[T]:
-    """One value a layer from one value for all or from a list; the list must have `n_layer` entries."""
+    """Return a list with one value for each layer, from one value for all or a list of `n_layer` values."""
     return _spread(name, value, n_layer, "layer")
 
 
 def per_row(name: str, value: T | Sequence[T], batch_size: int) -> list[T]:
-    """One value a row from one value for all or from a list; the list must have `batch_size` entries."""
+    """Return a list with one value for each row, from one value for all or a list of `batch_size` values."""
     return _spread(name, value, batch_size, "row")
 
 
 @dataclass(frozen=True)
 class SamplingArgs:
-    """How the next token is chosen from the logits; the names and their meaning are litgpt's.
+    """How the next token is chosen from the logits. Names and meaning are as in litgpt.
 
     Args:
-        temperature: Divides the logits; higher is more random, 0 takes the most probable token (greedy). None: what the
-            checkpoint's generation_config.json says, else 0.8; without a checkpoint 1.0.
-        top_k: Sample among the so many most probable tokens; null (None) for all.
+        temperature: Divides the logits; higher is more random, 0 takes the most probable token (greedy). None: the
+            value in the checkpoint's generation_config.json, else 0.8; without a checkpoint 1.0.
+        top_k: Sample only among so many most probable tokens; null (None) for all.
         top_p: Sample among the smallest set of tokens whose probabilities sum to more than this; 1.0: among all,
             0.0: greedy.
-        seed: Makes the run repeatable, and a row independent of its partners; None: torch's global generator.
-        repetition_penalty: Divides the positive logits of tokens that the prompt or the text has, and multiplies the
-            negative ones, before all else (Keskar et al. 2019, arXiv 1909.05858; as in Hugging Face's generate).
+        seed: Makes a row repeatable, and independent of the other rows. None: use torch's global generator.
+        repetition_penalty: Divides the positive logits of tokens that occur in the prompt or the text, and multiplies
+            the negative ones, before all other settings (Keskar et al. 2019, arXiv 1909.05858; as in Hugging Face's
+            generate).
         min_p: Sample among the tokens that have at least this share of the most probable token's probability, after
             temperature (Nguyen et al. 2024, arXiv 2407.01082; as in vLLM and Hugging Face's generate); 0.0: among all.
         frequency_penalty: Subtracted from the logit of a token as often as the new text has it, after the repetition
             penalty; negative values favour it (as in OpenAI's API). The prompt does not count.
         presence_penalty: Subtracted once from the logits of all tokens that the new text has.
 
-    Each may be one value for all rows, or a list with one a row.
+    Each may be one value for all rows, or a list with one value for each row.
     """
 
     temperature: float | None | Sequence[float | None] = 1.0
@@ -227,23 +232,23 @@ class SamplingArgs:
                     raise ValueError(f"{name} must be {says}{upper}, got {shown(value)}.")
 
     def resolved(self, temperature: float) -> SamplingArgs:
-        """The same with a checkpoint's own temperature where none is given."""
+        """Return a copy in which a temperature of None is replaced by the checkpoint's."""
         values = [temperature if value is None else value for value in _each(self.temperature)]
         return replace(self, temperature=values if isinstance(self.temperature, (list, tuple)) else values[0])
 
     def shifted(self, number: int) -> SamplingArgs:
-        """The same with another seed: that of sample (or turn) `number`, counted from 0; after 2**63 - 1 comes 0."""
+        """Return a copy with the seed of sample (or turn) `number`, from 0: seed + number, modulo 2**63."""
         seeds = [None if seed is None else (seed + number) % 2**63 for seed in _each(self.seed)]
         return replace(self, seed=seeds if isinstance(self.seed, (list, tuple)) else seeds[0])
 
     def rows(self, count: int) -> list[SamplingArgs]:
-        """The same for each of `count` rows, with one value each."""
+        """Return one copy for each of `count` rows, each with single values."""
         names = [f.name for f in fields(self)]
         return [SamplingArgs(*row) for row in zip(*(per_row(name, getattr(self, name), count) for name in names))]
 
 
 SAMPLING_LIMITS: dict[str, tuple[Any, float, float, str]] = {  # type, least, most, in words
-    "temperature": ((int, float), 0, HOTTEST, "0 or greater"),
+    "temperature": ((int, float), 0, MAX_TEMPERATURE, "0 or greater"),
     "top_k": (int, 1, 2**63 - 1, "at least 1"),
     "top_p": ((int, float), 0, 1, "between 0 and 1"),
     "seed": (int, 0, 2**63 - 1, "0 to 2**63 - 1"),

@@ -1,4 +1,4 @@
-"""Write files so that nothing is lost: a file is replaced whole or not at all, and one run at a time writes it."""
+"""Write files safely: replace a file completely or not at all, append whole records, lock a file for one run."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check_target(path: str | Path) -> Path:
-    """Check that a file can be written at `path`, which may exist; return it with symbolic links followed.
+    """Check that `path` can be written; return it with symbolic links resolved. The file may exist.
 
     Raises:
-        ValueError: If it is a folder, a device or the like, or its folder is missing or may not be written to.
+        ValueError: If it is not a regular file, or if its folder is missing or read-only.
     """
     if "\0" in os.fspath(path):
-        raise ValueError(f"{str(path)!r:.100} cannot be written: it is no path.")
+        raise ValueError(f"{str(path)!r:.100} cannot be written: it is not a path.")
     if len(os.fspath(path)) > LONGEST_PATH:
         raise ValueError(
             f"A path of {len(os.fspath(path)):,} characters cannot be written: {LONGEST_PATH:,} are allowed."
@@ -37,7 +37,7 @@ def check_target(path: str | Path) -> Path:
         raise ValueError(f"{path} cannot be written: {reason(error)}.") from error
     if mode is not None and not stat.S_ISREG(mode):
         raise ValueError(
-            f"{path} cannot be written: it is no file but a {'folder' if stat.S_ISDIR(mode) else 'device'}."
+            f"{path} cannot be written: it is a {'folder' if stat.S_ISDIR(mode) else 'device'}, not a file."
         )
     if not real.parent.is_dir():
         raise ValueError(f"{path} cannot be written: there is no folder {real.parent}.")
@@ -49,10 +49,10 @@ def check_target(path: str | Path) -> Path:
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Give the path of an empty temporary file beside `path`; at the end it takes the place of `path`.
+    """Yield the path of an empty temporary file in the same folder; replace `path` by it at the end.
 
-    A symbolic link stays and its target is replaced; a file that existed keeps its mode, a new one gets that of the
-    umask. If the block raises, the file from before is unchanged and the temporary one is gone.
+    A symbolic link is kept, and its target is replaced. An existing file keeps its mode, a new one gets the mode of the
+    umask. If the block raises, `path` is unchanged and the temporary file is deleted.
 
     Raises:
         ValueError: If the file cannot be written.
@@ -68,7 +68,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(beside, real)
     except OSError as error:
-        kept = "what was in it is unchanged" if real.exists() else "nothing was written"
+        kept = "its content is unchanged" if real.exists() else "nothing was written"
         raise ValueError(f"{path} cannot be written: {reason(error)}; {kept}{_remedy(error)}.") from error
     finally:
         with contextlib.suppress(OSError):
@@ -76,17 +76,17 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file whole or not at all; see `replacing`."""
+    """Write a text file completely or not at all, with `replacing`."""
     with replacing(path) as beside:
         beside.write_text(text, encoding="utf-8")
 
 
 class Appender:
-    """Append to a file, each piece whole or not at all.
+    """Append records to a file, each one completely or not at all.
 
     Args:
-        path: the file; it is made if it is not there.
-        torn: bytes at its end to cut off first: a last line that was not finished.
+        path: The file; it is created if it does not exist.
+        torn: The number of bytes to cut off at its end first: those of an unfinished last line.
 
     Raises:
         ValueError: If the file cannot be written.
@@ -106,7 +106,7 @@ class Appender:
         """Append `data`.
 
         Raises:
-            OSError: If it cannot be written; what was there before is unchanged.
+            OSError: If it cannot be written; the file is then unchanged.
         """
         try:
             rest = memoryview(data)
@@ -123,14 +123,14 @@ class Appender:
 
 
 class RunLock:
-    """The right to write `path`, for one run at a time; the system takes it back when the process dies.
+    """Lock `path` for one run; the operating system releases the lock when the process ends.
 
     Args:
-        path: the file.
-        patience: seconds to wait for it; a run that only asks whether it is free has it for an instant.
+        path: The file.
+        patience: The most seconds to wait. A run that only checks the lock holds it for an instant.
 
     Raises:
-        ValueError: If another run has it.
+        ValueError: If another run has locked it.
     """
 
     def __init__(self, path: str | Path, patience: float = 1.0) -> None:
@@ -144,15 +144,15 @@ class RunLock:
             raise ValueError(f"{path} cannot be locked: {reason(error)}.") from error
 
     def release(self) -> None:
-        """Let others write; a second call does nothing."""
+        """Unlock the file; a second call does nothing."""
         if self._lock.is_locked:
-            with contextlib.suppress(OSError):  # before it is released: a file that others wait for must stay
+            with contextlib.suppress(OSError):  # unlink first: once unlocked, it may be another run's
                 os.unlink(self._lock.lock_file)
             self._lock.release()
 
 
 def reason(error: Exception) -> str:
-    """Why an operation on a file failed, without its path."""
+    """Return why an operation on a file failed, without the path."""
     return getattr(error, "strerror", None) or str(error)
 
 

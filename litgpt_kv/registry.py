@@ -1,11 +1,11 @@
-"""Strategies, storages and attention kernels by name. Imports nothing of ours.
+"""Register strategies, storages and attention kernels by name. This module imports nothing of litgpt_kv.
 
-A name is registered by decorating its class; packages outside this one do it through the entry point
-``litgpt_kv.strategies``, which is read the first time a name is looked up::
+A class decorated with `register` is known by its name. Other packages name their modules in the entry point
+``litgpt_kv.strategies``, which is read when a name is first looked up::
 
     # pyproject.toml of the other package
     [project.entry-points."litgpt_kv.strategies"]
-    mine = "my_package.my_module"      # importing the module runs its @register
+    my_package = "my_package.my_module"      # importing the module runs its @register
 """
 
 from __future__ import annotations
@@ -24,43 +24,47 @@ from typing import Any, TypeVar
 ENTRY_POINT = "litgpt_kv.strategies"
 _KINDS: dict[str, dict[str, Any]] = {"strategy": {}, "storage": {}, "kernel": {}}
 
-IMPORTED: dict[str, str] = {}  # users' files that were run, with a digest of each
+IMPORTED: dict[str, str] = {}  # path of each user file that was run: digest of its content
 
 C = TypeVar("C", bound=type)
 
 
 def register(kind: str, name: str) -> Callable[[C], C]:
-    """Class decorator: make a class known as ``name`` among the things of one ``kind``.
+    """Register a class under a name; to be used as a class decorator.
 
     Args:
-        kind: ``"strategy"`` (what is kept), ``"storage"`` (how it is stored) or ``"kernel"`` (decode attention).
-        name: What users write on the command line and in YAML: lower case, no spaces.
+        kind: ``"strategy"`` (which tokens are kept), ``"storage"`` (how they are stored) or ``"kernel"`` (decode
+            attention).
+        name: The name on the command line and in YAML: lower case, no spaces.
 
     Raises:
-        ValueError: For an unknown kind, a malformed name, or a name that another class holds.
+        ValueError: For an unknown kind, an invalid name, or a name that another class has.
     """
     table = _table(kind)
     if not name or name != name.lower() or any(c.isspace() for c in name):
-        raise ValueError(f"A registered name is lower case without spaces, got {name!r}.")
+        raise ValueError(f"A registered name must be lower case without spaces, got {name!r}.")
 
-    def enter(cls: C) -> C:
+    def add(cls: C) -> C:
         known = table.get(name)
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"The {kind} {name!r} is registered already, by {known.__module__}.{known.__qualname__}.")
+            raise ValueError(f"The {kind} {name!r} is already registered by {known.__module__}.{known.__qualname__}.")
         table[name] = cls
         return cls
 
-    return enter
+    return add
 
 
 def names(kind: str) -> list[str]:
-    """The sorted names of everything registered of one kind, other packages' included."""
+    """Return the sorted names of all registered classes of one kind, those of other packages included.
+
+    Names that begin with an underscore are for internal use and not listed.
+    """
     _load_entry_points()
-    return sorted(_table(kind))
+    return sorted(name for name in _table(kind) if not name.startswith("_"))
 
 
 def get(kind: str, name: str) -> Any:
-    """The class registered under a name.
+    """Return the class that is registered under a name.
 
     Raises:
         ValueError: For an unknown name; the message lists the known ones.
@@ -68,13 +72,12 @@ def get(kind: str, name: str) -> Any:
     _load_entry_points()
     table = _table(kind)
     if name not in table:
-        raise ValueError(f"Unknown {kind} {name!r:.80}. Available: {', '.join(sorted(table))}.")
+        raise ValueError(f"Unknown {kind} {name!r:.80}. Available: {', '.join(names(kind))}.")
     return table[name]
 
 
 def options(kind: str, name: str) -> list[str]:
-    """The names of the options that the class registered under a name takes: the fields of a dataclass, or what a
-    class says in `options`."""
+    """Return the names of a registered class's options: the fields of a dataclass, else its attribute `options`."""
     cls = get(kind, name)
     return (
         [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else [*getattr(cls, "options", ())]
@@ -82,7 +85,7 @@ def options(kind: str, name: str) -> list[str]:
 
 
 def build(kind: str, name: str, *args: Any, **given: Any) -> Any:
-    """An instance of the class registered under a name, made with `args` and its own options.
+    """Build an instance of a registered class from `args` and its own options.
 
     Raises:
         ValueError: For an unknown name, or for options that the class does not take.
@@ -101,13 +104,16 @@ def _table(kind: str) -> dict[str, Any]:
 
 
 def import_file(path: str) -> ModuleType:
-    """Run a Python file, whose classes register themselves, as a package's entry point would.
+    """Import a Python file, whose classes register themselves.
 
     Args:
-        path: The file, `my_file.py`. One that was run already is not run again.
+        path: The file, `my_file.py`. A file that was imported before is not run again.
+
+    Returns:
+        The module.
 
     Raises:
-        ValueError: If there is no such file, or running it fails.
+        ValueError: If the file does not exist, or raises an error.
     """
     file = Path(path).resolve()
     if file.suffix != ".py" or not file.is_file():
@@ -117,25 +123,25 @@ def import_file(path: str) -> ModuleType:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up while it is run
+    sys.modules[name] = module  # a dataclass looks up its module while the file is run
     IMPORTED[str(file)] = hashlib.sha256(file.read_bytes()).hexdigest()
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # a user's code: say whose
+    except Exception as error:  # the user's code may raise anything: name the file
         del sys.modules[name], IMPORTED[str(file)]
         raise ValueError(f"{path} cannot be imported: {error!r}") from error
     return module
 
 
 def is_file_name(name: str) -> bool:
-    """Whether a strategy is given as `my_file.py:MyStrategy` (or as the file alone)."""
+    """Return whether a name is `my_file.py:MyStrategy`, or only `my_file.py`."""
     return name.partition(":")[0].endswith(".py")
 
 
 def import_named(name: str) -> str:
-    """The registered name of a strategy; one that is given as `my_file.py:MyStrategy` is imported first.
+    """Return the registered name of a strategy; import it first if it is given as `my_file.py:MyStrategy`.
 
-    A class that has not registered itself is registered under its own name in lower case.
+    A class that has not registered itself is registered under its class name in lower case.
 
     Raises:
         ValueError: If the file cannot be imported, or has no such class.
@@ -160,5 +166,5 @@ def _load_entry_points() -> None:
     for point in entry_points(group=ENTRY_POINT):
         try:
             point.load()
-        except Exception as error:  # another package's code: say whose
+        except Exception as error:  # the other package may raise anything: name it
             raise ValueError(f"The entry point {point.name} = {point.value} cannot be loaded: {error!r}") from error

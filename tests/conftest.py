@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import tempfile
 from pathlib import Path
@@ -10,10 +11,11 @@ import pytest
 import torch
 
 from litgpt_kv import GPT
+from tests import warm
 from tests.oracle.reference import tiny
 
 torch.set_num_threads(1)
-LONG = ("parallel", "silence", "wheel")  # groups of tests that run one after the other: they start first
+LONG = ("parallel", "silence", "wheel")  # groups of tests that start first
 
 
 def hide_transformers() -> tempfile.TemporaryDirectory:
@@ -36,11 +38,19 @@ HIDDEN = hide_transformers()  # removed when the tests end
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist writes groups into names
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    def order(item: pytest.Item) -> int:
-        groups = [mark.args[0] for mark in item.iter_markers("xdist_group")]
-        return LONG.index(groups[0]) if groups and groups[0] in LONG else len(LONG)
+    """Long tests first. Those that mostly wait are each beside one that starts processes, so that no core is idle."""
 
-    items.sort(key=order)
+    def group(item: pytest.Item) -> str | None:
+        return next((mark.args[0] for mark in item.iter_markers("xdist_group")), None)
+
+    first = {name: [item for item in items if group(item) == name] for name in LONG}
+    beside = itertools.zip_longest(first["parallel"], first["silence"])
+    rest = [item for item in items if group(item) not in LONG]
+    items[:] = [*filter(None, itertools.chain(*beside)), *first["wheel"], *rest]
+
+
+def pytest_sessionfinish() -> None:
+    warm.stop()
 
 
 @pytest.fixture(autouse=True)

@@ -40,7 +40,7 @@ def test_zero() -> None:
 @pytest.mark.parametrize("field", ["sinks", "recent"])
 def test_only_a_budget_may_be_a_percentage(field: str) -> None:
     KVCacheArgs(budget="20%")
-    with pytest.raises(ValueError, match=f"{field} is a count of tokens, got '20%'"):
+    with pytest.raises(ValueError, match=f"{field} must be a number of tokens, got '20%'"):
         KVCacheArgs(**{field: "20%"})
 
 

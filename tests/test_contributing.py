@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests import warm
 
 ROOT = Path(__file__).parents[1]
 GUIDE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -40,7 +41,7 @@ def test_the_complete_strategy_works_as_written(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "unusual.py").write_text(STRATEGY)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
     command = [sys.executable, "-c", USE + GENERATE]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    done = warm.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("done\n")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from litgpt_kv.disk import Appender, RunLock, check_target, replacing, write_text
+from tests import warm
 
 
 def test_a_file_is_replaced_whole_and_keeps_its_link_and_mode(tmp_path: Path) -> None:
@@ -57,12 +58,12 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to("loop")
     for path, says in (
-        ("/dev/null", "it is no file but a device"),
-        (tmp_path / "pipe", "it is no file but a device"),
-        (tmp_path, "it is no file but a folder"),
+        ("/dev/null", "it is a device, not a file"),
+        (tmp_path / "pipe", "it is a device, not a file"),
+        (tmp_path, "it is a folder, not a file"),
         (tmp_path / "no" / "file", "there is no folder"),
         (tmp_path / "loop", "symbolic links"),
-        ("nul\0", "it is no path"),
+        ("nul\0", "it is not a path"),
         (tmp_path / ("x" * 300), "name too long"),
         ("x" * 5000, "A path of 5,000 characters cannot be written: 4,096 are allowed"),
     ):
@@ -76,6 +77,7 @@ FULL = """
 import resource, signal, sys
 from pathlib import Path
 from litgpt_kv.disk import Appender, replacing
+from tests import warm
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 folder = Path(sys.argv[1])
 (folder / "a").write_text("before")
@@ -96,10 +98,11 @@ appender.write(b"z" * 100)
 
 
 def test_a_full_disk_keeps_what_is_there(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=True)
+    done = warm.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
     assert first == (
-        f"{tmp_path / 'a'} cannot be written: File too large; what was in it is unchanged; make room and try again."
+        f"{tmp_path / 'a'} cannot be written: File too large; its content is unchanged; make room and try again."
     )
     assert second == "File too large"
     assert (tmp_path / "a").read_text() == "before"
@@ -110,6 +113,7 @@ def test_a_full_disk_keeps_what_is_there(tmp_path: Path) -> None:
 HOLD = """
 import sys, time
 from litgpt_kv.disk import RunLock
+from tests import warm
 lock = RunLock(sys.argv[1])
 print("held", flush=True)
 time.sleep(600)
@@ -127,7 +131,7 @@ def test_a_second_run_is_refused_until_the_first_one_ends_or_dies(tmp_path: Path
     lock.release()
     lock.release()
     assert [p.name for p in tmp_path.iterdir()] == ["link"], "no lock file stays"
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(file)], stdout=subprocess.PIPE) as holder:
+    with warm.Popen([sys.executable, "-c", HOLD, str(file)], stdout=subprocess.PIPE) as holder:
         assert holder.stdout.readline() == b"held\n"
         with pytest.raises(ValueError, match="another run"):
             RunLock(file, patience=0)

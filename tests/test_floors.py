@@ -26,7 +26,7 @@ ORDER = [  # lowest first; what stands on one line may not import each other
     ["generate"],
     ["parallel"],
     ["llm"],
-    ["serve", "evaluate", "benchmark"],
+    ["serve", "evaluate", "benchmark", "convert", "calibrate"],
     ["cli"],
     ["install", "checkpoint", "__main__"],  # old import paths, and the program
 ]

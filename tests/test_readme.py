@@ -4,13 +4,13 @@ import contextlib
 import io
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from litgpt_kv.__main__ import main
+from tests import warm
 from tests.model import low_precision
 
 ROOT = Path(__file__).parents[1]
@@ -63,7 +63,7 @@ def test_command(command, monkeypatch, capsys, tmp_path):
     if "--resume" in words:  # there is something to go on with
         main([word for word in words[1:] if word != "--resume"])
     if words[1] == "generate" and "--devices" in words:  # starts the script again: not from inside of pytest
-        done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, timeout=600)
+        done = warm.run([sys.executable, "-m", *words], capture_output=True, text=True, timeout=600)
         assert done.returncode == 0 and done.stdout, done.stderr
         return
     with contextlib.suppress(SystemExit) if "--help" in words else contextlib.nullcontext():

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 
 import litgpt_kv
 from litgpt_kv import Strategy, register, registry
+from tests import warm
 
 
 @pytest.fixture
@@ -69,14 +71,14 @@ def test_register_and_build_with_options() -> None:
 
 def test_options_of_a_strategy_without_any() -> None:
     with pytest.raises(
-        ValueError, match=r"Unknown option 'alpha', 'beta' for the strategy 'h2o'\. It takes no options\."
+        ValueError, match=r"Unknown option 'alpha', 'beta' for the strategy 'tova'\. It takes no options\."
     ):
-        registry.build("strategy", "h2o", beta=1, alpha=2)
+        registry.build("strategy", "tova", beta=1, alpha=2)
 
 
 @pytest.mark.usefixtures("scratch")
 def test_a_taken_name_is_refused_and_a_reloaded_class_is_not() -> None:
-    with pytest.raises(ValueError, match=r"strategy 'h2o' is registered already, by litgpt_kv\.cache\.\S*\.H2O"):
+    with pytest.raises(ValueError, match=r"strategy 'h2o' is already registered by litgpt_kv\.cache\.\S*\.H2O"):
 
         @register("strategy", "h2o")
         class Other(Strategy):
@@ -146,12 +148,12 @@ def installed(site: Path, module: str, entry: str) -> None:
     (info / "RECORD").write_text("")
 
 
-def outside(code: str, site: Path) -> subprocess.CompletedProcess[str]:
-    """Runs code in a new interpreter that sees `site` and this litgpt_kv, away from the checkout."""
+def outside(code: str, site: Path, run: Callable = warm.run) -> subprocess.CompletedProcess[str]:
+    """Runs code in a process of its own that sees `site` and this litgpt_kv, away from the checkout."""
     path = os.pathsep.join([str(site), str(Path(litgpt_kv.__file__).parents[1])])
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", textwrap.dedent(code)]
-    return subprocess.run(command, env=env, cwd=site, capture_output=True, text=True, timeout=600)
+    return run(command, env=env, cwd=site, capture_output=True, text=True, timeout=600)
 
 
 def test_a_strategy_of_another_package_is_listed_and_used_by_name(tmp_path: Path) -> None:
@@ -169,7 +171,7 @@ def test_a_strategy_of_another_package_is_listed_and_used_by_name(tmp_path: Path
 
 def test_importing_litgpt_kv_does_not_import_the_other_package(tmp_path: Path) -> None:
     installed(tmp_path, "raise SystemExit('imported too early')", "odd_first")
-    done = outside("import litgpt_kv", tmp_path)
+    done = outside("import litgpt_kv", tmp_path, run=subprocess.run)  # nothing is imported there before
     assert done.returncode == 0, done.stderr
 
 

@@ -7,6 +7,7 @@ P sets of kept tokens (1, or one a key/value head).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +51,7 @@ def causal_attention(
     softcap: float | None,
     window: int | None,
     masks: CausalMasks | None = None,
+    last: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of a whole sequence to itself: training and prefill, the same numbers as litgpt's to the bit.
 
@@ -59,10 +61,14 @@ def causal_attention(
         q: (B, H, T, D) rotated queries. k, v: (B, G, T, D) and (B, G, T, Dv).
         scale: Multiplies the scores. softcap: tanh-bounds them. window: sliding window in tokens, or None.
         masks: Of this pass, shared by its layers.
+        last: (B,) positions of the only query of each row, q then being (B, H, 1, D); None: all of them.
 
     Returns:
-        (B, H, T, Dv).
+        (B, H, T, Dv), or (B, H, 1, Dv) with `last`.
     """
+    if last is not None:
+        mask = visible(last.view(-1, 1, 1), torch.arange(k.size(2), device=k.device), window)  # (B, 1, 1, T)
+        return slot_attention(q, k, v, mask, scale=scale, softcap=softcap)[0]
     per_group = q.size(1) // k.size(1)
     if per_group > 1:
         k, v = k.repeat_interleave(per_group, dim=1), v.repeat_interleave(per_group, dim=1)  # (B, H, T, D)
@@ -76,14 +82,6 @@ def causal_attention(
 def queries_at(q: Tensor, pos: Tensor) -> Tensor:
     """One query a row: q (B, H, T, D) at pos (B,) is (B, H, 1, D)."""
     return q.gather(2, pos.view(-1, 1, 1, 1).expand(-1, q.size(1), 1, q.size(-1)))
-
-
-def last_token_attention(
-    q: Tensor, k: Tensor, v: Tensor, last: Tensor, *, scale: float, softcap: float | None, window: int | None
-) -> Tensor:
-    """What `causal_attention` gives at one token a row: q (B, H, 1, D) at the positions last (B,), to (B, H, 1, Dv)."""
-    mask = visible(last.view(-1, 1, 1), torch.arange(k.size(2), device=k.device), window)  # (B, 1, 1, T)
-    return slot_attention(q, k, v, mask, scale=scale, softcap=softcap)[0]
 
 
 def slot_attention(
@@ -128,27 +126,92 @@ def slot_attention(
     if softcap is None and sink_queries is None and not want and not latent:
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
         return y.view(B, H, T, -1), {}
-    exact = torch.promote_types(q.dtype, torch.float32)
+    y, received = product_attention(
+        q,
+        Rows(k),
+        Rows(v),
+        mask,
+        extent=S,
+        key_size=k.size(-1),
+        scale=scale,
+        softcap=softcap,
+        sink_queries=sink_queries,
+        want=want,
+        per_group=per_group or R,
+        tokens=T,
+    )
+    return y.view(B, H, T, -1), received
+
+
+class Factors(Protocol):
+    """Keys or values as attention uses them: by their products alone."""
+
+    def products(self, x: Tensor, extent: int) -> Tensor:
+        """x (B, G, M, D) with each of the first `extent` slots, (B, G, M, extent), float32 at least."""
+
+    def sums(self, p: Tensor, extent: int) -> Tensor:
+        """The first `extent` slots, weighted by p (B, G, M, extent): (B, G, M, D)."""
+
+
+class Rows:
+    """`Factors` that are a tensor (B, G, S, D)."""
+
+    def __init__(self, data: Tensor) -> None:
+        self.data = data
+
+    def products(self, x: Tensor, extent: int) -> Tensor:
+        return x @ self.data[:, :, :extent].to(x.dtype).mT
+
+    def sums(self, p: Tensor, extent: int) -> Tensor:
+        return p.to(self.data.dtype) @ self.data[:, :, :extent]
+
+
+def product_attention(
+    q: Tensor,
+    keys: Factors,
+    values: Factors,
+    mask: Tensor | None,
+    *,
+    extent: int,
+    key_size: int,
+    scale: float,
+    softcap: float | None,
+    sink_queries: tuple[Tensor, Tensor] | None,
+    want: Sequence[str],
+    per_group: int,
+    tokens: int = 1,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Attend by products alone: `slot_attention` written out.
+
+    Args:
+        q: (B, G, M, D) queries of the groups' heads and tokens, M = R*T; wider than `key_size` for latent attention.
+        mask: (B, P, M, S) as in `slot_attention`, or None.
+        extent: Slots, S. tokens: T. The rest: see `slot_attention`.
+
+    Returns:
+        (B, G, M, Dv), and what was wanted by name, (B, G, S).
+    """
+    exact, fill = torch.promote_types(q.dtype, torch.float32), q.size()[:3]
     with torch.autocast(q.device.type, enabled=False):  # scores and masses stay float32
-        keys, q = k.to(exact).mT, q.to(exact) * scale
-        scores = q[..., : k.size(-1)] @ keys  # (B, G, R*T, S)
+        q = q.to(exact) * scale
+        scores = keys.products(q[..., :key_size], extent)  # (B, G, M, S)
         if sink_queries is not None:
             q2, where = sink_queries
             n = where.size(-1)
-            near = (q2.reshape(B, G, R * T, -1).to(exact) * scale) @ keys[..., :n]
+            near = keys.products(q2.reshape(*fill, -1).to(exact) * scale, n)
             scores = torch.cat((torch.where(where.unsqueeze(2), near, scores[..., :n]), scores[..., n:]), dim=-1)
-        if latent:
-            scores = scores + q[..., k.size(-1) :] @ v.to(exact).mT
+        if q.size(-1) > key_size:
+            scores = scores + values.products(q[..., key_size:], extent)
         if softcap is not None:
             scores = do_softcapping(scores, softcap)
         if mask is not None:
             scores = scores.masked_fill(~mask, torch.finfo(exact).min)  # finite where a row sees nothing at all
         probs = scores.softmax(dim=-1)
-        y = (probs.to(v.dtype) @ v).view(B, H, T, -1)
-    per_group = per_group or R
-    received = {"mass": probs.sum(dim=2) / per_group} if "mass" in want or ("last" in want and T == 1) else {}
+        y = values.sums(probs, extent)
+    received = {"mass": probs.sum(dim=2) / per_group} if "mass" in want or ("last" in want and tokens == 1) else {}
     if "last" in want:
-        received["last"] = received["mass"] if T == 1 else probs[:, :, T - 1 :: T].sum(dim=2) / per_group
+        last = received["mass"] if tokens == 1 else probs[:, :, tokens - 1 :: tokens].sum(dim=2) / per_group
+        received["last"] = last
     return y, {name: received[name] for name in want}
 
 

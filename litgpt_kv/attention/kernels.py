@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from litgpt_kv import registry
-from litgpt_kv.attention.eager import slot_attention
+from litgpt_kv.attention.eager import Rows, product_attention, slot_attention
+from litgpt_kv.attention.integer import has_fast_products
 from litgpt_kv.attention.rope import rotate
 
 
@@ -79,6 +80,59 @@ class Eager:
             want=want,
             per_group=view.per_group,
         )
+
+
+@registry.register("kernel", "products")
+class Products:
+    """Let storages multiply what they hold as they hold it, where they can: int8 codes are never made floats.
+
+    Scales multiply scores and probabilities instead. The reference, "eager", takes what this kernel cannot: blocks of
+    tokens and float64. Keys that are stored unrotated are read and rotated.
+    """
+
+    def supports(self, keys: Readable, values: Readable, device: torch.device) -> bool:
+        able = all(hasattr(storage, "products") and hasattr(storage, "sums") for storage in (keys, values))
+        return able and has_fast_products(device)
+
+    def attend(
+        self, q: Tensor, keys: Any, values: Any, view: Any, want: Sequence[str]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        spec, dtype = view.spec, q.dtype
+        if q.size(2) > 1 or dtype == torch.float64:
+            return Eager().attend(q, keys, values, view, want)
+        B, H, _, width = q.shape
+        q = q.view(B, values.sets, -1, width)  # a set for every head, or for every pool of heads
+        if view.key_angles is not None:
+            keys = Rows(rotate(keys.read(view.extent).to(dtype), view.key_angles, spec.rope_size))
+        if view.value_padding:
+            values = _OneMore(values)
+        y, received = product_attention(
+            q,
+            keys,
+            values,
+            view.mask,
+            extent=view.extent,
+            key_size=spec.key_size,
+            scale=spec.scale,
+            softcap=spec.softcap,
+            sink_queries=view.sink_queries,
+            want=want,
+            per_group=view.per_group,
+        )
+        return y.to(dtype).view(B, H, 1, -1), received
+
+
+class _OneMore:
+    """Values with a column of ones at their end, which meets what a bias adds to the scores."""
+
+    def __init__(self, values: Any) -> None:
+        self.values = values
+
+    def products(self, x: Tensor, extent: int) -> Tensor:
+        return self.values.products(x[..., :-1], extent) + x[..., -1:]
+
+    def sums(self, p: Tensor, extent: int) -> Tensor:
+        return self.values.sums(p, extent)
 
 
 def choose_kernel(name: str | None, keys: Readable, values: Readable, device: torch.device) -> Kernel:

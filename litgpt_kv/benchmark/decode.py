@@ -1,4 +1,4 @@
-"""`litgpt_kv benchmark`: our caches and litgpt's own, on the same weights, in one interleaved run."""
+"""`litgpt_kv benchmark`: compare our caches and litgpt's cache on the same weights, in interleaved runs."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ from tqdm import tqdm
 
 import litgpt
 from litgpt.config import Config
-from litgpt_kv import registry
 from litgpt_kv.arguments import DeviceArgs, Without, check_count
-from litgpt_kv.benchmark.parallel import compare
+from litgpt_kv.benchmark.parallel import cache_args, compare
 from litgpt_kv.cache.kv_cache import KVCache
+from litgpt_kv.cache.plan import ready_strategies
 from litgpt_kv.compat.input_pos import GPT
-from litgpt_kv.config import KVCacheArgs
 from litgpt_kv.disk import check_target, write_text
 from litgpt_kv.llm import checkpoint
 from litgpt_kv.llm.check_config import LIMITS
@@ -32,13 +31,13 @@ from litgpt_kv.parallel import DeviceRequest
 from litgpt_kv.parallel.weights import full_shapes
 
 MB = 1_000_000
-MOST = 1_000_000  # of everything that is counted
-STATUS = Path("/proc/self/status")  # where Linux tells a process its resident memory
+MOST = 1_000_000  # the limit of all counts
+STATUS = Path("/proc/self/status")  # on Linux, the memory of this process
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A random Llama-style model; its context is made as long as the longest run."""
+    """The sizes of a random model in Llama's architecture; its context is as long as the longest run."""
 
     n_layer: int = 12
     n_embd: int = 768
@@ -55,6 +54,7 @@ class Shape:
             raise ValueError(f"n_embd must be a multiple of n_head, and n_head of n_query_groups, got {sizes}.")
 
     def config(self, context: int) -> Config:
+        """Return the config of such a model with a context of `context` tokens."""
         return Config(
             name="benchmark",
             block_size=context,
@@ -70,7 +70,16 @@ class Shape:
 
 @dataclass
 class Contender:
-    """One way to run a model: how it reads a prompt, how it makes a token, what it holds."""
+    """A model with one kind of cache, and its measurements.
+
+    Attributes:
+        name: A strategy, "none" or "litgpt".
+        reset, prefill, step: Empty the cache, read a prompt, decode the token at a position.
+        formula, allocated: Bytes of the cache, computed from shapes and counted.
+        read: Bytes of the cache that a decode step must read.
+        prefill_seconds, step_seconds: Of each repetition; a step's are the mean over the steps.
+        peak: The most bytes allocated during a repetition, without those before it.
+    """
 
     name: str
     reset: Callable[[], None]
@@ -78,7 +87,7 @@ class Contender:
     step: Callable[[Tensor, int], Any]
     formula: int
     allocated: int
-    read: int  # cache bytes that a decode step must read
+    read: int
     prefill_seconds: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
     peak: int | None = None
@@ -98,34 +107,34 @@ def benchmark(
     out: str | None = None,
     device: Annotated[DeviceArgs, Without("generate_strategy", "quantize")] = DeviceArgs(),
 ) -> None:
-    """Measure prefill, decode and memory of strategies at several context lengths, litgpt's own cache beside them.
+    """Measure prefill, decode and memory of strategies and of litgpt's cache at several context lengths.
 
     Args:
-        checkpoint_dir: A checkpoint, "demo" for the shipped model; by default a random model of the given shape.
-        shape: The random model.
-        contexts: Prompt lengths in tokens (default: 1024 and 4096; half and most of the context for a checkpoint).
-        strategies: Which strategies to run (default: all that are registered), and after a colon who chooses, as in
-            h2o:pool; "none" runs the whole text each step.
-        budget: Of the strategies that evict: tokens, or a share of the context.
-        batch_size: Rows.
+        checkpoint_dir: A checkpoint, or "demo" for the shipped model; by default a random model of the given shape.
+        shape: The sizes of the random model.
+        contexts: Prompt lengths in tokens (default: 1024 and 4096; for a checkpoint, half and most of its context).
+        strategies: The strategies (default: all that are registered), with an optional `select` after a colon, as in
+            h2o:pool; "none" computes the whole text at every step.
+        budget: The budget of strategies that evict: tokens, or a percentage of the context.
+        batch_size: The number of rows.
         steps: Decode steps timed together in each repetition.
         repeats: Repetitions of everything, interleaved; the table shows the best and the median.
-        litgpt: Run litgpt's own cache as well.
-        out: Write everything measured to this JSON file.
-        device: Where to run; more than one device measures tensor parallel processes beside one, computing and
-            talking apart.
+        litgpt: Also measure litgpt's cache.
+        out: Write all measurements to this JSON file.
+        device: Where to run. With several devices, tensor parallel processes are compared with one process, and the
+            time of computation and of communication is shown.
     """
     for name, value in {"batch_size": batch_size, "steps": steps, "repeats": repeats}.items():
         check_count(name, value, 1, MOST)
     for context in contexts or ():
         check_count("contexts", context, 1, LIMITS["block_size"])
     if out is not None:
-        check_target(out)  # before minutes of measuring
+        check_target(out)  # fail before minutes of measuring
     if device.threads is not None:
         torch.set_num_threads(device.threads)
     if device.many:
         if device.compile:
-            raise ValueError("The comparison of one process with several is not compiled: leave out --compile.")
+            raise ValueError("With several devices, the benchmark cannot be compiled: leave out --compile.")
         if checkpoint_dir is None:
             contexts = contexts or [1024, 4096]
             config, weights = shape.config(max(contexts) + steps + 1), None
@@ -169,13 +178,13 @@ def benchmark(
     print(f"{report['machine']}, torch {torch.__version__}; memory reads at most {limit / 1e9:.1f} GB/s")
     with tqdm(total=len(contexts) * repeats, file=sys.stderr, disable=None, leave=False) as bar, torch.inference_mode():
         for context in contexts:
-            made = _contenders(model, context, steps, batch_size, strategies, budget, litgpt, device.compile)
+            contenders = _contenders(model, context, steps, batch_size, strategies, budget, litgpt, device.compile)
             tokens = torch.randint(config.vocab_size, (batch_size, context + steps), device=fabric.device)
             for i in range(repeats + 1):  # the first round warms up
-                for contender in made:
+                for contender in contenders:
                     _measure(contender, tokens, context, steps, keep=i > 0)
                 bar.update(i > 0)
-            rows = [_row(c, context, steps, batch_size, weights, limit) for c in made]
+            rows = [_row(c, context, steps, batch_size, weights, limit) for c in contenders]
             report["rows"] += rows
             bar.clear()
             _print(rows, repeats)
@@ -202,13 +211,11 @@ def _contenders(
     decoder = torch.compile(model, dynamic=False) if compiled else model
     length = torch.full((batch_size,), context, device=device)
     made = []
-    for name in strategies or registry.names("strategy"):
+    for name in strategies or ready_strategies():
         if name == "none":
             made.append(_none(model))
             continue
-        strategy, _, select = name.partition(":")
-        size = budget if registry.get("strategy", strategy).evicts else None
-        args = KVCacheArgs(strategy, size, select=select or None)
+        args = cache_args(name, budget)
         total = context + steps
         cache = KVCache.build(model, args, batch_size, total, static=compiled)
         dtype = model.transformer.wte.weight.dtype
@@ -229,7 +236,7 @@ def _contenders(
 
 
 def _none(model: GPT) -> Contender:
-    """No cache: every step runs the whole text again."""
+    """Compute the whole text at every step, without a cache."""
     text: list[Tensor] = []
 
     def prefill(tokens: Tensor) -> Tensor:
@@ -244,7 +251,7 @@ def _none(model: GPT) -> Contender:
 
 
 def _litgpt(model: GPT, context: int, steps: int, batch_size: int) -> Contender:
-    """litgpt's model over the same weights, driven as its own `generate` does."""
+    """Run litgpt's model with the same weights, in the way of its `generate`."""
     device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
     with torch.device("meta"):
         other = litgpt.GPT(model.config).eval()
@@ -253,28 +260,29 @@ def _litgpt(model: GPT, context: int, steps: int, batch_size: int) -> Contender:
     other.max_seq_length = context + steps
     other.set_kv_cache(batch_size, device=device, dtype=dtype)
     buffers = [b for block in other.transformer.h for b in (block.attn.kv_cache.k, block.attn.kv_cache.v)]
-    held = sum(b.numel() * b.element_size() for b in buffers)
-    total = held + other.mask_cache.numel() * other.mask_cache.element_size()
+    kv_bytes = sum(b.numel() * b.element_size() for b in buffers)
+    total = kv_bytes + other.mask_cache.numel() * other.mask_cache.element_size()
     positions = torch.arange(context + steps, device=device)
 
     def prefill(tokens: Tensor) -> Tensor:
         return other(tokens, positions[:context], input_pos_maxp1=context)
 
-    def step(token: Tensor, at: int) -> Tensor:
-        return other(token, positions[at : at + 1], input_pos_maxp1=at + 1)
+    def step(token: Tensor, pos: int) -> Tensor:
+        return other(token, positions[pos : pos + 1], input_pos_maxp1=pos + 1)
 
-    return Contender("litgpt", lambda: None, prefill, step, total, total, held)
+    return Contender("litgpt", lambda: None, prefill, step, total, total, kv_bytes)
 
 
 def _measure(contender: Contender, tokens: Tensor, context: int, steps: int, keep: bool) -> None:
+    """Read `context` tokens (B, T) and decode `steps` more; with `keep`, add the measurements to the contender."""
     device = tokens.device
     contender.reset()
     before = _resident(device, reset=True)
     began = _now(device)
     contender.prefill(tokens[:, :context])
     read = _now(device)
-    for at in range(context, context + steps):
-        contender.step(tokens[:, at : at + 1], at)
+    for pos in range(context, context + steps):
+        contender.step(tokens[:, pos : pos + 1], pos)
     end = _now(device)
     peak = _resident(device)
     if keep:
@@ -285,6 +293,7 @@ def _measure(contender: Contender, tokens: Tensor, context: int, steps: int, kee
 
 
 def _row(c: Contender, context: int, steps: int, batch_size: int, weights: int, limit: float) -> dict[str, Any]:
+    """Return a contender's row of the report."""
     best, median = min(c.step_seconds), statistics.median(c.step_seconds)
     return {
         "cache": c.name,
@@ -322,7 +331,7 @@ def _print(rows: list[dict[str, Any]], repeats: int) -> None:
 
 
 def bandwidth(device: torch.device) -> float:
-    """Bytes a second that this device reads from memory, measured on a sum over 256 MB: the limit of a decode step."""
+    """Measure the bytes per second that this device reads, in a sum over 256 MB: the limit of a decode step."""
     x = torch.ones(64 * 2**20, device=device)
     times = []
     for _ in range(6):
@@ -339,7 +348,10 @@ def _now(device: torch.device) -> float:
 
 
 def _resident(device: torch.device, reset: bool = False) -> int | None:
-    """Memory in use (with `reset`, which also forgets the peak) or the peak since; None where it cannot be told."""
+    """Return the peak memory in bytes since the last reset; with `reset`, reset it and return the memory in use.
+
+    It is None if the system does not provide it.
+    """
     if device.type == "cuda":
         if reset:
             torch.cuda.reset_peak_memory_stats(device)

@@ -1,4 +1,4 @@
-"""`litgpt_kv benchmark --devices 2`: one process beside several, computing and talking apart."""
+"""`litgpt_kv benchmark --devices 2`: compare one process with several, and measure their communication."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tqdm import tqdm
 from litgpt.config import Config
 from litgpt_kv import registry
 from litgpt_kv.cache.kv_cache import KVCache
+from litgpt_kv.cache.plan import ready_strategies
 from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.config import KVCacheArgs
 from litgpt_kv.parallel import DeviceRequest
@@ -29,8 +30,14 @@ MB = 1_000_000
 
 
 @dataclass
-class Side:
-    """A model, whole on one process or divided, with a cache of one kind."""
+class Contender:
+    """A model on one process or divided among several, with one kind of cache, and its measurements.
+
+    Attributes:
+        step_seconds: Seconds a token, of each repetition.
+        communication_seconds: The part of them that was spent in collectives.
+        calls, bytes: Collectives a token, and the bytes passed to them.
+    """
 
     strategy: str
     processes: int
@@ -38,40 +45,42 @@ class Side:
     cache: KVCache
     collectives: Collectives
     threads: int
-    step: list[float] = field(default_factory=list)  # seconds a token
-    talk: list[float] = field(default_factory=list)  # of these, in collectives
+    step_seconds: list[float] = field(default_factory=list)
+    communication_seconds: list[float] = field(default_factory=list)
     calls: float = 0.0
     bytes: float = 0.0
 
     @torch.inference_mode()
     def run(self, tokens: Tensor, context: int, keep: bool) -> None:
-        """Reads `context` tokens (B, T) and times the others, one at a time."""
+        """Read `context` of the tokens (B, T) and decode the others; with `keep`, keep the measurements."""
         torch.set_num_threads(self.threads)
         steps, device = tokens.size(1) - context, tokens.device
         self.cache.reset()
         self.model(tokens[:, :context], self.cache, torch.full((len(tokens),), context, device=device))
         self.collectives.barrier()
         _synchronise(device)
-        clock = self.collectives.timer = CollectiveTimer(device)
+        timer = self.collectives.timer = CollectiveTimer(device)
         began = time.perf_counter()
-        for at in range(context, tokens.size(1)):
-            self.model(tokens[:, at : at + 1], self.cache)
+        for pos in range(context, tokens.size(1)):
+            self.model(tokens[:, pos : pos + 1], self.cache)
         _synchronise(device)
         seconds, self.collectives.timer = time.perf_counter() - began, None
         if keep:
-            self.step.append(seconds / steps)
-            self.talk.append(clock.seconds / steps)
-            self.calls, self.bytes = clock.calls / steps, clock.bytes / steps
+            self.step_seconds.append(seconds / steps)
+            self.communication_seconds.append(timer.seconds / steps)
+            self.calls, self.bytes = timer.calls / steps, timer.bytes / steps
 
     def row(self, context: int) -> dict[str, Any]:
-        best = min(range(len(self.step)), key=self.step.__getitem__)
+        """Return the row of the report."""
+        best = min(range(len(self.step_seconds)), key=self.step_seconds.__getitem__)
+        seconds, communication = self.step_seconds[best], self.communication_seconds[best]
         return {
             "cache": self.strategy,
             "context": context,
             "processes": self.processes,
-            "token_ms": [1e3 * self.step[best], 1e3 * statistics.median(self.step)],
-            "compute_ms": 1e3 * (self.step[best] - self.talk[best]),
-            "communication_ms": 1e3 * self.talk[best],
+            "token_ms": [1e3 * seconds, 1e3 * statistics.median(self.step_seconds)],
+            "compute_ms": 1e3 * (seconds - communication),
+            "communication_ms": 1e3 * communication,
             "collectives": self.calls,
             "communication_bytes": self.bytes,
             "weight_bytes": sum(p.nbytes for p in self.model.parameters()),
@@ -91,12 +100,12 @@ def compare(
     repeats: int,
     threads: int | None = None,
 ) -> dict[str, Any] | None:
-    """Launches the processes, measures, prints a table; the report, or None on all processes but the first."""
+    """Start the processes, measure, and print a table; return the report on process 0, None on the others."""
     if isinstance(request.devices, int):
         divide_heads(config, request.devices * request.num_nodes)
     run = launch(request)
     collectives, device = run.collectives, run.fabric.device
-    hidden = True if collectives.rank else None  # None: a bar on terminals only
+    hidden = True if collectives.rank else None  # None: show the bar if standard error is a terminal
     with run.fabric.init_tensor():
         if weights is None:
             torch.manual_seed(0)
@@ -105,23 +114,30 @@ def compare(
         whole = load_tensor_parallel(config, Collectives(), weights, device=device) if collectives.rank == 0 else None
     tokens = torch.randint(config.vocab_size, (batch_size, max(contexts) + steps), device=device)
     tokens = collectives.all_reduce(tokens if collectives.rank == 0 else torch.zeros_like(tokens))
-    share = threads or torch.get_num_threads()  # of the machine's cores
+    own_threads = threads or torch.get_num_threads()  # this process' share of the cores
     report = {"model": config.name, "device": str(device), "processes": collectives.size, "rows": []}
-    names = strategies or registry.names("strategy")
+    names = strategies or ready_strategies()
+    if "none" in names:
+        raise ValueError("The strategy 'none' keeps nothing that several devices could share: leave it out.")
     with tqdm(total=len(contexts) * len(names) * repeats, file=sys.stderr, disable=hidden, leave=False) as bar:
         for context in contexts:
             rows = []
             for name in names:
-                args = KVCacheArgs(name, budget=budget if registry.get("strategy", name).evicts else None)
+                args = cache_args(name, budget)
 
-                def side(
-                    model: GPT, of: Collectives, threads: int, args: KVCacheArgs = args, size: int = context
-                ) -> Side:
+                def contender(
+                    model: GPT,
+                    group: Collectives,
+                    threads: int,
+                    args: KVCacheArgs = args,
+                    size: int = context,
+                    label: str = name,
+                ) -> Contender:
                     cache = KVCache.build(model, args, batch_size, size + steps)
-                    return Side(args.strategy, of.size, model, cache, of, threads)
+                    return Contender(label, group.size, model, cache, group, threads)
 
-                alone = None if whole is None else side(whole, Collectives(), threads or os.cpu_count() or 1)
-                together = side(part, collectives, share)
+                alone = None if whole is None else contender(whole, Collectives(), threads or os.cpu_count() or 1)
+                together = contender(part, collectives, own_threads)
                 for i in range(repeats + 1):  # the first round warms up
                     if alone is not None:
                         alone.run(tokens[:, : context + steps], context, keep=i > 0)
@@ -137,13 +153,21 @@ def compare(
     return report if collectives.rank == 0 else None
 
 
+def cache_args(name: str, budget: int | str) -> KVCacheArgs:
+    """Return the arguments for a strategy, which may be given with who selects, as in h2o:pool."""
+    strategy, _, select = name.partition(":")
+    size = budget if registry.get("strategy", strategy).evicts else None
+    return KVCacheArgs(strategy, size, select=select or None)
+
+
 def _largest(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Process 0's times, and the bytes of the process that holds most."""
+    """Return process 0's row, with the most bytes of any process."""
     return {**rows[0], **{k: max(row[k] for row in rows) for k in ("weight_bytes", "cache_bytes")}}
 
 
 def _print(rows: list[dict[str, Any]], repeats: int) -> None:
-    print(f"\n{rows[0]['context']:,} tokens of context; a token's time, best and median of {repeats}; the best apart")
+    title = f"{rows[0]['context']:,} tokens of context; token time, best and median of {repeats}; parts of the best"
+    print(f"\n{title}")
     layout = "{:<10}{:>10}{:>18}{:>12}{:>15}{:>13}{:>10}{:>13}{:>11}"
     heads = (
         "cache",

@@ -153,8 +153,8 @@ def _engine(
                 measured.between.append(now - last[output.id])
             last[output.id] = now
             if output.finish_reason is not None:
-                measured.whole.append(now - output.sequence.began)
-                measured.first.append(output.sequence.first - output.sequence.began)
+                measured.whole.append(now - output.sequence.start_time)
+                measured.first.append(output.sequence.first_token_time - output.sequence.start_time)
     measured.seconds, measured.requests = time.perf_counter() - began, len(texts)
     measured.tokens, measured.good = engine.stats.new_tokens, len(texts)
     return measured

@@ -128,6 +128,8 @@ def stored_tokens(slots: Slots, layers: Sequence[LayerCache], now: Tensor, table
             now,
             tables,
             layer.stores_unrotated,
+            slots.plan.window,
+            layer.constants,
         )
         for layer in layers
     ]
@@ -197,7 +199,8 @@ def _angles(step: DecodeMetadata, tables: Angles, theta: tuple[Tensor, Tensor, T
             ranks = cache_positions(pool.per_head(step.key_pos, step.owner, slots.heads, -1))
             return {"angles": tables, "tables": tables, "ranks": pool.of_owner(ranks, step.owner, slots.heads)}
         ranks = cache_positions(step.key_pos)  # (L, B, P, N)
-        own = ranks[..., -T:] if T > 1 else ranks.gather(-1, step.slot)
+        # the next slot of a retired row may lie beyond those that are attended to
+        own = ranks[..., -T:] if T > 1 else ranks.gather(-1, step.slot.clamp(max=ranks.size(-1) - 1))
         return {"angles": rows_at(tables, own[0, :, 0]), "tables": tables, "ranks": ranks}
     if not plan.endless:
         return {"angles": rows_at(tables, step.pos)}

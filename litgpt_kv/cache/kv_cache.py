@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from litgpt.config import Config
 from litgpt_kv.attention.rope import RopeTables
 from litgpt_kv.cache import serialize
+from litgpt_kv.cache.constants import connect
 from litgpt_kv.cache.decode import begin_decode
 from litgpt_kv.cache.door import check_build, check_context, check_count, check_prompt, check_rows, check_step
 from litgpt_kv.cache.inspection import LayerContents, inspect_row
@@ -101,12 +102,7 @@ class KVCache(nn.Module):
         with torch.inference_mode(False):  # tensors made inside could not be used outside of it
             cache = cls(model.config, args, batch_size, max_tokens, context, dtype, devices, static)
             cache.fingerprint = serialize.fingerprint(model)
-            if any(plan.strategy.needs for plan in cache.plans):
-                cache.rope = model.rope()
-            if any(plan.endless for plan in cache.plans):
-                cache.theta = model.theta()
-            for slots in cache.slots:
-                slots.sharing = model.sharing
+            connect(cache, model)
             return cache
 
     @classmethod
@@ -120,8 +116,8 @@ class KVCache(nn.Module):
     ) -> dict[str, int]:
         """Exact bytes of a cache before anything is allocated: keys, values, positions, statistics and total."""
         args = check_build(args, batch_size, max_tokens)
-        devices = [torch.device("meta")] * config.n_layer
-        return cls(config, args, batch_size, max_tokens, config.block_size, dtype, devices).allocated()
+        nowhere = [torch.device("meta")] * config.n_layer
+        return cls(config, args, batch_size, max_tokens, config.block_size, dtype, nowhere).allocated()
 
     def allocated(self) -> dict[str, int]:
         """Bytes held by this cache's buffers, as `nbytes` names them; they never grow."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from litgpt_kv.attention.kernels import choose_kernel
 from litgpt_kv.cache.plan import LayerPlan
 from litgpt_kv.cache.readers import FreshTokens, QueryRing
 from litgpt_kv.cache.slots import Slots
-from litgpt_kv.cache.strategies.base import RECEIVED, Tokens
+from litgpt_kv.cache.strategies.base import RECEIVED, LayerConstants, Tokens
 from litgpt_kv.config import KVCacheArgs
 
 
@@ -51,6 +52,7 @@ class LayerCache(nn.Module):
         keys, values: Storages. ring: The last queries, for a strategy that reads them.
         stores_unrotated: Whether keys are stored unrotated.
         kernel: Decode attention. want: The statistics that it returns.
+        constants: What the strategy reads of the model; `KVCache.build` sets it where the strategy needs any.
     """
 
     def __init__(
@@ -66,12 +68,18 @@ class LayerCache(nn.Module):
         super().__init__()
         spec = self.spec = plan.spec
         self.stack_index, self.stores_unrotated = stack_index, plan.stores_unrotated
-        sets, size, options = plan.pools or spec.groups, slots.size, args.storage_options
+        sets, size = plan.pools or spec.groups, slots.size
+        known = registry.options("storage", plan.storage)
+        options = {name: value for name, value in args.storage_options.items() if name in known}
         self.heads = slots.heads
         self.keys, self.values = (
+            # latent attention without rotation has keys of no width, which nothing can make smaller
             registry.build("storage", plan.storage, role, (batch_size, sets, size, width), dtype, device, **options)
+            if width
+            else registry.build("storage", "plain", role, (batch_size, sets, size, 0), dtype, device)
             for role, width in (("keys", spec.key_size), ("values", spec.value_size))
         )
+        self.constants: LayerConstants | None = None
         self.window, self.ring = 0, None
         if "queries" in plan.strategy.needs:
             self.window = plan.strategy.window  # type: ignore[attr-defined]
@@ -83,7 +91,7 @@ class LayerCache(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.keys.buffers()).device
+        return self.keys.device
 
     def by_set(self, x: Tensor) -> Tensor:
         """Tokens of all heads (B, G, T, D) as the storages hold them: (B, P, g * T, D) with pools, head by head."""
@@ -110,7 +118,7 @@ class LayerCache(nn.Module):
             x = self.by_set(x)
             if x.size(2) > index.size(-1):
                 x = x.gather(2, index.unsqueeze(-1).expand(-1, x.size(1), -1, x.size(-1)))  # (B, G, n, D)
-            storage.write(target, x.masked_fill((pos < 0).unsqueeze(-1), 0.0))
+            storage.write(target, x, pos >= 0)
         if self.ring is not None:
             self.ring.write(*fresh.last(fresh.raw_q if self.stores_unrotated else fresh.q), None)
 
@@ -125,6 +133,7 @@ class LayerCache(nn.Module):
         zeros = dict.fromkeys(slots.names, torch.zeros_like(pos, dtype=slots.dtype))
         tokens = Tokens(pos, step.length - 1, step.length, self.spec, {**zeros, **statistics}, fresh)
         own = slots.strategy.enter(tokens) if slots.enters else {}
+        own = {name: slots.own(x) for name, x in own.items()}
         tokens.statistics = {**tokens.statistics, **own}
         score = slots.prompt_score(tokens) if T > slots.plan.slots else None
         return slots.select_prompt(score, step.length, T), own
@@ -150,7 +159,11 @@ def build_layers(
         for i, plan in enumerate(group):
             layers[plan.spec.index] = LayerCache(plan, args, slots, slots.stack_index(i), batch_size, dtype, device)
             group_of[plan.spec.index] = number
-    return every, [layers[i] for i in range(len(plans))], group_of
+    in_order = [layers[i] for i in range(len(plans))]
+    for layer, following in pairwise(in_order):
+        layer.keys.before(following.keys)
+        layer.values.before(following.values)
+    return every, in_order, group_of
 
 
 def prompt_statistics(

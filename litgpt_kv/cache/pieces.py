@@ -14,14 +14,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from litgpt_kv.attention.eager import CausalMasks, slot_attention
+from litgpt_kv.attention.eager import CausalMasks, causal_attention, slot_attention
 from litgpt_kv.attention.masks import visible
 from litgpt_kv.attention.rope import Angles, RopeTables, rotate
 from litgpt_kv.cache.layer import LayerCache, PrefillMetadata, prompt_statistics
 from litgpt_kv.cache.readers import FreshTokens
 from litgpt_kv.cache.row_clock import RowClock
 from litgpt_kv.cache.slots import Slots
-from litgpt_kv.cache.views import LatentProjection, Pass, SequenceView
+from litgpt_kv.cache.views import LatentProjection, Pass
 
 
 @dataclass(eq=False)
@@ -133,19 +133,19 @@ class PieceView:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, latent: LatentProjection | None = None) -> Tensor:
         layer, spec, prompt = self.layer, self.layer.spec, self.prompt
-        turned_q, turned_k = (rotate(x, self.angles, spec.rope_size) for x in (q, k))
-        prompt.rotated = _append(prompt.rotated, turned_k.detach(), 2)
+        rotated_q, rotated_k = (rotate(x, self.angles, spec.rope_size) for x in (q, k))
+        prompt.rotated = _append(prompt.rotated, rotated_k.detach(), 2)
         prompt.v = _append(prompt.v, v.detach(), 2)
         if layer.stores_unrotated or layer.reads_tokens:
             prompt.unrotated = _append(prompt.unrotated, k.detach(), 2)
         if latent is None:
-            every = turned_q, prompt.rotated, prompt.v
+            every = rotated_q, prompt.rotated, prompt.v
         else:
-            every = latent.expand(turned_q, prompt.rotated, prompt.v)
+            every = latent.expand(rotated_q, prompt.rotated, prompt.v)
         y = self._causal(*every)
         self._observe(every[0].detach(), every[1].detach())
         if layer.window:
-            both = (turned_q, q) if latent is None else (latent.absorb(turned_q), latent.absorb(q))
+            both = (rotated_q, q) if latent is None else (latent.absorb(rotated_q), latent.absorb(q))
             prompt.q, prompt.raw_q = (
                 _append(old, new.detach(), 2)[:, :, -layer.window :] for old, new in zip((prompt.q, prompt.raw_q), both)
             )
@@ -156,13 +156,14 @@ class PieceView:
     def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (1, H, t, D) attends to k, v (1, G, N, .) of all tokens up to its own; (1, H, t, Dv)."""
         spec, T, N = self.layer.spec, q.size(2), k.size(2)
-        if self.start == 0:
-            return SequenceView(spec, self.angles, self.masks, self.last, self.observer).causal(q, k, v).transpose(1, 2)
         pos = torch.arange(self.start, self.start + T, device=q.device)
         if self.last is not None:
             q, pos = q[:, :, -1:], pos[-1:]
         if self.observer is not None:
             self.observer(q)
+        if self.start == 0:
+            math = {"scale": spec.scale, "softcap": spec.softcap, "window": spec.window}
+            return causal_attention(q, k, v, **math, masks=self.masks, last=self.last)
         mask = visible(pos.unsqueeze(0), torch.arange(N, device=q.device).unsqueeze(0), spec.window)  # (1, t, N)
         return slot_attention(q, k, v, mask.unsqueeze(1), scale=spec.scale, softcap=spec.softcap)[0]
 
@@ -183,7 +184,8 @@ class PieceView:
         unrotated = prompt.rotated if prompt.unrotated is None else prompt.unrotated
         first = self.length - q.size(2)
         tensors = prompt.rotated, unrotated, prompt.v, q, raw_q
-        layer.seed(step, FreshTokens(layer.spec, *tensors, length, layer.window, first), prompt.received)
+        fresh = FreshTokens(layer.spec, *tensors, length, layer.window, first, layer.constants)
+        layer.seed(step, fresh, prompt.received)
 
 
 def _append(old: Tensor | None, new: Tensor, dim: int) -> Tensor:

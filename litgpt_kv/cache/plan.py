@@ -78,12 +78,21 @@ def resolve(config: Config, args: KVCacheArgs, max_tokens: int, context: int) ->
     options = {name: registry.options("strategy", name) for name in dict.fromkeys(values[0])}
     if unknown := [k for k in args.options if not any(k in own for own in options.values())]:
         registry.build("strategy", values[0][0], **{unknown[0]: None})  # says what there is
+    stores = dict.fromkeys(values[4])
+    if unknown := [k for k in args.storage_options if not any(k in registry.options("storage", s) for s in stores)]:
+        registry.build("storage", values[4][0], **{unknown[0]: None})  # says what there is
     plans = []
     for index, (name, budget, sinks, recent, storage) in enumerate(zip(*values)):
         strategy = registry.build("strategy", name, **{k: v for k, v in args.options.items() if k in options[name]})
         layer = _LayerArgs(name, strategy, budget, sinks, recent, storage)
         plans.append(_resolve_layer(layer_spec(config, index), args, layer, max_tokens, context))
     return plans
+
+
+def ready_strategies() -> list[str]:
+    """The names of strategies that run as they are: without a calibration file."""
+    names = registry.names("strategy")
+    return [name for name in names if "calibration" not in registry.build("strategy", name).needs]
 
 
 @dataclass(frozen=True)
@@ -120,6 +129,7 @@ def _resolve_layer(spec: LayerSpec, args: KVCacheArgs, layer: _LayerArgs, max_to
         sinks = 0
     elif window is not None:  # inside the cache all tokens are nearer than the window
         window = None
+    _check_defined(spec, layer.name, strategy)
     own_sinks, own_recent = strategy.protected(slots)  # defaults, which give way to what the user says
     if sinks is None:
         sinks = own_sinks if layer.budget is not None else min(own_sinks, slots - 1)
@@ -134,6 +144,8 @@ def _resolve_layer(spec: LayerSpec, args: KVCacheArgs, layer: _LayerArgs, max_to
             f"interval {interval} is over the limit of {most}: budget {slots} less sinks {sinks} and recent {recent} "
             f"({layer.name})."
         )
+    if registry.get("storage", layer.storage).in_order:
+        check_in_order(layer.storage, layer.name, strategy, interval)
     select, pools, floor = _resolve_select(spec, args, layer.name, strategy, slots, interval)
     keep_prompt = keep_prompt and strategy.evicts
     return LayerPlan(
@@ -151,6 +163,37 @@ def _resolve_layer(spec: LayerSpec, args: KVCacheArgs, layer: _LayerArgs, max_to
         positions,
         window,
     )
+
+
+def _check_defined(spec: LayerSpec, name: str, strategy: Strategy) -> None:
+    """Refuse a strategy that does not know this kind of attention, or lacks its calibration."""
+    if spec.latent and not strategy.latent:
+        raise ValueError(f"{name} is not defined for multi-head latent attention (layer {spec.index}).")
+    if "rope" in strategy.needs and spec.rope_size % 2:
+        raise ValueError(f"{name} needs an even number of rotated elements, not {spec.rope_size}.")
+    if "calibration" in strategy.needs and strategy.calibration is None:  # type: ignore[attr-defined]
+        raise ValueError(
+            f"{name} needs a calibration file, option 'calibration': `litgpt_kv calibrate CHECKPOINT --text FILE --for "
+            f"{name} --out FILE` makes it."
+        )
+
+
+def check_in_order(storage: str, name: str, strategy: Strategy, interval: int) -> None:
+    """Refuse strategies whose tokens do not leave in order, for a storage that quantises neighbours together.
+
+    Raises:
+        ValueError: With the names.
+    """
+    if not strategy.recency:
+        able = ", ".join(n for n in registry.names("strategy") if registry.get("strategy", n).recency)
+        raise ValueError(
+            f"The storage {storage!r} quantises neighbouring tokens together, so they must leave in order, which those "
+            f"of {name!r} do not. Strategies that do: {able}; storages that take any strategy: int8, int4, k8v4."
+        )
+    if strategy.evicts and interval > 1:
+        raise ValueError(
+            f"With the storage {storage!r} tokens leave one at a time: interval must be 1, got {interval}."
+        )
 
 
 def _resolve_select(

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from litgpt_kv.attention.masks import cache_positions
-from litgpt_kv.attention.rope import Angles, rotate, rows_at, unrotate
+from litgpt_kv.attention.rope import Angles, angles_at, rotate, rows_at, unrotate
 from litgpt_kv.cache import pool
 from litgpt_kv.cache.spec import LayerSpec
+from litgpt_kv.cache.strategies.base import LayerConstants
 
 
 @dataclass(eq=False)
@@ -30,6 +31,7 @@ class FreshTokens:
         raw_q: The same, unrotated.
         length: (B,) tokens of each row, so that the position of its last query is one less.
         window: How many last queries are of interest.
+        constants: Of the layer.
     """
 
     spec: LayerSpec
@@ -41,6 +43,11 @@ class FreshTokens:
     length: Tensor
     window: int
     first_query: int = 0
+    constants: LayerConstants | None = None
+
+    @property
+    def sliding_window(self) -> int | None:
+        return self.spec.window
 
     def keys(self) -> Tensor:
         return torch.cat((self.rotated, self.v), dim=-1) if self.spec.latent else self.rotated
@@ -53,6 +60,12 @@ class FreshTokens:
 
     def queries(self) -> tuple[Tensor, Tensor]:
         return self.last(self.q)
+
+    def unrotated_queries(self) -> tuple[Tensor, Tensor]:
+        return self.last(self.raw_q)
+
+    def distance(self, pos: Tensor, now: Tensor) -> Tensor:
+        return now.view(-1, 1, 1) - pos
 
     def last(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """The last `window` queries of each row and their positions, -1 where there are fewer."""
@@ -107,6 +120,8 @@ class StoredTokens:
         pos: (B, P, S) positions of the slots. owner: (B, P, S) of a pool, or None. heads: Heads of a pool.
         now: (B,) positions of the newest tokens.
         tables: The layer's rope tables. stores_unrotated: Whether keys are stored unrotated.
+        sliding_window: How many tokens back a query sees, None for all.
+        constants: Of the layer.
     """
 
     spec: LayerSpec
@@ -118,6 +133,8 @@ class StoredTokens:
     now: Tensor
     tables: Angles
     stores_unrotated: bool
+    sliding_window: int | None
+    constants: LayerConstants | None
 
     def keys(self) -> Tensor:
         keys = self._read(0)
@@ -135,20 +152,38 @@ class StoredTokens:
         return self._read(1)
 
     def queries(self) -> tuple[Tensor, Tensor]:
-        if self.ring is None:
-            raise ValueError("A strategy that reads queries must say so: list 'queries' in `needs`.")
-        q, pos = self.ring.data, self.ring.pos
-        order = pos.argsort(dim=-1)  # oldest first
-        q = q.gather(2, order.view(order.size(0), 1, -1, 1).expand(q.shape))
-        pos = pos.gather(1, order)
+        q, pos = self._ring()
         if self.stores_unrotated:  # as far from the newest token as in the text, which keeps them with their tokens
             newest = (self._pos() >= 0).sum(dim=-1, keepdim=True) - 1  # (B, P, 1)
-            place = newest - (self.now.view(-1, 1, 1) - pos.unsqueeze(1))  # (B, P, w)
-            cos, sin = rows_at(self.tables, place)
+            place = newest - (self.now.view(-1, 1, 1) - pos.unsqueeze(1))  # (B, P, w), below 0 for some in small caches
+            cos, sin = self._angles(place)
             repeats = self.spec.heads // place.size(1) if place.size(1) > 1 else 1
             angles = cos.repeat_interleave(repeats, dim=1), sin.repeat_interleave(repeats, dim=1)
             q = rotate(q, angles, self.spec.rope_size)
         return q, pos
+
+    def unrotated_queries(self) -> tuple[Tensor, Tensor]:
+        q, pos = self._ring()
+        return (q if self.stores_unrotated else unrotate(q, rows_at(self.tables, pos), self.spec.rope_size)), pos
+
+    def distance(self, pos: Tensor, now: Tensor) -> Tensor:
+        if not self.stores_unrotated:
+            return now.view(-1, 1, 1) - pos
+        return (pos >= 0).sum(dim=-1, keepdim=True) - 1 - cache_positions(pos)
+
+    def _angles(self, pos: Tensor) -> Angles:
+        if self.constants is None:
+            return rows_at(self.tables, pos)
+        return angles_at(self.constants.theta, pos, self.tables[0].dtype)
+
+    def _ring(self) -> tuple[Tensor, Tensor]:
+        """The last queries (B, H, w, D) as they are kept, and their positions (B, w), oldest first."""
+        if self.ring is None:
+            raise ValueError("A strategy that reads queries must say so: list 'queries' in `needs`.")
+        q, pos = self.ring.data, self.ring.pos
+        order = pos.argsort(dim=-1)
+        q = q.gather(2, order.view(order.size(0), 1, -1, 1).expand(q.shape))
+        return q, pos.gather(1, order)
 
     def _pos(self) -> Tensor:
         """Positions (B, P, S), for pools (B, G, S) with the other heads' slots empty."""

@@ -81,6 +81,9 @@ def read(cls: Any, path: str | Path, model: Any, args: KVCacheArgs | str | None)
             cache = cls.build(model, about["args"], about["batch_size"], about["max_tokens"], about["dtype"])
             _check_content(cache, buffers)
             _fill(cache, buffers)
+            for layer in cache.layers:
+                layer.keys.check()
+                layer.values.check()
     except (ValueError, OSError, SafetensorError) as error:
         raise ValueError(f"{path:.300} cannot be read as a cache: {error}") from error
     cache.recount()

@@ -8,7 +8,7 @@ set · T new tokens · N keys attended to.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,13 @@ LAST = torch.iinfo(torch.int64).max
 
 
 class Sharing(Protocol):
-    """What slots ask for where other devices hold a layer's other heads. Each process of a run asks the same."""
+    """What slots ask for where other devices hold a layer's other heads. Each process of a run asks the same.
+
+    Attributes:
+        heads: Ranges `queries` and `groups` of the heads that are here, and how many `all_queries` there are.
+    """
+
+    heads: Any
 
     def mass(self, mass: Tensor, per_head: bool) -> Tensor:
         """Attention (..., G, S) that this device's query heads paid, to that of all: (..., G, S), or for one choice
@@ -30,6 +36,9 @@ class Sharing(Protocol):
 
     def score(self, score: Tensor, per_head: bool) -> Tensor:
         """Scores (..., P, S) made from this device's keys and queries, to the mean over all devices with a say."""
+
+    def largest(self, x: Tensor) -> Tensor:
+        """Numbers (B, G, ...) of this device's query heads, to the largest over all that have heads of these groups."""
 
 
 class Slots(nn.Module):
@@ -248,9 +257,9 @@ class Slots(nn.Module):
             statistic.copy_(received)
 
     def enter_own(self, values: list[Mapping[str, Tensor]], slot: Tensor, live: Tensor | None) -> None:
-        """Note the strategy's own statistics of new tokens: of each layer by name, (B, P, T) (for pools (B, G, T))."""
+        """Note the strategy's own statistics of new tokens: of each layer by name, (B, P, T) or (B, G, T)."""
         for name in values[0]:
-            entered = torch.stack([own[name] for own in values])
+            entered = torch.stack([self.own(own[name]) for own in values])
             if self.owner is not None:
                 entered = entered.unflatten(2, (-1, self.heads)).flatten(3, 4)  # (L, B, P, g * T)
             buffer = self._buffers[f"statistic_{name}"]
@@ -270,10 +279,14 @@ class Slots(nn.Module):
             values = values.to(buffer.dtype)  # type: ignore[union-attr]
             buffer.copy_(values if live is None else torch.where(live.view(1, -1, 1, 1), values, buffer))  # type: ignore[union-attr,arg-type]
 
+    def own(self, x: Tensor) -> Tensor:
+        """A strategy's own statistic of new tokens, (B, P or G, T), a set: where heads choose together, their mean."""
+        return self.per_set(x) if x.size(-2) == self.layers[0].groups else x
+
     @property
     def enters(self) -> bool:
         """Whether the strategy looks at tokens when they enter."""
-        return type(self.strategy).enter is not Strategy.enter
+        return self.strategy.reads_on_entry
 
     @property
     def updates(self) -> bool:

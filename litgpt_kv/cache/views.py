@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from litgpt_kv.attention.eager import CausalMasks, causal_attention, last_token_attention, queries_at
+from litgpt_kv.attention.eager import CausalMasks, causal_attention, queries_at
 from litgpt_kv.attention.rope import Angles, RopeTables, rotate, rows_at
 from litgpt_kv.cache.layer import LayerCache, PrefillMetadata, prompt_statistics
 from litgpt_kv.cache.readers import FreshTokens
@@ -67,11 +67,12 @@ class LayerView(Protocol):
 
 @dataclass(eq=False)
 class SequenceView:
-    """A whole sequence attends to itself: training, and the attention of a prefill.
+    """A whole sequence attends to itself: in training, or as a prompt of which a layer's cache keeps something.
 
     Attributes:
         spec: The layer. angles: Of the positions from 0 on. masks: Shared by the layers of the pass.
-        last: See `LayerView`.
+        last, observer: See `LayerView`.
+        layer, step: Of a prefill: the layer's cache, and what its group shares.
     """
 
     spec: LayerSpec
@@ -79,60 +80,28 @@ class SequenceView:
     masks: CausalMasks
     last: Tensor | None = None
     observer: Callable[[Tensor], None] | None = None
+    layer: LayerCache | None = None
+    step: PrefillMetadata | None = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, latent: LatentProjection | None = None) -> Tensor:
-        q, k = (rotate(x, self.angles, self.spec.rope_size) for x in (q, k))
-        if latent is not None:
-            q, k, v = latent.expand(q, k, v)
-        return self.causal(q, k, v)
-
-    def causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Causal attention of rotated q, k and v."""
         spec = self.spec
-        math = {"scale": spec.scale, "softcap": spec.softcap, "window": spec.window}
-        if self.last is not None:
-            q = queries_at(q, self.last)
+        rotated_q, rotated_k = (rotate(x, self.angles, spec.rope_size) for x in (q, k))
+        queries, keys, values = (rotated_q, rotated_k, v) if latent is None else latent.expand(rotated_q, rotated_k, v)
+        wanted = queries if self.last is None else queries_at(queries, self.last)
         if self.observer is not None:
-            self.observer(q)
-        if self.last is None:
-            y = causal_attention(q, k, v, **math, masks=self.masks)
-        else:
-            y = last_token_attention(q, k, v, self.last, **math)
+            self.observer(wanted)
+        math = {"scale": spec.scale, "softcap": spec.softcap, "window": spec.window}
+        y = causal_attention(wanted, keys, values, **math, masks=self.masks, last=self.last)
+        if self.layer is not None and self.step is not None:
+            length = self.step.length
+            received = prompt_statistics(self.layer, queries.detach(), keys.detach(), length) if self.layer.want else {}
+            if latent is not None and self.layer.window:
+                rotated_q, q = latent.absorb(rotated_q), latent.absorb(q)
+            # detached: the cache must not keep the autograd graph alive
+            tensors = (x.detach() for x in (rotated_k, k, v, rotated_q, q))
+            fresh = FreshTokens(spec, *tensors, length, self.layer.window, constants=self.layer.constants)
+            self.layer.seed(self.step, fresh, received)
         return y.transpose(1, 2)  # (B, T, H, Dv)
-
-
-@dataclass(eq=False)
-class PrefillView:
-    """A prompt attends to itself, and what the strategy keeps of it enters the cache."""
-
-    layer: LayerCache
-    step: PrefillMetadata
-    sequence: SequenceView
-
-    @property
-    def last(self) -> Tensor | None:
-        return self.sequence.last
-
-    @property
-    def observer(self) -> Callable[[Tensor], None] | None:
-        return self.sequence.observer
-
-    @observer.setter
-    def observer(self, value: Callable[[Tensor], None] | None) -> None:
-        self.sequence.observer = value
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, latent: LatentProjection | None = None) -> Tensor:
-        layer, spec, length = self.layer, self.layer.spec, self.step.length
-        turned_q, turned_k = (rotate(x, self.sequence.angles, spec.rope_size) for x in (q, k))
-        every = (turned_q, turned_k, v) if latent is None else latent.expand(turned_q, turned_k, v)
-        y = self.sequence.causal(*every)
-        received = prompt_statistics(layer, every[0].detach(), every[1].detach(), length) if layer.want else {}
-        if latent is not None and layer.window:
-            turned_q, q = latent.absorb(turned_q), latent.absorb(q)
-        # detached: the cache must not keep the autograd graph alive
-        tensors = (x.detach() for x in (turned_k, k, v, turned_q, q))
-        layer.seed(self.step, FreshTokens(spec, *tensors, length, layer.window), received)
-        return y
 
 
 @dataclass(eq=False)
@@ -211,24 +180,24 @@ class DecodeView:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, latent: LatentProjection | None = None) -> Tensor:
         layer, step = self.layer, self.step
         spec, size = layer.spec, layer.spec.rope_size
-        turned_q = rotate(q, self.angles, size)
+        rotated_q = rotate(q, self.angles, size)
         if self.observer is not None:
-            self.observer(turned_q)
-        turned_k = k if layer.stores_unrotated else rotate(k, self.angles, size)
+            self.observer(rotated_q)
+        rotated_k = k if layer.stores_unrotated else rotate(k, self.angles, size)
         if self.sinks is not None:
             part = q if latent is None else q[..., :size]
             self.sink_queries = rotate(part, self.sinks[0], size), self.sinks[1]
         if self.ranks is not None:
             self.key_angles = rows_at(self.tables, self.ranks[layer.stack_index])
         if latent is not None:
-            turned_q, q = latent.absorb(turned_q), latent.absorb(q) if layer.ring is not None else q
+            rotated_q, q = latent.absorb(rotated_q), latent.absorb(q) if layer.ring is not None else q
             self.value_padding = latent.bias
-        keys, values = self._write(turned_k.detach(), v.detach(), turned_k, v)
-        y, received = layer.kernel.attend(turned_q, keys, values, self, layer.want)
+        keys, values = self._write(rotated_k.detach(), v.detach(), rotated_k, v)
+        y, received = layer.kernel.attend(rotated_q, keys, values, self, layer.want)
         for name, mass in received.items():
             step.received.setdefault(name, []).append(self._at_slots(mass.detach()))
         if layer.ring is not None:
-            layer.ring.write((q if layer.stores_unrotated else turned_q).detach(), step.pos, step.live)
+            layer.ring.write((q if layer.stores_unrotated else rotated_q).detach(), step.pos, step.live)
         if step.slots.enters:
             step.entered.append(self._entered(k.detach(), v.detach()))
         if latent is not None:
@@ -268,7 +237,7 @@ class DecodeView:
         pos = step.pos.unsqueeze(1).expand(-1, sets, -1)
         zeros = torch.zeros_like(pos, dtype=slots.dtype)
         turned = rotate(k, self.new_key_angles or self.angles, layer.spec.rope_size)
-        fresh = FreshTokens(layer.spec, turned, k, v, k, k, step.pos[:, -1] + 1, 0)
+        fresh = FreshTokens(layer.spec, turned, k, v, k, k, step.pos[:, -1] + 1, 0, constants=layer.constants)
         now = step.pos[:, -1]
         return slots.strategy.enter(
             Tokens(pos, now, step.prompt_length, layer.spec, dict.fromkeys(slots.names, zeros), fresh)
@@ -344,8 +313,8 @@ def begin_prefill(
     steps = [PrefillMetadata.of(slots, length, T) for slots in groups]
     angles, masks = rope.slice(0, T), CausalMasks()
     views = [
-        PrefillView(layer, steps[g], SequenceView(layer.spec, angles[t], masks))
+        SequenceView(layer.spec, angles[t], masks, layer=layer, step=steps[g])
         for layer, g, t in zip(layers, group_of, rope.which)
     ]
-    views[-1].sequence.last = length.to(layers[-1].device) - 1  # all the others' outputs make keys and values
+    views[-1].last = length.to(layers[-1].device) - 1  # all the others' outputs make keys and values
     return PrefillPass(views, True, clock, length, lengths, list(groups))

@@ -1,4 +1,4 @@
-"""Answers of a prompt file: a file of JSON lines in which nothing is lost, or standard output in order."""
+"""Write the answers to a prompt file: to a file of JSON lines that survives interruptions, or to standard output."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from typing import Any
 from litgpt_kv.disk import Appender, RunLock, check_target, reason, replacing
 from litgpt_kv.parallel import ParallelStrategy
 
-BEGIN = b'{"line": '  # of every answer
-Key = tuple[int, int]  # a prompt's line, and the number of its sample
-MOST_LINES, MOST_SAMPLES = 2**40, 2**20  # so that a key is one integer of 64 bits
-FAILED = "error"  # the reason of a row that did not end well
+RECORD_START = b'{"line": '  # every answer starts with these bytes
+Key = tuple[int, int]  # line number of the prompt, sample number
+MOST_LINES, MOST_SAMPLES = 2**40, 2**20  # a key fits into one 64-bit integer
+FAILED = "error"  # the finish_reason of a failed answer
 NUMBER = (int, float)
-NEEDED: Mapping[str, tuple[type, ...]] = {"line": (int,), "prompt": (str,), "text": (str,), "finish_reason": (str,)}
+REQUIRED: Mapping[str, tuple[type, ...]] = {"line": (int,), "prompt": (str,), "text": (str,), "finish_reason": (str,)}
 TYPES: Mapping[str, tuple[type, ...]] = {
-    **NEEDED,
+    **REQUIRED,
     **{"sample": (int,), "id": (int, str), "run": (str,), "tokens": (list,), "logprobs": (list,)},
     **{"prompt_tokens": (int,), "new_tokens": (int,), "seconds": NUMBER, "first_token_seconds": NUMBER},
 }
 
 
 class AnswerIndex:
-    """Where the answers of a file begin, and a digest of what each one answers: 24 bytes an answer."""
+    """Map each answer's key to its byte offset in the file and to a digest of its prompt: 24 bytes an answer."""
 
     def __init__(self) -> None:
         self.keys, self.digests, self.offsets = array("q"), array("q"), array("q")
@@ -52,7 +52,7 @@ class AnswerIndex:
         return all(self.keys[i] < self.keys[i + 1] for i in range(len(self.keys) - 1))
 
     def sort(self) -> None:
-        """Bring the answers into the order of their keys; of several with one key the last one stays."""
+        """Sort by key. If several answers have the same key, keep the last one."""
         if self.is_sorted():
             return
         order = sorted(range(len(self.keys)), key=self.keys.__getitem__)  # stable
@@ -61,33 +61,34 @@ class AnswerIndex:
             setattr(self, name, array("q", map(column.__getitem__, last)))
 
     def find(self, key: Key) -> int | None:
-        """Return which answer of a sorted index has this key."""
+        """Return the index of the answer with this key, or None. The answers must be sorted."""
         i = bisect_left(self.keys, _number(key))
         return i if i < len(self.keys) and self.keys[i] == _number(key) else None
 
 
 class Answers:
-    """Take answers as they are finished.
+    """Write answers as they are finished.
 
-    A file gets each one at once, so that an interrupted run loses none; at the end they are brought into the order of
-    the prompts. Standard output gets each one as soon as all before it are there. One run at a time writes a file.
+    Each answer is appended to the file at once, so an interrupted run loses none; `close` sorts the file into the order
+    of the prompts. Standard output is always in that order: an answer waits until all earlier ones are printed. Only
+    one run at a time can write a file.
 
-    Where several processes divide the prompts (`ParallelStrategy.divides_prompts`), process 0 writes the file and each
-    other one a part beside it, which is emptied whenever process 0 has taken over what is in it (`merge`).
+    If several processes divide the prompts (`ParallelStrategy.divides_prompts`), process 0 writes the file. Every other
+    process writes a part file next to it, `NAME.partRANK`, and deletes it when process 0 has its answers (`merge`).
 
     Args:
-        path: the file; None or "-" is standard output.
-        resume: go on with a file that exists.
-        run: a digest of the settings; answers made with others are not continued.
+        path: The file; None or "-" is standard output.
+        resume: Continue a file that exists.
+        run: A digest of the settings; a file that was written with other settings is not continued.
 
     Attributes:
-        before: the answers that a run before left.
-        added: how many this run made.
-        matched: how many of those before answer a prompt of this run.
+        before: The answers of an earlier run.
+        added: How many answers this run made.
+        matched: How many answers of `before` are for a prompt of this run.
 
     Raises:
-        ValueError: If the file exists and `resume` is not given, if it holds something else, if it cannot be written,
-            or if another run is writing it.
+        ValueError: If the file exists and `resume` is not given, if its content is not answers, if it cannot be
+            written, or if another run is writing it.
     """
 
     def __init__(self, path: str | None, resume: bool = False, run: str = "") -> None:
@@ -97,27 +98,27 @@ class Answers:
         self._made = AnswerIndex()  # by this run
         self._lock: RunLock | None = None
         self._appender: Appender | None = None
-        self._torn = 0  # bytes of a last line that was not finished
-        self._untidy = False  # the file has more than its answers, or these are in another order
-        self._expected: deque[Key] = deque()  # of standard output, in order
-        self._early: dict[Key, dict[str, Any]] = {}  # answers that wait for those before them
+        self._torn = 0  # bytes of an unfinished last line
+        self._needs_rewrite = False  # the file is unsorted, or has lines to drop
+        self._expected: deque[Key] = deque()  # what standard output prints next, in order
+        self._waiting: dict[Key, dict[str, Any]] = {}  # finished, but an earlier one is not
         if self.path is None:
             if resume:
                 raise ValueError("--resume continues a file: give it with --out.")
             return
         check_target(self.path)
-        RunLock(self.path).release()  # said before a model is loaded; `begin` takes it
+        RunLock(self.path).release()  # fail before a model is loaded; `begin` locks it for the run
         files = [file for file in (self.path, *self.parts()) if file.exists() and file.stat().st_size]
         if files and not resume:
             raise ValueError(f"{files[0]} exists: --resume continues it, or choose another name.")
         self._found = self._state()
         for file in files:
             self._scan(file)
-        self._untidy = self._untidy or self._torn > 0 or not self.before.is_sorted()
+        self._needs_rewrite = self._needs_rewrite or self._torn > 0 or not self.before.is_sorted()
         self.before.sort()
 
     def __len__(self) -> int:
-        """How many answers there are: in the file, or printed."""
+        """Return how many answers are in the file, or were printed."""
         return len(self.before) + self.added
 
     def __enter__(self) -> Answers:
@@ -139,15 +140,15 @@ class Answers:
         return 0 if self.parallel is None else self.parallel.collectives.rank
 
     def parts(self) -> list[Path]:
-        """Return the files of the processes that divided a run."""
+        """Return the part files of other processes, those of an interrupted run too."""
         found = self.path.parent.glob(f"{glob.escape(self.path.name)}.part*")
         return sorted(file for file in found if file.name.rpartition(".part")[2].isdigit())
 
     def begin(self, parallel: ParallelStrategy | None) -> None:
-        """Take the file for this run, and what parts of a run before hold; all processes call it.
+        """Lock the file, and move the answers of leftover part files into it. All processes must call this.
 
         Raises:
-            ValueError: If another run has it or changed it meanwhile.
+            ValueError: If another run has locked the file, or has changed it since it was opened.
         """
         self.parallel = parallel
         if self.path is None:
@@ -167,15 +168,15 @@ class Answers:
         self._adopt_parts()
 
     def expect(self, key: Key) -> None:
-        """Note that this answer will come next in order; standard output waits for it."""
+        """Register the next key in the order of the prompts; standard output waits for its answer."""
         if self.path is None:
             self._expected.append(key)
 
     def matches(self, key: Key, prompt: str) -> bool:
-        """Return whether an answer is there already.
+        """Return whether an earlier run has answered this prompt.
 
         Raises:
-            ValueError: If it answers another prompt, or was made with other settings.
+            ValueError: If the answer with this key is for another prompt, or was made with other settings.
         """
         i = self.before.find(key)
         if i is None:
@@ -185,14 +186,14 @@ class Answers:
         self.matched += 1
         return True
 
-    def add(self, record: dict[str, Any], elsewhere: bool = False) -> None:
-        """Take a finished answer; one made `elsewhere` is in another process' part.
+    def add(self, record: dict[str, Any], remote: bool = False) -> None:
+        """Write a finished answer. A `remote` one was made by another process, and is in its part file too.
 
         Raises:
-            ValueError: If it cannot be written; all before it are kept.
+            ValueError: If it cannot be written; all earlier answers are kept.
         """
-        if self.rank and (elsewhere or not self.divided):
-            return  # process 0 has the same, and writes it
+        if self.rank and (remote or not self.divided):
+            return  # process 0 writes it
         self.added += 1
         if self.path is None:
             self._print(record)
@@ -201,7 +202,7 @@ class Answers:
         self._append(key_of(record), _digest(record["prompt"], self.run), _encoded(record))
 
     def merge(self) -> None:
-        """Empty the parts: process 0 has written what they hold. All processes call it."""
+        """Delete the part files, whose answers process 0 has written. All processes must call this."""
         if self.path is None or not self.divided:
             return
         self.parallel.synchronize()
@@ -210,10 +211,10 @@ class Answers:
             self._file.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Bring a file into the order of the prompts, and let others write it.
+        """Sort the file into the order of the prompts, and unlock it.
 
         Raises:
-            ValueError: If that fails; the answers are then in the order in which they were made.
+            ValueError: If sorting fails; the answers then stay in the order in which they were made.
         """
         self._close_file()
         try:
@@ -223,32 +224,32 @@ class Answers:
             if self._lock is not None:
                 self._lock.release()
         if self.divided:
-            self.parallel.synchronize()  # until the file is whole
+            self.parallel.synchronize()  # wait until process 0 has sorted the file
 
     @property
     def _file(self) -> Path:
-        """Where this process writes."""
+        """Return the file that this process writes."""
         return self.path.with_name(f"{self.path.name}.part{self.rank}") if self.rank else self.path
 
     def _state(self) -> list[tuple[str, int, int, int]]:
-        """What another run would change."""
+        """Return path, inode, size and time of each file: another run would change at least one."""
         files = [(file, file.stat()) for file in (self.path, *self.parts()) if file.exists()]
         return [(str(file), s.st_ino, s.st_size, s.st_mtime_ns) for file, s in files]
 
     def _scan(self, path: Path) -> None:
-        """Check all answers of a file, and note where those of the main file are."""
+        """Check all answers of a file, and index those of the main file."""
         for offset, line, record in self._records(path):
             if record is None:
                 self._torn = len(line) if path == self.path else 0
             elif path != self.path:
                 continue
-            elif record["finish_reason"] == FAILED:  # will be tried again
-                self._untidy = True
+            elif record["finish_reason"] == FAILED:  # it will be tried again
+                self._needs_rewrite = True
             else:
                 self.before.add(key_of(record), _digest(record["prompt"], record.get("run", self.run)), offset)
 
     def _records(self, path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
-        """Yield offset, bytes and content of each line of a file; None for a last line that was not finished."""
+        """Yield offset, bytes and record of each line of a file; the record of an unfinished last line is None."""
         offset, number = 0, 0
         try:
             with path.open("rb") as file:
@@ -256,34 +257,34 @@ class Answers:
                     number += 1
                     if line.endswith(b"\n"):
                         yield offset, line, _decoded(line)
-                    elif line.startswith(BEGIN) or BEGIN.startswith(line):
+                    elif line.startswith(RECORD_START) or RECORD_START.startswith(line):
                         yield offset, line, None
                     else:
-                        raise ValueError("it does not begin as one")
+                        raise ValueError("it does not start like one")
                     offset += len(line)
         except OSError as error:
             raise ValueError(f"{path} cannot be continued: {reason(error)}.") from error
         except ValueError as error:
-            what = f"line {number} is no answer of a run before: {error}"
+            what = f"line {number} is not an answer of an earlier run: {error}"
             raise ValueError(f"{path} cannot be continued: {what}.") from error
 
     def _adopt_parts(self) -> None:
-        """Take over what processes of a run before had written on their own; tell all processes what is there."""
+        """Move the answers of an interrupted run's part files into the file; give all processes the same index."""
         found: dict[Key, bytes] = {}
         for part in self.parts():
             for _, line, record in self._records(part):
                 if record is not None and record["finish_reason"] != FAILED:
                     key = key_of(record)
                     found |= {key: line} if self.before.find(key) is None else {}
-        if self.parallel is not None:  # machines may have folders of their own
-            for theirs in self.parallel.collectives.all_gather_object(found):
-                found |= theirs
+        if self.parallel is not None:  # each machine may have its own folder
+            for lines in self.parallel.collectives.all_gather_object(found):
+                found |= lines
         if self.rank == 0:
             for key, line in found.items():
                 record = _decoded(line)
                 self._append(key, _digest(record["prompt"], record.get("run", self.run)), line)
             self.before.extend(self._made)
-            self._untidy = self._untidy or not self.before.is_sorted()
+            self._needs_rewrite = self._needs_rewrite or not self.before.is_sorted()
             self.before.sort()
             self._made = AnswerIndex()
         if self.parallel is not None:
@@ -298,37 +299,37 @@ class Answers:
                 file.seek(self.before.offsets[i])
                 record = _decoded(file.readline())
         if record.get("prompt") == prompt:
-            return f"{self.path} was made with other settings than these: give it those, or another name."
+            return f"{self.path} was made with other settings: use the same ones, or give --out another name."
         was = f": line {key[0]} was {record['prompt']!r:.60}" if record else ""
-        return f"{self.path} answers other prompts than these{was}."
+        return f"{self.path} has answers to other prompts{was}."
 
     def _append(self, key: Key, digest: int, line: bytes) -> None:
-        if self._appender is None:  # not before there is something to write
+        if self._appender is None:  # opened only when there is something to write
             self._appender = Appender(self._file, 0 if self.rank else self._torn)
             self._torn = 0
         offset = self._appender.size
         try:
             self._appender.write(line)
         except OSError as error:
-            kept = f"the {len(self) - 1:,} answers before it are kept; make room, and --resume goes on"
-            raise ValueError(f"{self._file} cannot take another answer: {reason(error)}; {kept}.") from error
+            kept = f"the {len(self) - 1:,} answers before it are kept; make room, and continue with --resume"
+            raise ValueError(f"{self._file} cannot be written: {reason(error)}; {kept}.") from error
         self._made.add(key, digest, offset)
 
     def _print(self, record: dict[str, Any]) -> None:
-        self._early[key_of(record)] = record
-        while self._expected and self._expected[0] in self._early:
-            line = _encoded(self._early.pop(self._expected.popleft())).decode()
+        self._waiting[key_of(record)] = record
+        while self._expected and self._expected[0] in self._waiting:
+            line = _encoded(self._waiting.pop(self._expected.popleft())).decode()
             if self.rank:
-                continue  # process 0 has the same, and prints it
+                continue  # process 0 prints it
             try:
                 sys.stdout.write(line)
                 sys.stdout.flush()
             except BrokenPipeError:
                 raise
             except OSError as error:
-                given = self.added - len(self._early) - 1
-                what = f"{reason(error)}; {given:,} answers were written; with --out FILE a run can go on"
-                raise ValueError(f"Standard output cannot take another answer: {what}.") from error
+                printed = self.added - len(self._waiting) - 1
+                what = f"{reason(error)}; {printed:,} answers were written; a run with --out FILE can be continued"
+                raise ValueError(f"Standard output cannot be written: {what}.") from error
 
     def _close_file(self) -> None:
         if self._appender is not None:
@@ -339,7 +340,7 @@ class Answers:
         index = AnswerIndex()
         index.extend(self.before)
         index.extend(self._made)
-        if not len(index) or (index.is_sorted() and not self._untidy):
+        if not len(index) or (index.is_sorted() and not self._needs_rewrite):
             return
         index.sort()
         try:
@@ -348,11 +349,12 @@ class Answers:
                     file.seek(offset)
                     ordered.write(file.readline())
         except ValueError as error:
-            kept = f"All {len(index):,} answers are in it, in the order in which they were made; --resume orders them."
+            kept = f"All {len(index):,} answers are in it, in the order in which they were made; --resume sorts them."
             raise ValueError(f"{error} {kept}") from error
 
 
 def key_of(record: Mapping[str, Any]) -> Key:
+    """Return the line number and the sample number of an answer."""
     return record["line"], record.get("sample", 0)
 
 
@@ -373,14 +375,14 @@ def _decoded(line: bytes) -> dict[str, Any]:
     """Read one answer.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If the line is not an answer.
     """
     try:
         record = json.loads(line.decode())
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
-    if not isinstance(record, dict) or (missing := [name for name in NEEDED if name not in record]):
-        raise ValueError("it is no object" if not isinstance(record, dict) else f"it has no {missing[0]}")
+    if not isinstance(record, dict) or (missing := [name for name in REQUIRED if name not in record]):
+        raise ValueError("it is not a JSON object" if not isinstance(record, dict) else f"it has no {missing[0]}")
     for name, value in record.items():
         if name in TYPES and (not isinstance(value, TYPES[name]) or isinstance(value, bool)):
             raise ValueError(f"{name} cannot be {value!r:.40}")

@@ -1,7 +1,7 @@
-"""From what a user types or writes into YAML to the form that the parser takes.
+"""Bring the command line and YAML files into the form that the parser takes.
 
 `--kv-cache h2o --kv-cache.budget 256` and the YAML `kv_cache: h2o` or `kv_cache: {strategy: h2o, budget: 256}` all
-become the fields of `KVCacheArgs`; what is no field of it is one of the strategy's own `options`.
+become the fields of `KVCacheArgs`. Every other name belongs to the strategy, and goes to `options`.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ from litgpt_kv.llm.safe_load import MAX_BYTES, load_options, read_text
 
 PROG = "litgpt_kv"
 FIELDS = [f.name for f in dataclasses.fields(KVCacheArgs)]
-LISTED = ("--prompt", "--stop")  # each may be given several times; whatever it holds is text
+LISTED = ("--prompt", "--stop")  # each may be given several times; any value is text
 NEED_VALUE = ("--import", "--config", "--kv_cache.help")
-ALONE = ("--help", "--version", "--print_config")  # have no value
-PLAIN = ("--sys_prompt", "--out", "--checkpoint_dir")  # whatever they hold is text
+ALONE = ("--help", "--version", "--print_config")  # take no value
+ALIASES = {"--for": "--strategy"}  # `for` cannot be the name of a parameter
+PLAIN = ("--sys_prompt", "--out", "--checkpoint_dir")  # any value is text
 LONGEST_ERROR = 1000  # characters
-HINT = "a YAML file imports no code: give --import {} on the command line, and the strategy by its name anywhere"
+HINT = "a YAML file cannot import code: give --import {} on the command line, then use the strategy's name anywhere"
 
 
 def fail(message: str) -> NoReturn:
-    """One clear line on standard error and exit code 2.
+    """Print the message on one line of standard error, and exit with code 2.
 
-    What a message quotes may come from anywhere: control characters are written as such, and of much the middle is cut.
+    A message may quote any file: control characters are escaped, and the middle of a long message is cut.
     """
     text = " ".join(message.split())
     if len(text) > LONGEST_ERROR:
@@ -44,22 +45,22 @@ def fail(message: str) -> NoReturn:
 
 
 def normalise(args: list[str], flags: Collection[str] = ()) -> tuple[list[str], str | None]:
-    """Bring a command line to the parser's form.
+    """Bring a command line into the parser's form.
 
     Dashes in option names become underscores, `--kv_cache X` becomes `--kv_cache.strategy X`, a strategy's own options
-    `--kv_cache.X` become `--kv_cache.options.X`, several `--prompt` or `--stop` become a list. `--import FILE` is done
-    at once.
+    `--kv_cache.X` become `--kv_cache.options.X`, several `--prompt` or `--stop` become a list. `--import FILE` is
+    executed at once.
 
     Args:
         args: What the user typed.
-        flags: Options that get "true" where they stand without a value.
+        flags: Options that mean "true" if they have no value.
 
     Returns:
-        The arguments, and the strategy that `--kv-cache.help` asks for, if it does.
+        The arguments, and the strategy of `--kv-cache.help`, or None.
     """
     out: list[str] = []
     texts: dict[str, list[str]] = {name: [] for name in LISTED}
-    asked: str | None = None
+    help_on: str | None = None
     rest = deque(args)
     while rest:
         token = rest.popleft()
@@ -71,6 +72,7 @@ def normalise(args: list[str], flags: Collection[str] = ()) -> tuple[list[str], 
             continue
         option, equals, value = token.partition("=")
         name = "--" + option[2:].replace("-", "_")
+        name = ALIASES.get(name, name)
         if name[2:] in flags and not equals:
             is_given = bool(rest) and rest[0] in ("true", "false")
             out.append(f"{name}={rest.popleft() if is_given else 'true'}")
@@ -85,30 +87,30 @@ def normalise(args: list[str], flags: Collection[str] = ()) -> tuple[list[str], 
             continue
         if name in LISTED:
             if any("\ud800" <= c <= "\udfff" for c in value):
-                fail(f"{option} is no valid text in this terminal's encoding.")
+                fail(f"{option} is not valid text in this terminal's encoding.")
             texts[name].append(value)
         elif name == "--kv_cache.help":
-            asked = asked or value
+            help_on = help_on or value
         elif name == "--import":
-            check("", registry.import_file, value)
+            or_fail("", registry.import_file, value)
         else:
             out.append("=".join(_pair(option, name, value)))
     listed = [f"{name}={json.dumps(given, ensure_ascii=False)}" for name, given in texts.items() if given]
-    at = out.index("--") if "--" in out else len(out)
-    return [*out[:at], *listed, *out[at:]], asked
+    end = out.index("--") if "--" in out else len(out)
+    return [*out[:end], *listed, *out[end:]], help_on
 
 
 def _pair(option: str, name: str, value: str) -> tuple[str, str]:
-    """An option and its value in the parser's form."""
+    """Return an option and its value in the parser's form."""
     if name in ("--config", "--prompts"):
         value = shipped(value)
         if name == "--config":
-            check("", read_text, Path(value), MAX_BYTES)
+            or_fail("", read_text, Path(value), MAX_BYTES)
         return name, value
     if name == "--kv_cache" and not value.lstrip().startswith("{"):
-        return "--kv_cache.strategy", check("", registry.import_named, value)
+        return "--kv_cache.strategy", or_fail("", registry.import_named, value)
     if value.lstrip().startswith(("[", "{")) and name not in PLAIN:
-        given = check(f"{option}: ", load_options, value)
+        given = or_fail(f"{option}: ", load_options, value)
         if name == "--kv_cache":
             value = json.dumps(cache_fields(given))
     if name.startswith("--kv_cache."):
@@ -116,32 +118,32 @@ def _pair(option: str, name: str, value: str) -> tuple[str, str]:
         if field.partition(".")[0] not in FIELDS:
             name = f"--kv_cache.options.{field}"
         elif field == "strategy":
-            value = check("", registry.import_named, value)
+            value = or_fail("", registry.import_named, value)
     return name, value
 
 
-def check(where: str, action: Callable[..., Any], *args: Any) -> Any:
-    """Do something with what the user gave; what it refuses ends the program."""
+def or_fail(prefix: str, action: Callable[..., Any], *args: Any) -> Any:
+    """Return `action(*args)`; if it raises ValueError, `fail` with the prefix and the message."""
     try:
         return action(*args)
     except ValueError as error:
-        fail(f"{where}{error}")
+        fail(f"{prefix}{error}")
 
 
 def shipped(path: str) -> str:
-    """A file's path; what starts with `config_hub/` is found beside the package from anywhere."""
+    """Return a path; one that starts with `config_hub/` is found from any folder."""
     if path.startswith("config_hub/") and not Path(path).exists():
-        package = Path(__file__).parents[1]  # a wheel has config_hub inside of the package, a checkout beside it
+        package = Path(__file__).parents[1]  # a wheel has config_hub inside the package, a checkout next to it
         path = next((str(p) for p in (package / path, package.parent / path) if p.exists()), path)
     return path
 
 
 def load_yaml(text: str) -> Any:
-    """YAML as jsonargparse reads it, with `kv_cache: h2o` and the strategy's own options in the parser's form.
+    """Read YAML for jsonargparse, with `kv_cache: h2o` and the strategy's own options in the parser's form.
 
     Raises:
-        yaml.YAMLError: For what is no YAML, too large, or more than numbers, texts, lists and mappings of these: the
-            error that jsonargparse expects of a loader.
+        yaml.YAMLError: If the text is not YAML, is too large, or has other values than numbers, texts, lists and
+            mappings. jsonargparse expects this error of a loader.
     """
     try:
         value = load_options(text)
@@ -156,10 +158,10 @@ def load_yaml(text: str) -> Any:
 
 
 def cache_fields(given: str | dict[str, Any]) -> dict[str, Any]:
-    """What YAML says of a cache as the fields of `KVCacheArgs`.
+    """Return the fields of `KVCacheArgs` for the `kv_cache` of a YAML file.
 
     Raises:
-        ValueError: If a strategy is a user's file: YAML imports no code.
+        ValueError: If a strategy is a user's file: YAML cannot import code.
     """
     given = {"strategy": given} if isinstance(given, str) else given
     for name in given["strategy"] if isinstance(given.get("strategy"), list) else [given.get("strategy")]:

@@ -1,8 +1,8 @@
-"""The command line's grammar: a command is a function, and its signature is its options.
+"""Parse the command line: a command is a function, and the parameters of the function are its options.
 
-A parameter whose type is a dataclass of arguments stands for all of its fields: as flat options (`--temperature`) for
-the classes in `FLAT`, with the parameter's name before them (`--kv-cache.budget`) for others. A new field of such a
-class is a new option, YAML key and line of help in every command that takes the class.
+If the type of a parameter is a dataclass of arguments, every field of the class is an option: without a prefix
+(`--temperature`) for the classes in `FLAT`, with the parameter's name as prefix (`--kv-cache.budget`) for others. A new
+field of such a class is a new option, YAML key and line of help in every command that takes the class.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from jsonargparse import (
 from litgpt_kv import __version__, registry
 from litgpt_kv.arguments import DeviceArgs, RunArgs, StoppingArgs, Without
 from litgpt_kv.cli.options import PROG, fail, load_yaml, normalise
+from litgpt_kv.cli.strategies import show_strategy
 from litgpt_kv.config import KVCacheArgs, SamplingArgs, shown
 from litgpt_kv.llm.safe_load import one_line
 from litgpt_kv.parallel import end_worker
@@ -39,7 +40,7 @@ FLAT = (SamplingArgs, StoppingArgs, RunArgs, DeviceArgs, ServeArgs)
 
 @dataclass(frozen=True)
 class Group:
-    """A parameter of a command that stands for the fields of a class of arguments."""
+    """A parameter of a command whose type is a class of arguments: each field of the class is an option."""
 
     parameter: str
     cls: type
@@ -55,10 +56,10 @@ class Group:
         return [f.name for f in dataclasses.fields(self.cls) if f.name not in self.without]
 
     def build(self, given: Mapping[str, Any]) -> Any:
-        """The arguments that the parser found; `options` of a strategy get the types of its fields."""
-        whole = given.get(self.parameter)
-        if self.prefix and whole is not None:
-            raise ValueError(f"{self.parameter} must be options by name, got {shown(whole)}.")
+        """Return an instance with the values that the parser found; strategy `options` get the types of its fields."""
+        value = given.get(self.parameter)
+        if self.prefix and value is not None:
+            raise ValueError(f"{self.parameter} must be a mapping of options, got {shown(value)}.")
         values = {name: given[self.prefix + name] for name in self.names if self.prefix + name in given}
         if self.cls is KVCacheArgs and values:
             values["options"] = typed_options(values["strategy"], values["options"])
@@ -66,7 +67,7 @@ class Group:
 
 
 def groups_of(command: Callable[..., Any]) -> list[Group]:
-    """The parameters of a command that are classes of arguments."""
+    """Return the parameters of a command whose types are classes of arguments."""
     found = []
     for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
         cls, without = parameter.annotation, ()
@@ -80,7 +81,7 @@ def groups_of(command: Callable[..., Any]) -> list[Group]:
 
 
 class _Help(DefaultHelpFormatter):
-    """Keeps the line breaks of descriptions, which show examples, and writes options with dashes."""
+    """Keep the line breaks of descriptions, which have examples, and write options with dashes."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return "\n".join(indent + line for line in text.splitlines())
@@ -94,7 +95,7 @@ class _Help(DefaultHelpFormatter):
 
 
 class Parser(ArgumentParser):
-    """jsonargparse's parser with options in dashes in its help, and errors on one line."""
+    """jsonargparse's parser; its help writes options with dashes, and its errors are one line."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **{**options, "formatter_class": _Help})
@@ -103,12 +104,12 @@ class Parser(ArgumentParser):
         message = " ".join(message.split())
         if found := re.search(r'[Kk]ey "([^"]+)".*Expected .*G(?:iven|ot) value: (.*)$', message):
             name, value = found.groups()
-            message = f"--{name.replace('_', '-')} cannot be {value[:200]}; --help says what it takes."
+            message = f"--{name.replace('_', '-')} cannot be {value[:200]}; see --help."
         fail(message[:900])
 
 
 def add_command(parser: ArgumentParser, command: Callable[..., Any]) -> None:
-    """Give a parser the options of a command."""
+    """Add the options of a command to a parser."""
     groups = groups_of(command)
     parser.add_argument("--config", action=ActionConfigFile, help="Options from a YAML file.")
     skip = {group.parameter for group in groups}
@@ -119,19 +120,19 @@ def add_command(parser: ArgumentParser, command: Callable[..., Any]) -> None:
         parser.set_defaults({group.prefix + name: getattr(group.default, name) for name in group.names})
 
 
-def call(command: Callable[..., Any], found: Namespace) -> Any:
-    """Call a command with what its parser found."""
+def arguments_of(command: Callable[..., Any], found: Namespace) -> dict[str, Any]:
+    """Return the arguments of a command by name, from the values that its parser found."""
     given = {name: value for name, value in found.items() if name != "config"}  # nested names with dots
     groups = groups_of(command)
     arguments = {group.parameter: group.build(given) for group in groups}
     for name in inspect.signature(command).parameters:
         if name not in arguments:
             arguments[name] = found[name]
-    return command(**arguments)
+    return arguments
 
 
 def typed_options(strategy: str | list[str], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The own options of strategies, with the types of their fields.
+    """Convert the strategies' own options to the types of their fields.
 
     Raises:
         ValueError: For an unknown strategy or option, or a value of the wrong type.
@@ -157,7 +158,7 @@ def _typed(strategy: str, options: dict[str, Any]) -> dict[str, Any]:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(registry.get("strategy", strategy))
     if opened := [name for name in options if is_open(parser, name)]:
-        raise ValueError(f"kv_cache {strategy!r}: {opened[0]} is no number or text; it can be given in Python only.")
+        raise ValueError(f"kv_cache {strategy!r}: {opened[0]} is not a number or text; it can be given in Python only.")
     try:
         return {k: v for k, v in parser.parse_object(options).as_dict().items() if k in options}
     except Exception as error:  # argparse's and jsonargparse's error types differ between versions
@@ -165,13 +166,13 @@ def _typed(strategy: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_open(parser: ArgumentParser, name: str) -> bool:
-    """Whether an option's type may make jsonargparse import code: anything but plain values and lists of them."""
+    """Return whether jsonargparse may import code for an option: for all types but plain values and their lists."""
     action = next((action for action in parser._actions if action.dest == name), None)
     return not is_plain(getattr(action, "_typehint", None) or getattr(action, "type", None) or str)
 
 
 def is_plain(hint: Any) -> bool:
-    """Whether a type has only plain values: numbers, texts, and lists and mappings of these."""
+    """Return whether a type has only plain values: numbers, texts, and lists and mappings of these."""
     if hint in (bool, int, float, str, None, type(None)) or hint is Ellipsis:
         return True
     origin, inner = get_origin(hint), get_args(hint)
@@ -184,34 +185,8 @@ def _is_callable(origin: Any) -> bool:
     return getattr(origin, "__name__", "") == "Callable"
 
 
-def describe(name: str) -> str:
-    """A strategy on a few lines: what it keeps, its parameters with defaults, its paper."""
-    cls = registry.get("strategy", name)
-    line = (inspect.getdoc(cls) or "").partition("\n")[0]
-    fields = [f"{f.name}={f.default!r}" for f in dataclasses.fields(cls)]
-    protects = []
-    with contextlib.suppress(TypeError):  # options without defaults: what it protects may hang on them
-        for what, at_100, at_200 in zip(("sinks", "recent"), cls().protected(100), cls().protected(200)):
-            protects += [f"{what}={at_100}%" if at_200 == 2 * at_100 else f"{what}={at_100}"] if at_100 else []
-    parameters = ", ".join([*protects, f"positions={cls.positions}", *fields])
-    return "\n".join([f"{name}: {line}", f"    {parameters}", *([f"    {cls.paper}"] if cls.paper else [])])
-
-
-def show_strategy(name: str) -> NoReturn:
-    """`--kv-cache.help h2o`."""
-    try:
-        cls = registry.get("strategy", name)
-    except ValueError as error:
-        fail(str(error))
-    print(describe(name))
-    print("\n" + (inspect.getdoc(cls) or "").partition("\n")[2].strip())
-    print("\nWhat every strategy takes, as --kv-cache.budget and so on:\n")
-    print((inspect.getdoc(KVCacheArgs) or "").partition("Args:\n")[2])
-    raise SystemExit(0)
-
-
 def flags_of(commands: Mapping[str, Callable[..., Any]]) -> set[str]:
-    """The options of all commands that may stand without a value: those that are true or false."""
+    """Return the options of all commands that need no value: those that are true or false."""
     found = set()
     for command in commands.values():
         for parameter in inspect.signature(command, eval_str=True).parameters.values():
@@ -224,7 +199,10 @@ def flags_of(commands: Mapping[str, Callable[..., Any]]) -> set[str]:
 def build_parser(
     commands: Mapping[str, Callable[..., Any]], description: str, only: str | None = None
 ) -> ArgumentParser:
-    """The parser of the whole program, a subcommand for each command; with `only`, the others have no options yet."""
+    """Build the parser of the program, with a subcommand for each command.
+
+    With `only`, just that command gets its options: reading types and docstrings of all takes a tenth of a second.
+    """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     set_loader("litgpt_kv", load_yaml, exceptions=(yaml.YAMLError,))
     parser = Parser(prog=PROG, description=description, parser_mode="litgpt_kv", default_meta=False)
@@ -233,40 +211,43 @@ def build_parser(
     for name, command in commands.items():
         help_text = (inspect.getdoc(command) or "").partition("\n\n")[0]
         subparser = Parser(description=help_text, parser_mode="litgpt_kv", default_meta=False)
-        if only in (None, name):  # types and docstrings take a tenth of a second to read for all of them
+        if only in (None, name):
             add_command(subparser, command)
         subcommands.add_subcommand(name, subparser, help=help_text)
     return parser
 
 
-def run(commands: dict[str, Callable[..., Any]], description: str, args: list[str] | None = None) -> Any:
-    """Parse the command line and call the command; what the user did wrong ends in one line and exit code 2."""
+def parse(
+    commands: dict[str, Callable[..., Any]], description: str, args: list[str] | None = None
+) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Return the command that the command line names, and its arguments. Call this inside `one_line_errors`."""
     args = sys.argv[1:] if args is None else args
     if args == ["--version"]:
         print(f"{PROG} {__version__}")
         raise SystemExit(0)
-    with _ends_well():
-        args, shown_strategy = normalise(args, flags_of(commands))
-        if shown_strategy is not None:
-            show_strategy(shown_strategy)
-        args = args or ["--help"]
-        only = args[0] if args[0] in commands else None
-        try:
-            found = build_parser(commands, description, only).parse_args(args)
-        except OverflowError as error:  # jsonargparse makes a float of an integer that is too large for one
-            raise ValueError(f"A number of the command line or the config file is too large: {error}.") from error
-        return call(commands[found.subcommand], found[found.subcommand])
+    args, help_on = normalise(args, flags_of(commands))
+    if help_on is not None:
+        show_strategy(help_on)
+    args = args or ["--help"]
+    only = args[0] if args[0] in commands else None
+    try:
+        found = build_parser(commands, description, only).parse_args(args)
+    except OverflowError as error:  # jsonargparse makes a float of an integer that is too large for one
+        raise ValueError(f"A number of the command line or the config file is too large: {error}.") from error
+    command = commands[found.subcommand]
+    return command, arguments_of(command, found[found.subcommand])
 
 
 @contextlib.contextmanager
-def _ends_well() -> Iterator[None]:
+def one_line_errors() -> Iterator[None]:
+    """Run a program: ValueError, OSError and MemoryError end it with one line on standard error and exit code 2."""
     try:
         try:
             yield
         except BaseException as error:
-            end_worker(error)  # in a run of several processes the launcher prints the error, once
+            end_worker(error)  # with several processes, the launcher prints the error once
             raise
-    except BrokenPipeError:  # the reader went away, as `| head` does
+    except BrokenPipeError:  # nobody reads standard output any more, as after `| head`
         sys.stderr.close()
         raise SystemExit(0) from None
     except KeyboardInterrupt:

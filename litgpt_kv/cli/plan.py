@@ -1,4 +1,4 @@
-"""`litgpt_kv plan`: what fits on which devices, computed before anything is bought or loaded."""
+"""`litgpt_kv plan`: compute how much memory a model and its cache need on how many devices, without loading it."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def plan(
     kv_cache: KVCacheArgs = CACHE,
     precision: str = "bf16-true",
 ) -> None:
-    """Show the memory that each device needs, for every way to use several and for up to so many devices.
+    """Show the memory that each device needs, for every parallel strategy and up to so many devices.
 
     Args:
         model: The name of one of litgpt's configs, or a checkpoint folder.
         devices: The most devices.
-        memory: Of one device, in GB (10^9 bytes).
-        context: Tokens a row may see, prompt included; by default the model's context.
-        batch_size: Rows.
-        kv_cache: A cache to set beside the dense one; by default h2o with a tenth of the context.
-        precision: Of weights and cache: bf16-true, 16-true or 32-true.
+        memory: The memory of one device, in GB (10^9 bytes).
+        context: The most tokens of a row, prompt included; by default the model's context.
+        batch_size: The number of rows.
+        kv_cache: A cache to compare with the dense one; by default h2o with a tenth of the context.
+        precision: The precision of weights and cache: bf16-true, 16-true or 32-true.
     """
     if precision not in DTYPES:
         raise ValueError(f"precision must be one of {', '.join(DTYPES)}, got {precision!r}.")
@@ -46,15 +46,14 @@ def plan(
         raise ValueError(f"memory must be more than 0 and less than 1e9 GB, got {memory}.")
     if context is not None:
         check_count("context", context, 1, 2**31 - 1)
-    named = model in name_to_config
-    config = Config.from_name(model) if named else checkpoint.load_config(checkpoint.find(model))
+    config = Config.from_name(model) if model in name_to_config else checkpoint.load_config(checkpoint.find(model))
     context, dtype = context or config.block_size, DTYPES[precision]
     kinds = [KVCacheArgs("dense")] + ([] if kv_cache.strategy in ("none", "dense") else [kv_cache])
     names = [_name(args) for args in kinds]
     print(f"Computed, not measured: {config.name}, {precision}, {batch_size} rows of {context:,} tokens.")
-    print(f"GB (10^9 bytes) on the device that needs most; rows: as many of that length as {memory:g} GB can hold.")
+    print(f"GB (10^9 bytes) on the device that needs most; rows: how many rows of that length fit into {memory:g} GB.")
     layout = "{:<16}{:>8}{:>10}" + " {:>15} {:>8} {:>7}" * len(kinds)
-    print(layout.format("way", "devices", "weights", *(x for name in names for x in (name, "total", "rows"))))
+    print(layout.format("parallel", "devices", "weights", *(x for name in names for x in (name, "total", "rows"))))
     counts = [n for n in (2**i for i in range(devices.bit_length())) if n < devices] + [devices]
     for strategy in PARALLEL_STRATEGIES:
         for count in counts if strategy == next(iter(PARALLEL_STRATEGIES)) else [n for n in counts if n > 1]:
@@ -67,10 +66,10 @@ def plan(
             for args in kinds:
                 try:
                     cells += _cells(config, strategy, count, args, batch_size, context, dtype, weights, memory)
-                except ValueError:  # a dense cache past the model's context, where others go on
+                except ValueError:  # a dense cache cannot be longer than the model's context, others can
                     cells += ["-", "-", "-"]
             print(layout.format("one device" if count == 1 else strategy, count, f"{max(weights) / GB:.2f}", *cells))
-    print("Not counted: what a pass computes with (the longest prompt's hidden states and logits), and the libraries.")
+    print("Not counted: activations (hidden states and logits of the longest prompt), and the libraries.")
 
 
 def _cells(
@@ -84,14 +83,15 @@ def _cells(
     weights: list[int],
     memory: float,
 ) -> list[str]:
+    """Return three cells of the table: GB of the cache, GB in total (with ! if too many), rows that fit."""
     cache = cache_bytes(config, strategy, count, args, batch_size, context, dtype)
-    most = max(range(count), key=lambda d: weights[d] + cache[d])
-    one = cache_bytes(config, strategy, count, args, 1, context, dtype)
-    rows = min(int((memory * GB - w) // c) for w, c in zip(weights, one))
+    fullest = max(range(count), key=lambda d: weights[d] + cache[d])
+    row = cache_bytes(config, strategy, count, args, 1, context, dtype)
+    rows = min(int((memory * GB - w) // r) for w, r in zip(weights, row))
     rows = max(0, rows) * (count if strategy == "data_parallel" else 1)
-    total = weights[most] + cache[most]
+    total = weights[fullest] + cache[fullest]
     fits = "" if total <= memory * GB else "!"
-    return [f"{cache[most] / GB:.3f}", f"{total / GB:.2f}{fits}", str(rows)]
+    return [f"{cache[fullest] / GB:.3f}", f"{total / GB:.2f}{fits}", str(rows)]
 
 
 def _name(args: KVCacheArgs) -> str:

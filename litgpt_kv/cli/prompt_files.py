@@ -1,4 +1,4 @@
-"""Prompts from a file, read as a stream: what cannot be used is named by its line and stops no other."""
+"""Read prompts from a file as a stream. A line that cannot be used gets an error; the others are still read."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ LONGEST_LINE = 64 * 2**20  # bytes
 
 @dataclass
 class Line:
-    """One prompt of a file.
+    """One line of a prompt file.
 
     Attributes:
-        number: of its line, from 1.
-        request: what is asked, with the command's settings where the line says nothing; None if it cannot be used.
-        batch: what of a line in OpenAI's batch format goes into its answer; None for other lines.
-        error: why it cannot be used, None if it can.
+        number: The line number, from 1.
+        request: The prompt and its settings, the command's where the line has none; None if it cannot be used.
+        batch: The fields of OpenAI's batch format that the answer repeats; None for other lines.
+        error: Why the line cannot be used, None if it can.
     """
 
     number: int
@@ -38,26 +38,27 @@ class Line:
 
     @property
     def prompt(self) -> str:
-        """The prompt as answers hold it: its text, or a conversation as JSON."""
+        """Return the prompt as it is written into the answer: its text, or a conversation as JSON."""
         if self.request.messages is not None:
             return json.dumps(self.request.messages, ensure_ascii=False)
         return self.request.prompt or ""
 
 
 class PromptFile:
-    """The prompts of a file, read line by line: of `.jsonl` (or `.json`, `.ndjson`) one JSON object a line, of all
-    others one prompt a line; empty lines are left out. "-" is standard input, which is JSON if its first line is an
-    object.
+    """Iterate over the prompts of a file.
+
+    A `.jsonl`, `.json` or `.ndjson` file has one JSON object a line, any other file one prompt a line. Empty lines are
+    skipped. "-" is standard input, which is read as JSON if its first line is an object.
 
     Args:
-        path: the file; it may be a pipe.
-        defaults: the command's settings, for what a line does not say.
+        path: The file; it may be a pipe.
+        defaults: The settings that a line does not give.
 
     Attributes:
-        is_repeatable: whether it can be read more than once.
+        is_repeatable: Whether the file can be read more than once.
 
     Raises:
-        ValueError: If the file cannot be read or has no line.
+        ValueError: If the file cannot be read or has no prompts.
     """
 
     def __init__(self, path: str, defaults: TextRequest | None = None) -> None:
@@ -66,7 +67,7 @@ class PromptFile:
         try:
             mode = stat.S_IFIFO if path == "-" else Path(path).stat().st_mode
             if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
-                raise ValueError(f"it is no file but a {'folder' if stat.S_ISDIR(mode) else 'device'}")
+                raise ValueError(f"it is a {'folder' if stat.S_ISDIR(mode) else 'device'}, not a file")
             self._file: BinaryIO = sys.stdin.buffer if path == "-" else Path(path).open("rb")  # noqa: SIM115  (`close`)
             self.is_repeatable = stat.S_ISREG(mode)
             self._rest = _numbered(self._file)
@@ -74,6 +75,7 @@ class PromptFile:
         except (OSError, ValueError) as error:
             raise ValueError(f"The prompts {path!r} cannot be read: {getattr(error, 'strerror', error)}.") from error
         if not self._head:
+            self.close()
             raise ValueError(f"There are no prompts in {'standard input' if path == '-' else repr(path)}.")
         first = self._head[0][1]
         self.as_json = first.lstrip().startswith(b"{") if path == "-" else path.lower().endswith(JSON)
@@ -87,9 +89,9 @@ class PromptFile:
             yield _line(number, raw, self.as_json, self.defaults)
 
     def repeatable(self) -> PromptFile:
-        """Make sure that it can be read more than once: a pipe is copied to a temporary file."""
+        """Return self, and copy a pipe to a temporary file, so that it can be read more than once."""
         if not self.is_repeatable:
-            spool, last = tempfile.TemporaryFile(), 0  # noqa: SIM115  (for as long as the prompts are read)
+            spool, last = tempfile.TemporaryFile(), 0  # noqa: SIM115  (`close` closes it)
             for number, raw in chain(self._head, self._rest):
                 spool.write(b"\n" * (number - last - 1) + raw + b"\n")
                 last = number
@@ -102,9 +104,9 @@ class PromptFile:
 
 
 def _numbered(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines of a file that are not empty, with their numbers; a line may end as on any system.
+    """Yield number and bytes of each line that is not empty, with the line ends of any system.
 
-    Of a line that is too long so much is read that this can be seen.
+    Of a line that is too long, only the first `LONGEST_LINE` + 1 bytes are yielded.
     """
     number = 0
     while piece := file.readline(LONGEST_LINE + 1):
@@ -124,9 +126,9 @@ def _line(number: int, raw: bytes, as_json: bool, defaults: TextRequest) -> Line
         text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
         record = json.loads(text) if as_json else {"prompt": text}
     except (ValueError, RecursionError) as error:
-        return Line(number, error=f"it is no {'JSON' if as_json else 'UTF-8 text'}: {error}")
+        return Line(number, error=f"it is not {'JSON' if as_json else 'UTF-8 text'}: {error}")
     if not as_json and "\0" in text:
-        return Line(number, error="it is no text: it has NUL characters, as UTF-16 does")
+        return Line(number, error="it is not UTF-8 text: it has NUL characters, as UTF-16 does")
     try:
         if is_batch_line(record):
             return Line(number, *read_batch_line(record, defaults))

@@ -1,7 +1,8 @@
-"""The terminal's side of a conversation: reading turns, commands, showing replies."""
+"""Chat in a terminal: read turns and commands, print replies."""
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import threading
@@ -11,26 +12,29 @@ from typing import Any
 
 from litgpt_kv.llm.chat import Chat
 
-HELP = "/reset forgets the conversation, /cache tells what is kept, /quit ends; a line may end with \\ to go on."
+with contextlib.suppress(ImportError):  # gives `input` editing and a history, where the system has it
+    import readline  # noqa: F401
+
+HELP = "/reset starts a new conversation, /cache shows the cache, /quit ends; a line that ends with \\ continues."
 END = ("!submit", "!quit", "!exit")
 
 
 def talk(chat: Chat, multiline: bool = False) -> None:
-    """Reads turns from standard input until it ends; replies go to standard output, all else to standard error."""
+    """Answer turns from standard input until it ends. Replies go to standard output, all else to standard error."""
     _say(f"Now chatting with {chat.llm.config.name}. {HELP}")
     if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="surrogateescape")  # what is no text is found below, a line at a time
+        sys.stdin.reconfigure(errors="surrogateescape")  # `read_turn` refuses such a line
     while (text := read_turn(multiline)) is not None:
         if text.strip() in ("/quit", "/exit"):
             return
-        if text.startswith("/") and text[1:].strip().isalpha():  # one word; all else may be a question
+        if text.startswith("/") and text[1:].strip().isalpha():  # one word; anything longer is a question
             _command(chat, text.strip())
         elif text.strip():
             _reply(chat, text)
 
 
 def read_turn(multiline: bool) -> str | None:
-    """One input, None at the end of all."""
+    """Read one input from the terminal; return None at the end of standard input."""
     lines: list[str] = []
     terminal, interrupted = sys.stdin.isatty(), False
     while True:
@@ -39,7 +43,7 @@ def read_turn(multiline: bool) -> str | None:
             line = input(prompt)
         except EOFError:
             return "\n".join(lines) if lines else None
-        except KeyboardInterrupt:  # the first one drops what was typed, a second one ends
+        except KeyboardInterrupt:  # the first Ctrl-C clears the input, the second ends the chat
             print(file=sys.stderr)
             if interrupted:
                 return None
@@ -47,7 +51,7 @@ def read_turn(multiline: bool) -> str | None:
             continue
         interrupted = False
         if any("\ud800" <= c <= "\udfff" for c in line):
-            _say("litgpt_kv: this line is no text in the terminal's encoding; it was left out.")
+            _say("litgpt_kv: this line is not valid text in the terminal's encoding; it was skipped.")
             continue
         if not lines and line.strip() in ("!quit", "!exit"):
             return None
@@ -64,12 +68,12 @@ def read_turn(multiline: bool) -> str | None:
 def _command(chat: Chat, text: str) -> None:
     if text == "/reset":
         chat.reset()
-        _say("The conversation is forgotten.")
+        _say("A new conversation starts.")
     elif text == "/cache":
         tokens, size = chat.cache.tokens(), chat.cache.allocated()
         _say(f"{chat.cache}: keeps {tokens['kept'][0]:,} of {tokens['seen'][0]:,} tokens, {size['total']:,} bytes.")
     else:
-        _say(f"There is no {text.split()[0]}. {HELP}")
+        _say(f"There is no command {text.split()[0]}. {HELP}")
 
 
 def _reply(chat: Chat, text: str) -> None:
@@ -87,21 +91,22 @@ def _reply(chat: Chat, text: str) -> None:
             _say("\nInterrupted.")
             return
         chat.reset()
-        _say("\nInterrupted in the middle of a step: the conversation is forgotten.")
+        _say("\nInterrupted in the middle of a step: a new conversation starts.")
         return
     print(flush=True)
     stats = chat.stats
     speed = f", {stats.decode_tokens / stats.decode_seconds:,.0f} tokens/s" if stats.decode_tokens else ""
     if chat.full:
-        _say("The conversation is full; /reset starts anew, and a strategy that evicts goes on: --kv-cache sink.")
+        _say("The conversation is full. /reset starts a new one; with --kv-cache sink, old tokens are evicted instead.")
     _say(f"[read {stats.prompt_tokens:,} tokens in {stats.prefill_seconds:.2f} s, made {stats.new_tokens:,}{speed}]")
 
 
 @contextmanager
 def interrupts() -> Iterator[Callable[[], bool]]:
-    """Notes Ctrl-C instead of raising in the middle of a step, which would leave a token half in the cache.
+    """Yield a function that says whether Ctrl-C was pressed.
 
-    A second one raises: a long prompt may be under way, and nothing is drawn before it is read.
+    Raising in the middle of a step would leave the cache with half a token. A second Ctrl-C does raise
+    KeyboardInterrupt, because no step ends before a long prompt is read.
     """
     noted: list[Any] = []
     if threading.current_thread() is not threading.main_thread():

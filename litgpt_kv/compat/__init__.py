@@ -1,1 +1,1 @@
-"""litgpt's own ways to call a model: positions from the caller, attached caches, our classes in litgpt's place."""
+"""Compatibility with litgpt's own code: `input_pos`, `set_kv_cache`, and our classes installed in litgpt's modules."""

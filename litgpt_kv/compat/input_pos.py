@@ -1,8 +1,8 @@
-"""litgpt's own way to call a model: caches attached to the layers, positions from the caller.
+"""litgpt's way to call a model: caches attached to the layers, and positions given by the caller.
 
-`model.set_kv_cache(B)` and `model(idx, input_pos)` are what litgpt's generation, chat, speculative decoding and `LLM`
-are written in. A slot is a position; a query sees what is at its own position and before, in its window, whoever wrote
-it and when, so that a caller may go back and write again, as speculative decoding does.
+litgpt's generation, chat, speculative decoding and `LLM` call `model.set_kv_cache(B)` and `model(idx, input_pos)`. Each
+position has one slot. A query sees its own position and all earlier ones in its window, no matter when they were
+written, so a caller may go back and overwrite positions, as speculative decoding does.
 
 B rows · T new tokens · N cached positions · G key/value heads · D head size · E rotated elements.
 """
@@ -28,7 +28,7 @@ from litgpt_kv.model import attention, block, gpt, latent
 
 
 class BuildsKVCache:
-    """What litgpt's code asks of an attention module besides `kv_cache`."""
+    """A mixin with `build_kv_cache`, which litgpt's code calls on attention modules."""
 
     def build_kv_cache(
         self,
@@ -38,27 +38,27 @@ class BuildsKVCache:
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> base.KVCache:
-        """This layer's part of `GPT.set_kv_cache`."""
+        """Build this layer's cache for `GPT.set_kv_cache`."""
         return dense_cache(self, batch_size, max_seq_length, device, dtype)
 
 
 class CausalSelfAttention(BuildsKVCache, attention.CausalSelfAttention):
-    """Ours, with litgpt's `build_kv_cache`."""
+    """Our attention, with litgpt's `build_kv_cache`."""
 
 
 class MultiheadLatentAttention(BuildsKVCache, latent.MultiheadLatentAttention):
-    """Ours, with litgpt's `build_kv_cache`: `k` has the rotary parts, `v` the latents."""
+    """Our latent attention, with litgpt's `build_kv_cache`: `k` has the rotary parts, `v` the latents."""
 
 
 class Block(block.Block):
-    """Ours, of these modules."""
+    """Our block, with these attention modules."""
 
     attention = CausalSelfAttention
     latent_attention = MultiheadLatentAttention
 
 
 class GPT(gpt.GPT):
-    """`litgpt_kv.model.GPT` that litgpt's own code can call as well: `set_kv_cache` and `model(idx, input_pos)`."""
+    """`litgpt_kv.model.GPT` with litgpt's `set_kv_cache` and `model(idx, input_pos)`, for litgpt's own code."""
 
     block = Block
 
@@ -72,28 +72,32 @@ class GPT(gpt.GPT):
         input_pos: Tensor | None = None,
         input_pos_maxp1: int | None = None,
     ) -> Tensor | list[Tensor]:
-        """Logits of the tokens `idx` (B, T) int64, as `litgpt_kv.model.GPT` gives them, or as litgpt calls it.
+        """Return the logits of the tokens `idx` (B, T) int64, with our arguments or with litgpt's.
 
         Args:
-            idx, cache, length, lm_head_chunk_size: As there.
-            input_pos, input_pos_maxp1: litgpt's way to call, also in the places of `cache` and `length`: the tokens'
-                positions (T,) or (B, T), and one more than the largest; after `set_kv_cache`. It gives (B, T, V).
+            idx, cache, length, lm_head_chunk_size: See `litgpt_kv.model.GPT.forward`.
+            input_pos, input_pos_maxp1: litgpt's arguments, after `set_kv_cache`: the positions (T,) or (B, T) of the
+                tokens, and the largest position plus one. As in litgpt, they may be passed by position instead of
+                `cache` and `length`. The logits are then (B, T, V).
         """
         if isinstance(cache, Tensor):
             if input_pos is not None:
-                raise ValueError("Pass a cache, which counts by itself, or input_pos, not both.")
+                raise ValueError("Pass either a cache, which counts positions itself, or input_pos, not both.")
             input_pos_maxp1 = length if input_pos_maxp1 is None else input_pos_maxp1
             input_pos, cache, length = cache, None, None
         if input_pos is None:
             return super().forward(idx, cache, length, lm_head_chunk_size)
         if cache is not None:
-            raise ValueError("Pass a cache, which counts by itself, or input_pos, not both.")
+            raise ValueError("Pass either a cache, which counts positions itself, or input_pos, not both.")
         if not isinstance(idx, Tensor):
             raise TypeError(f"Tokens must be a tensor of shape (B, T), got {shown(idx)}.")
         if idx.dim() != 2:
             raise ValueError(f"Tokens must have shape (B, T), got {tuple(idx.shape)}.")
         step = attached_pass(self, idx, input_pos, input_pos_maxp1)
-        x = self.run_blocks(self.embed(idx), step)
+        x = self.embed(idx)
+        for layer, view in zip(self.transformer.h, step.views):
+            x = layer(x, view)
+        x = self.transformer.ln_f(x)
         if lm_head_chunk_size > 0:
             return [self.head(part) for part in x.split(lm_head_chunk_size, dim=1)]
         return self.head(x)  # (B, T, V)
@@ -106,17 +110,19 @@ class GPT(gpt.GPT):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Give every layer a cache for `model(idx, input_pos)`. Nothing else needs one.
+        """Give every layer a cache for `model(idx, input_pos)`; other calls do not need it.
 
         Args:
-            batch_size: The most rows of a pass. max_seq_length: Positions; None: the model's `max_seq_length`.
-            rope_cache_length: Not needed. device, dtype: Of the buffers; None: each layer's own.
+            batch_size: The most rows of a pass.
+            max_seq_length: The number of positions; None: the model's `max_seq_length`.
+            rope_cache_length: Ignored.
+            device, dtype: The device and dtype of the buffers; None: those of each layer.
         """
         size = self.max_seq_length if max_seq_length is None else max_seq_length
         for layer in self.transformer.h:
             layer.attn.kv_cache = layer.attn.build_kv_cache(batch_size, size, device=device, dtype=dtype)
         device = self.transformer.h[0].attn.kv_cache.k.device
-        # what litgpt asks of it is a shape and a device: one byte and no mask
+        # litgpt reads only its shape and device, so it has one byte
         self.mask_cache = torch.ones((), dtype=torch.bool, device=device).expand(1, 1, size, size)
 
 
@@ -127,10 +133,10 @@ def dense_cache(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> base.KVCache:
-    """litgpt's cache module for a layer: buffers `k` (B, G, N, D) and `v`, on the layer's device and in its dtype.
+    """Build litgpt's cache module for a layer: buffers `k` (B, G, N, D) and `v`, by default in the layer's dtype.
 
-    A sliding-window layer keeps every position as well: litgpt's ring loses what the first queries of a block, or a
-    caller who goes back, still need.
+    A sliding-window layer keeps every position, too. litgpt's ring buffer loses positions that the first queries of a
+    block still need, and those that a caller who goes back needs.
     """
     spec: LayerSpec = attn.spec
     weight = next(attn.parameters())
@@ -142,12 +148,12 @@ def dense_cache(
 
 @dataclass(eq=False)
 class AttachedView:
-    """One layer's attached cache in one pass.
+    """The attached cache of one layer in one pass.
 
     Attributes:
-        spec: The layer. store: Its cache. angles: Of the new tokens. pos: (B or 1, T) their positions.
-        mask: (B, 1, T, extent) what they see; None for a whole prompt, which attends to itself.
-        extent: Positions from here on are not looked at. masks: Of a whole prompt.
+        spec: The layer. store: Its cache. angles: The angles of the new tokens. pos: (B or 1, T), their positions.
+        mask: (B, 1, T, extent), the positions that they see; None for a whole prompt, which attends to itself.
+        extent: Only positions below it are read. masks: The masks for a whole prompt.
     """
 
     spec: LayerSpec
@@ -162,25 +168,25 @@ class AttachedView:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, projection: LatentProjection | None = None) -> Tensor:
         spec = self.spec
-        turned_q, turned_k = (rotate(x, self.angles, spec.rope_size) for x in (q, k))
-        self._write("k", turned_k.detach())
+        rotated_q, rotated_k = (rotate(x, self.angles, spec.rope_size) for x in (q, k))
+        self._write("k", rotated_k.detach())
         self._write("v", v.detach())
         if self.mask is None:
             return SequenceView(spec, self.angles, self.masks, observer=self.observer).attend(q, k, v, projection)
         if self.observer is not None:
-            self.observer(turned_q)
+            self.observer(rotated_q)
         keys, values = (buffer[: k.size(0), :, : self.extent] for buffer in (self.store.k, self.store.v))
         if projection is not None:
-            turned_q = projection.absorb(turned_q)
+            rotated_q = projection.absorb(rotated_q)
             values = nn.functional.pad(values, (0, 1), value=1.0) if projection.bias else values
-        y, _ = slot_attention(turned_q, keys, values, self.mask, scale=spec.scale, softcap=spec.softcap)
+        y, _ = slot_attention(rotated_q, keys, values, self.mask, scale=spec.scale, softcap=spec.softcap)
         if projection is not None:
             y = projection.output(y[..., : spec.value_size])
         return y.transpose(1, 2)  # (B, T, H, Dv)
 
     def _write(self, name: str, x: Tensor) -> None:
         buffer = getattr(self.store, name)
-        if buffer.dtype != x.dtype:  # under mixed precision; litgpt's, too, takes the activations' dtype
+        if buffer.dtype != x.dtype:  # mixed precision: use the activations' dtype, as litgpt does
             buffer = buffer.to(x.dtype)
             setattr(self.store, name, buffer)
         if self.pos.size(0) == 1:
@@ -190,10 +196,10 @@ class AttachedView:
 
 
 def attached_pass(model: GPT, idx: Tensor, input_pos: Tensor, end: int | None) -> Pass:
-    """A pass over the attached caches: angles and masks are made once for each device and window.
+    """Prepare a pass over the attached caches; angles and masks are computed once for each device and window.
 
     Raises:
-        TypeError: Without `set_kv_cache`. ValueError: If positions and tokens do not fit each other or the cache.
+        TypeError: If `set_kv_cache` was not called. ValueError: If tokens, positions and cache do not fit together.
     """
     B, T = idx.shape
     if input_pos.dim() not in (1, 2):
@@ -216,30 +222,30 @@ def attached_pass(model: GPT, idx: Tensor, input_pos: Tensor, end: int | None) -
             f"{max(extent, T) - 1}: call set_kv_cache with more."
         )
     pos, rope = input_pos.view(-1, T), model.rope()
-    fresh = T > 1 and not torch.compiler.is_compiling() and _from_start(pos, stores)
-    if fresh and T > model.max_seq_length:
+    is_prompt = T > 1 and not torch.compiler.is_compiling() and _from_start(pos, stores)
+    if is_prompt and T > model.max_seq_length:
         raise ValueError(f"Cannot forward {T} tokens, the model's context is {model.max_seq_length}.")
-    masks, made, views = CausalMasks(), {}, []
+    masks, shared, views = CausalMasks(), {}, []
     for attn, store, table in zip(modules, stores, rope.which):
         device, window, mask = store.k.device, attn.spec.window, None
-        if (device, table) not in made:
-            made[device, table] = tuple(_rows(x, pos).to(device) for x in rope.tables[table])
-        if not fresh and (device, "mask", window) not in made:
+        if (device, table) not in shared:
+            shared[device, table] = tuple(_rows(x, pos).to(device) for x in rope.tables[table])
+        if not is_prompt and (device, "mask", window) not in shared:
             seen = visible(pos.to(device), torch.arange(extent, device=device), window)  # (B or 1, T, extent)
-            made[device, "mask", window] = seen.expand(B, -1, -1)[:, None]
-        if not fresh:
-            mask = made[device, "mask", window]
-        views.append(AttachedView(attn.spec, store, made[device, table], pos, mask, extent, masks))
+            shared[device, "mask", window] = seen.expand(B, -1, -1)[:, None]
+        if not is_prompt:
+            mask = shared[device, "mask", window]
+        views.append(AttachedView(attn.spec, store, shared[device, table], pos, mask, extent, masks))
     return Pass(views, False)
 
 
 def _from_start(pos: Tensor, stores: list[base.KVCache]) -> bool:
-    """Whether this is a whole prompt on one device: it then needs no cache and no mask to attend to itself."""
+    """Return whether the tokens are a whole prompt on one device, which can attend to itself without cache and mask."""
     if any(store.k.device != pos.device for store in stores):
         return False
     return bool((pos == torch.arange(pos.size(1), device=pos.device)).all())
 
 
 def _rows(table: Tensor, pos: Tensor) -> Tensor:
-    """Rows of a rope table (N, E) at pos (B or 1, T); a position outside of it is an error."""
+    """Return the rows of a rope table (N, E) at pos (B or 1, T); a position outside the table raises an error."""
     return table.index_select(0, pos.reshape(-1).to(table.device)).view(*pos.shape, -1)

@@ -1,4 +1,4 @@
-"""Our classes in the place of litgpt's, in litgpt itself: its commands, fine-tuning, LoRA and adapters."""
+"""Replace litgpt's classes by ours in litgpt's own modules: for its commands, fine-tuning, LoRA and adapters."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 import litgpt.adapter
 import litgpt.adapter_v2
-import litgpt.lora  # noqa: F401  (loaded, so that their classes are found)
+import litgpt.lora  # noqa: F401  (imported, so that `_swap` finds their classes)
 import litgpt.model as base
 from litgpt_kv.compat.litgpt_modules import GPT, Block, CausalSelfAttention, MultiheadLatentAttention
 
@@ -17,30 +17,30 @@ OURS = {
     base.CausalSelfAttention: CausalSelfAttention,
     base.MultiheadLatentAttention: MultiheadLatentAttention,
 }
-"""Which class of litgpt gives way to which of ours."""
+"""Maps each class of litgpt to the class that replaces it."""
 
 
 def install() -> ExitStack:
-    """Puts our `GPT` and its parts wherever litgpt has its own, for the whole process.
+    """Replace litgpt's `GPT` and its parts by ours, in all of litgpt's modules, for the whole process.
 
-    Every name in litgpt's modules then means ours, so `litgpt.LLM`, its commands and its fine-tuning use `GPT` of this
-    package unchanged; LoRA's and the adapters' models derive from ours, with any of our caches. Names that other
-    modules took from litgpt before stay what they are: call this first.
+    `litgpt.LLM`, litgpt's commands and its fine-tuning then use our `GPT`. The models of LoRA and the adapters derive
+    from ours, and can use all our caches. Call this first: other modules that have imported litgpt's classes before
+    keep these.
 
     Returns:
-        What undoes it: `with install(): ...`, or `install().close()` later; ignored, it lasts. Models made in between
-        stay ours, LoRA's and the adapters' do not.
+        A context manager that undoes the replacement: `with install(): ...`, or `install().close()` later. Models that
+        were built in between keep our classes, except those of LoRA and the adapters.
     """
     undo = ExitStack()
-    if base.GPT is GPT:  # it was done before, and whoever did it undoes it
+    if base.GPT is GPT:  # already installed: the first call undoes it
         return undo
     _swap(OURS)
-    undo.callback(_swap, {ours: theirs for theirs, ours in OURS.items()})
+    undo.callback(_swap, {ours: litgpts for litgpts, ours in OURS.items()})
     return undo
 
 
 def _swap(classes: dict[type, type]) -> None:
-    """Replaces classes by name and as bases in all modules of litgpt."""
+    """Replace classes in all modules of litgpt, as names and as base classes."""
     for module in [m for name, m in sys.modules.items() if name.partition(".")[0] == "litgpt" and m is not None]:
         for name, value in list(vars(module).items()):
             if not isinstance(value, type):
@@ -48,4 +48,4 @@ def _swap(classes: dict[type, type]) -> None:
             if value in classes:
                 setattr(module, name, classes[value])
             elif value.__module__ == module.__name__ and not classes.keys().isdisjoint(value.__bases__):
-                value.__bases__ = tuple(classes.get(one, one) for one in value.__bases__)
+                value.__bases__ = tuple(classes.get(cls, cls) for cls in value.__bases__)

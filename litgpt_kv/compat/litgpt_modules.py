@@ -1,7 +1,7 @@
-"""Our modules in a form that litgpt's own code can call and derive from: blocks with arguments by position, adapters.
+"""Our modules with litgpt's signatures, for litgpt's own code, LoRA and adapters.
 
-`install()` puts them in litgpt's place. litgpt calls a block as `block(x, cos, sin, mask, input_pos, ...)`; our `GPT`
-calls it as `block(x, view)`. litgpt's adapters override `scaled_dot_product_attention` to add to its output.
+`install()` replaces litgpt's modules by these. litgpt calls a block as `block(x, cos, sin, mask, input_pos, ...)`; our
+`GPT` calls it as `block(x, view)`. litgpt's adapters override `scaled_dot_product_attention` to add to its output.
 
 B rows · T tokens · H query heads · D head size · C embedding size.
 """
@@ -19,18 +19,21 @@ from litgpt_kv.compat import input_pos
 from litgpt_kv.compat.input_pos import BuildsKVCache
 from litgpt_kv.model import attention, block, latent
 
-# before `install` puts ours in their place
+# litgpt's classes, before `install` replaces them
 LitgptBlock, LitgptAttention = base.Block, base.CausalSelfAttention
 LitgptLatentAttention = base.MultiheadLatentAttention
 
 
 class CausalSelfAttention(BuildsKVCache, attention.CausalSelfAttention):
-    """Ours for a view, litgpt's for its own arguments; a subclass may override `scaled_dot_product_attention`."""
+    """Our attention if it is called with a view, litgpt's if it is called with litgpt's arguments.
+
+    A subclass may override `scaled_dot_product_attention`, as litgpt's adapters do.
+    """
 
     _attended: Tensor | None = None
 
     def forward(self, x: Tensor, view: LayerView | Tensor, *litgpt: Any) -> Tensor:
-        """x (B, T, C) to (B, T, C): with a view, or with litgpt's cos, sin, mask, input_pos, input_pos_maxp1."""
+        """Map x (B, T, C) to (B, T, C), with a view or with litgpt's cos, sin, mask, input_pos, input_pos_maxp1."""
         if litgpt:
             return LitgptAttention.forward(self, x, view, *litgpt)
         if type(self).scaled_dot_product_attention is CausalSelfAttention.scaled_dot_product_attention:
@@ -38,16 +41,16 @@ class CausalSelfAttention(BuildsKVCache, attention.CausalSelfAttention):
         return super().forward(x, AdaptedView(self, view))
 
     def adapt(self, q: Tensor, y: Tensor) -> Tensor:
-        """What a subclass makes of the attention y (B, T, H, D) of the rotated queries q (B, H, T, D)."""
+        """Pass the attention output y (B, T, H, D) of rotated queries q (B, H, T, D) through the subclass' override."""
         self._attended = y
         return self.scaled_dot_product_attention(q, None, None)
 
     def scaled_dot_product_attention(
         self, q: Tensor, k: Tensor | None, v: Tensor | None, mask: Tensor | None = None
     ) -> Tensor:
-        """litgpt's, to (B, T, H, D); without keys, the attention that `adapt` was given.
+        """Return litgpt's attention (B, T, H, D); without keys, return the output that `adapt` was given.
 
-        litgpt adds boolean masks to softcapped scores; in this one they mask.
+        With softcapping, litgpt adds a boolean mask to the scores; here it masks them.
         """
         if k is None:
             y, self._attended = self._attended, None
@@ -58,7 +61,7 @@ class CausalSelfAttention(BuildsKVCache, attention.CausalSelfAttention):
 
 
 class AdaptedView:
-    """A layer's view whose attention passes through a subclass' `scaled_dot_product_attention`."""
+    """A layer's view whose attention output passes through a subclass' `scaled_dot_product_attention`."""
 
     def __init__(self, attn: CausalSelfAttention, view: LayerView) -> None:
         self.attn, self.view, self.last = attn, view, view.last
@@ -71,27 +74,27 @@ class AdaptedView:
 
 
 class MultiheadLatentAttention(BuildsKVCache, latent.MultiheadLatentAttention):
-    """Ours for a view, litgpt's for its own arguments."""
+    """Our module if it is called with a view, litgpt's if it is called with litgpt's arguments."""
 
     def forward(self, x: Tensor, view: LayerView | Tensor, *litgpt: Any, **named: Any) -> Tensor:
-        """x (B, T, C) to (B, T, C): with a view, or with litgpt's cos, sin, mask, input_pos, input_pos_maxp1."""
+        """Map x (B, T, C) to (B, T, C), with a view or with litgpt's cos, sin, mask, input_pos, input_pos_maxp1."""
         if litgpt or named:
             return LitgptLatentAttention.forward(self, x, view, *litgpt, **named)
         return super().forward(x, view)
 
 
 class Block(block.Block):
-    """Ours for a view, litgpt's for its own arguments."""
+    """Our module if it is called with a view, litgpt's if it is called with litgpt's arguments."""
 
     attention = CausalSelfAttention
     latent_attention = MultiheadLatentAttention
 
     def forward(self, x: Tensor, view: LayerView | Tensor, *litgpt: Any) -> Tensor:
-        """x (B, T, C) to (B, T, C): with a view, or with litgpt's cos, sin, mask, input_pos, input_pos_maxp1."""
+        """Map x (B, T, C) to (B, T, C), with a view or with litgpt's cos, sin, mask, input_pos, input_pos_maxp1."""
         return LitgptBlock.forward(self, x, view, *litgpt) if litgpt else super().forward(x, view)
 
 
 class GPT(input_pos.GPT):
-    """`litgpt_kv.GPT` made of these modules."""
+    """`litgpt_kv.GPT` with these modules."""
 
     block = Block

@@ -1,7 +1,7 @@
-"""Generation for batches of prompts of different lengths: loops over an `Engine`.
+"""Generate text for batches of prompts of different lengths, with loops over an `Engine`.
 
-In the order to read: `request` (what is asked, its answer so far), `engine` (one step), `scheduler` (who has which
-row), `runner` (the model and the cache), `sampling`, `stopping`, `text`, `limits`.
+Read the files in this order: `request` (a request and its state), `engine` (one step), `scheduler` (which request has
+which row), `runner` (the model and the cache), `sampling`, `stopping`, `text`, `limits`.
 
 B rows · V vocabulary.
 """
@@ -43,18 +43,18 @@ Prompts = abc.Sequence[Tensor | abc.Sequence[int]]
 
 @torch.inference_mode()
 def prefill(model: Model, prompts: Prompts, cache: KVCache, method: str = "min-length") -> tuple[Tensor, list[int]]:
-    """The first pass over a batch of prompts, into an empty cache.
+    """Run the first pass over a batch of prompts, into an empty cache.
 
     Args:
         model: A `litgpt_kv.GPT`, plain, compiled or wrapped.
         prompts: 1-D token ids of each row, of any lengths.
-        cache: Empty, with as many rows as prompts.
-        method: "min-length" reads the first tokens of every row, as many as the shortest prompt has and every layer can
-            keep; the rest follows token by token with `decode`. "full" reads all prompts, padded on the right; each row
-            is then compressed to its budget.
+        cache: An empty cache with one row for each prompt.
+        method: "min-length" reads the same number of tokens in every row: as many as the shortest prompt has and every
+            layer can keep. Feed the rest token by token to `decode`. "full" reads all prompts, padded on the right, and
+            then evicts each row down to its budget.
 
     Returns:
-        The logits (B, V) after the last token read of each row, and how many tokens of each row were read.
+        The logits (B, V) after the last token read in each row, and the number of tokens read in each row.
     """
     check_prefill(method)
     check_type("cache", cache, KVCache, "a KVCache")
@@ -62,18 +62,18 @@ def prefill(model: Model, prompts: Prompts, cache: KVCache, method: str = "min-l
     device = cache.pos.device
     rows = [check_prompt(p, vocabulary_of(model), f"Prompt {b}").to(device) for b, p in enumerate(prompts)]
     lengths = [len(row) for row in rows]
-    if not any(cache.seen):  # else the model says what is wrong
+    if not any(cache.seen):  # else the model raises an error
         cache.set_prompt_lengths(dict(enumerate(lengths)))
     if method == "min-length":
         lengths = [min(*lengths, cache.first_chunk)] * len(rows)
-    longest = max(lengths)  # a pad is the row's own last token: no other one is read
+    longest = max(lengths)  # pad with the row's last token, which adds no token to the pass
     padded = torch.stack([torch.cat((row, row[-1:].expand(max(0, longest - len(row)))))[:longest] for row in rows])
     return model(padded, cache, torch.tensor(lengths, device=device)), lengths
 
 
 @torch.inference_mode()
 def decode(model: Model, token: Tensor, cache: KVCache) -> Tensor:
-    """One more token for every row: token (B,) int64 gives logits (B, V). Positions are the cache's own."""
+    """Run one decode step: token (B,) int64 gives logits (B, V). The cache knows the positions."""
     check_type("token", token, Tensor, "a tensor with one token id a row")
     check_type("cache", cache, KVCache, "a KVCache")
     if token.shape != (cache.batch_size,) or token.dtype != torch.int64:
@@ -97,34 +97,36 @@ def stream(
     stats: Stats | None = None,
     logprobs: bool = False,
 ) -> Iterator[list[list[int]]]:
-    """Generates for a batch of prompts of different lengths, a token a row at a time.
+    """Generate tokens for a batch of prompts of different lengths, step by step.
 
-    A row equals the same prompt alone, whatever its partners are (sampled rows if they have a seed): it stops at its
-    own stop sequence or length.
+    A row does not depend on the other rows: it gives the same tokens as its prompt alone (if it is sampled, it needs a
+    seed), and ends at its own stop sequence or length.
 
     Args:
         model: A `litgpt_kv.GPT`, plain, compiled or wrapped.
         prompts: 1-D token ids of each row.
-        cache: With as many rows as prompts: empty, or holding what came before each prompt, which is then read in
-            blocks or one token at a time. None: no cache, the whole text is computed again at every step.
-        max_new_tokens: The most new tokens of a row; one value or one a row. The last one is not in the cache yet.
-        min_new_tokens: Stop sequences count only after so many; one value or one a row.
+        cache: A cache with one row for each prompt. It may hold the text before each prompt; the prompts are then read
+            in blocks or one token at a time. None: no cache, every step computes the whole text again.
+        max_new_tokens: The most new tokens of a row; one value or one a row. The last new token is not put into the
+            cache.
+        min_new_tokens: Stop sequences count only after so many new tokens; one value or one a row.
         sampling: How tokens are chosen.
         stop: Token sequences that end a row; a stop sequence is not part of the output.
-        prefill: "min-length" reads each prompt in one pass as far as the budget allows, the rest in blocks where that
-            changes nothing, else token by token beside the steps of the others. "full" reads each prompt in one pass
-            and then compresses the row to its budget. Neighbours with prompts of one length are read together.
-        prefill_chunk: With "min-length", read what a prompt still has after the first pass in blocks of so many tokens.
-            None: in blocks where that changes nothing (dense, window, sink), else one at a time. A strategy that looks
-            at attention, such as h2o, evicts for a whole block before the block attends, so that its results then
-            depend on the blocks.
-        decoder: Runs the one-token steps instead of `model`, a compiled one for instance.
-        stats: Filled with what the run did.
-        logprobs: Fill `stats.logprobs`, too.
+        prefill: "min-length" reads as much of each prompt as the budget allows in one pass. The rest is read in blocks
+            if that does not change results, else token by token, in the decode steps of the other rows. "full" reads
+            each prompt in one pass and then evicts down to the budget. Prompts of the same length in neighbouring rows
+            are read together.
+        prefill_chunk: With "min-length", the tokens of a block for the rest of a prompt. None: blocks if they do not
+            change results (dense, window, sink), else one token at a time. A strategy that uses attention, such as h2o,
+            evicts for a whole block before the block attends, so its results depend on the block size. With "full",
+            read a prompt in passes of so many tokens: results are the same, with less memory.
+        decoder: Runs the one-token steps instead of `model`, for instance a compiled model.
+        stats: Is filled with tokens and seconds of the run.
+        logprobs: Also fill `stats.logprobs`.
 
     Yields:
-        For each step that made tokens, one list a row of the tokens that are now certain: mostly one, none for a row
-        still reading its prompt or ended, several where what might have begun a stop sequence did not.
+        For each step with new tokens, a list of new tokens for each row. Mostly it has one token; none if the row still
+        reads its prompt or has ended; several if tokens were held back as the possible start of a stop sequence.
 
     Raises:
         ValueError: If a prompt is empty, a prompt and its new tokens do not fit, or an argument is out of range; after
@@ -140,7 +142,7 @@ def stream(
     check_type("sampling", sampling, SamplingArgs, "SamplingArgs")
     settings = sampling.rows(count)
     requests = [Request(p, *new, args, stop) for p, new, args in zip(prompts, zip(*limits), settings)]
-    stats = _begun(stats)
+    stats = _reset(stats)
     options = dict(prefill=prefill, prefill_chunk=prefill_chunk, decoder=decoder, logprobs=logprobs)
     engine = Engine(model, cache, rows=count, pieces=None, stats=stats, **options)
     for row, request in enumerate(requests):
@@ -164,7 +166,7 @@ def _stream(engine: Engine, stats: Stats, count: int) -> Iterator[list[list[int]
 
 
 def raise_failed(sequences: Iterable[Sequence]) -> None:
-    """Raises ValueError if a sequence ended in an error, naming the first."""
+    """Raise ValueError with the error of the first sequence that ended in one."""
     failed = [sequence for sequence in sequences if sequence.error is not None]
     if failed:
         first = min(failed, key=lambda sequence: sequence.index)
@@ -179,24 +181,24 @@ def generate(
     max_new_tokens: int | abc.Sequence[int],
     **options: object,
 ) -> list[Tensor]:
-    """New tokens for each of a batch of prompts of different lengths.
+    """Generate tokens for a batch of prompts of different lengths; return all at the end.
 
     Args:
         model: A `litgpt_kv.GPT`.
         prompts: 1-D token ids of each row.
-        cache: What to keep, `KVCacheArgs` or a strategy's name: a cache of the right size is built. Or a cache. None:
-            no cache, the whole text is computed again at every step.
+        cache: `KVCacheArgs` or a strategy's name, from which a cache of the right size is built; or a cache. None: no
+            cache, every step computes the whole text again.
         max_new_tokens: The most new tokens of a row; one value or one a row.
-        options: All that `stream` takes.
+        options: The other arguments of `stream`.
 
     Returns:
-        For each prompt its new tokens, 1-D int64 on the host, without the prompt and without a stop sequence.
+        For each prompt the new tokens, 1-D int64 on the CPU, without the prompt and the stop sequence.
     """
     _check_list(prompts)
     if isinstance(cache, (KVCacheArgs, str)):
         most = per_row("max_new_tokens", max_new_tokens, len(prompts))
-        sees = [Request(p, new).sees for p, new in zip(prompts, most)]
-        cache = KVCache.build(model, cache, len(prompts), max(1, *sees))
+        tokens = [Request(p, new).cache_tokens for p, new in zip(prompts, most)]
+        cache = KVCache.build(model, cache, len(prompts), max(1, *tokens))
     rows: list[list[int]] = [[] for _ in prompts]
     for step in stream(model, prompts, cache, max_new_tokens=max_new_tokens, **options):
         for row, tokens in zip(rows, step):
@@ -217,53 +219,62 @@ def serve(
     stats: Stats | None = None,
     logprobs: bool = False,
 ) -> Iterator[list[Sequence]]:
-    """Answers any number of requests, as many at a time as the cache has rows.
+    """Answer any number of requests, as many at a time as the cache has rows.
 
-    Each prompt is read into a free row while the others wait, see `stream`. A row gives what its prompt gives alone,
-    whenever it comes.
+    A new prompt is read into a free row while the other rows wait, see `stream`. A request gives the same tokens as its
+    prompt alone, no matter when it starts.
 
     Args:
         model: A `litgpt_kv.GPT`, plain, compiled or wrapped.
-        requests: Taken from the iterator only when a row is free, so that it may be endless; asked again at every step
-            while a row is free.
-        cache: Empty. None: no cache, every text is computed again at every step.
-        rows: Rows without a cache; with one, its batch size.
-        decode_text: From token ids to text, if rows shall have text.
+        requests: An iterator of any length. A request is taken only when a row is free; after its end, the iterator is
+            tried again at every step with a free row.
+        cache: An empty cache. None: no cache, every step computes the whole texts again.
+        rows: The number of rows without a cache; with one, its batch size.
+        decode_text: A function from token ids to text; None: sequences have no text.
         prefill, prefill_chunk, decoder, stats, logprobs: As in `stream`.
 
     Yields:
-        For each draw the rows that took part in it: `new` tokens of each, and its `reason` when it ended.
+        For each step the sequences with new tokens: `new_tokens`, and `reason` if the sequence ended.
 
     Raises:
-        ValueError: Before the first step for the first requests; later when a request is taken that does not fit.
+        ValueError: If a request does not fit: at once for the first requests, else when it is taken.
     """
     options = dict(prefill=prefill, prefill_chunk=prefill_chunk, decoder=decoder, logprobs=logprobs)
-    engine = Engine(model, cache, rows=rows, pieces=None, decode_text=decode_text, stats=_begun(stats), **options)
+    engine = Engine(model, cache, rows=rows, pieces=None, decode_text=decode_text, stats=_reset(stats), **options)
+    check_type("requests", None if isinstance(requests, Tensor) else requests, Iterable, "an iterable of Requests")
+    return _serve(engine, begin(engine, cache, requests))
+
+
+def begin(engine: Engine, cache: KVCache | None, requests: Iterable[Request]) -> Iterator[Request]:
+    """Add the first requests to an engine with an empty cache; return an iterator over the others.
+
+    Raises:
+        ValueError: If the cache is not empty, there is no request, or one of the first does not fit.
+    """
     if cache is not None and any(cache.seen):
         raise ValueError(f"serve needs an empty cache; tokens seen are {cache.seen}: call reset() first.")
-    check_type("requests", None if isinstance(requests, Tensor) else requests, Iterable, "an iterable of Requests")
     waiting = iter(requests)
-    _fill(engine, waiting)
+    fill(engine, waiting)
     if not engine.unfinished:
         raise ValueError("There are no prompts.")
-    return _serve(engine, waiting)
+    return waiting
+
+
+def fill(engine: Engine, waiting: Iterator[Request]) -> None:
+    """Add a waiting request for every free row."""
+    while engine.free and (request := next(waiting, None)) is not None:
+        engine.add(request)
 
 
 def _serve(engine: Engine, waiting: Iterator[Request]) -> Iterator[list[Sequence]]:
     while engine.unfinished:
         if outputs := engine.step():
             yield [output.sequence for output in outputs]
-        _fill(engine, waiting)
-
-
-def _fill(engine: Engine, waiting: Iterator[Request]) -> None:
-    """Offers every free row to the next request."""
-    while engine.free and (request := next(waiting, None)) is not None:
-        engine.add(request)
+        fill(engine, waiting)
 
 
 def _check_list(prompts: Prompts) -> int:
-    """The number of prompts, at least one."""
+    """Return the number of prompts; refuse a list without any."""
     single = isinstance(prompts, str) or (isinstance(prompts, Tensor) and prompts.dim() == 0)
     if single or not isinstance(prompts, (abc.Sequence, Tensor)):
         raise TypeError(f"prompts must be a list of lists of token ids, got {shown(prompts)}.")
@@ -272,8 +283,8 @@ def _check_list(prompts: Prompts) -> int:
     return len(prompts)
 
 
-def _begun(stats: Stats | None) -> Stats:
-    """Stats that begin at zero, also where they were used before."""
+def _reset(stats: Stats | None) -> Stats:
+    """Return new stats, or set the given ones to zero."""
     if stats is None:
         return Stats()
     check_type("stats", stats, Stats, "Stats")

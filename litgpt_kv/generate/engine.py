@@ -1,14 +1,14 @@
-"""The engine: requests come and go at any time, and every step makes one more token of each that runs.
+"""The engine: requests are added and aborted at any time, and each step makes one token for every running one.
 
 B rows · V vocabulary.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import abc
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,22 +25,20 @@ from litgpt_kv.generate.sampling import Sampler, logprobs_of
 from litgpt_kv.generate.scheduler import Scheduler
 from litgpt_kv.generate.text import TextStream
 
-T = TypeVar("T")
-
 
 @dataclass
 class Stats:
-    """What a run did.
+    """Tokens and seconds of a run.
 
     Attributes:
-        prompt_tokens, new_tokens: Tokens read and made, by all rows.
-        prefill_tokens, prefill_seconds: Tokens of prompts that were not read beside the decode steps of other rows, and
-            the time that took.
-        decode_tokens, decode_seconds: Tokens made after each row's first, and the time of the steps that made them;
-            what the caller does between two steps is not counted.
+        prompt_tokens, new_tokens: Prompt tokens read and new tokens made, by all rows.
+        prefill_tokens, prefill_seconds: Prompt tokens that were read in passes of their own, not in the decode steps of
+            other rows, and the seconds of these passes.
+        decode_tokens, decode_seconds: New tokens after the first one of each row, and the seconds of the decode steps;
+            the time that the caller takes between two steps is not counted.
         reasons: Why each row ended, in the order of the prompts: "stop", "length" or "error".
-        logprobs: If asked for, the log-probability of each row's new tokens under the model's own distribution, before
-            temperature and all other settings.
+        logprobs: With `logprobs`, the log-probability of each row's new tokens under the model's own distribution,
+            before temperature and all other settings.
     """
 
     prompt_tokens: int = 0
@@ -54,27 +52,29 @@ class Stats:
 
 
 class Engine:
-    """Answers requests on the rows of a cache.
+    """Answer requests on the rows of a cache.
 
-    A row gives what its prompt gives alone, whatever joins or leaves meanwhile (sampled rows if they have a seed).
+    A request gives the same tokens as its prompt alone, no matter which other requests run (if it is sampled, it needs
+    a seed).
 
     Args:
         model: A `litgpt_kv.GPT`, plain, compiled or wrapped.
-        cache: Its rows take the requests. None: no cache, every text is computed again at every step.
-        rows: Rows without a cache; with one, its batch size.
-        prefill: How prompts are read, see `litgpt_kv.generate.stream`. prefill_chunk: As there.
-        pieces: How many pieces of prompts a step reads at most, so that running rows wait no longer. None: all that
-            there are, the fastest where nobody waits for single tokens; neighbours with prompts of one length are then
-            read together.
-        piece_size: The most tokens of such a piece, but with `pieces` None: a longer first pass over a prompt, which
-            is all of it with prefill "full", is read in several that give what one gives.
-        decoder: Runs the one-token steps instead of `model`, a compiled one for instance.
-        decode_text: From token ids to text, if outputs shall have text.
+        cache: The cache; each running request has one of its rows. None: no cache, every step computes the whole texts
+            again.
+        rows: The number of rows without a cache; with one, its batch size.
+        prefill, prefill_chunk: How prompts are read, see `litgpt_kv.generate.stream`.
+        pieces: The most pieces of prompts that a step reads, which limits how long running rows wait. None: no limit,
+            the fastest if nobody waits for single tokens; prompts of the same length in neighbouring rows are then read
+            together.
+        piece_size: The most tokens of a piece. A longer first pass over a prompt (with prefill "full", the whole
+            prompt) is read in several pieces, with the same result. Ignored if `pieces` is None.
+        decoder: Runs the one-token steps instead of `model`, for instance a compiled model.
+        decode_text: A function from token ids to text; None: outputs have no text.
         logprobs: Keep the log-probability of every token.
-        stats: Is filled; None: an own one.
+        stats: The stats to fill; None: new ones.
 
     Attributes:
-        stats: What it did so far. limits: What a request must fit.
+        stats: Tokens and seconds so far. limits: The limits of a request.
 
     Raises:
         ValueError: If the arguments contradict each other.
@@ -98,12 +98,13 @@ class Engine:
         if not (cache is None or isinstance(cache, KVCache)):
             raise ValueError(f"cache must be a KVCache or None, got {shown(cache)}.")
         size = rows if cache is None else cache.batch_size
-        if not isinstance(size, int) or size < 1 or not (rows is None or (isinstance(rows, int) and rows == size)):
+        counts = [size] if rows is None else [size, rows]
+        if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 or n != size for n in counts):
             raise ValueError(f"rows must be at least 1, and the cache's batch size if there is one, got {shown(rows)}.")
-        if pieces is not None and not (isinstance(pieces, int) and pieces >= 1):
+        if pieces is not None and (isinstance(pieces, bool) or not isinstance(pieces, int) or pieces < 1):
             raise ValueError(f"pieces must be at least 1, or None for all, got {shown(pieces)}.")
         check_count("piece_size", piece_size, 1, 2**31 - 1)
-        vocabulary_of(model)  # raises for what is no model
+        vocabulary_of(model)  # raises TypeError if it is not a model
         check_type("logprobs", logprobs, bool, "True or False")
         check_callable("decoder", decoder)
         check_callable("decode_text", decode_text)
@@ -120,48 +121,48 @@ class Engine:
         self.sampler = Sampler(size, self.limits.vocabulary, self.runner.device)
         self.decode_text, self.logprobs = decode_text, logprobs
         self.stats = Stats() if stats is None else stats
-        self._sequences: dict[int, Sequence] = {}  # by id, those that have not ended
+        self._sequences: dict[int, Sequence] = {}  # by id; only those that have not ended
         self._next_id = 0
-        self._token = torch.zeros(size, dtype=torch.int64, device=self.runner.device)  # the last one of each row
+        self._token = torch.zeros(size, dtype=torch.int64, device=self.runner.device)  # the last token of each row
         self._marked: tuple[list[int], Tensor | None] = [], None
-        # logits that no token was drawn from yet, kept where a step breaks off between its passes
+        # logits from which no token was drawn yet; if a pass of a step fails, the next step uses them
         self._decoded: tuple[list[Sequence], Tensor | None] | None = None
         self._fresh: list[tuple[list[Sequence], Tensor]] = []
 
     @property
     def unfinished(self) -> int:
-        """Requests that wait or run."""
+        """The number of requests that wait or run."""
         return len(self._sequences)
 
     def sequence(self, id: int) -> Sequence:
-        """The answer so far of a request that has not ended."""
+        """Return the state of a request that has not ended."""
         return self._sequences[id]
 
     @property
     def free(self) -> int:
-        """How many more requests would get a row at the next step."""
+        """The number of further requests that would get a row at the next step."""
         return self.scheduler.free
 
     def add(self, request: Request, row: int | None = None, state: KVCache | None = None) -> int:
-        """Takes a request; it begins when a row is free.
+        """Add a request; it starts when a row is free.
 
         Args:
-            request: What to answer.
-            row: Go on with what this row of the cache holds; None: take any free row, which is emptied first.
-            state: Go on with what this cache of one row holds, copied into a free row: `copy_of` made it.
+            request: The request.
+            row: Continue after the tokens of this row of the cache; None: take any free row, and empty it first.
+            state: Continue after the tokens of this cache of one row, copied into a free row: `copy_of` made it.
 
         Returns:
-            Its id.
+            The request's id.
 
         Raises:
-            TypeError: If it is no `Request`.
+            TypeError: If it is not a `Request`.
             ValueError: If it does not fit, or its id is in use.
         """
         if not isinstance(request, Request):
-            raise TypeError(f"An engine takes a Request, got {shown(request)}.")
+            raise TypeError(f"request must be a Request, got {shown(request)}.")
         size = self.runner.size
         if row is not None and (isinstance(row, bool) or not isinstance(row, int) or not 0 <= row < size):
-            raise ValueError(f"The engine has rows 0 to {size - 1}, got {shown(row)}.")
+            raise ValueError(f"row must be 0 to {size - 1}, got {shown(row)}.")
         number = self._next_id if request.id is None else request.id
         if number in self._sequences:
             raise ValueError(f"The id {number} is in use: wait until its request has ended, or abort it.")
@@ -182,7 +183,7 @@ class Engine:
         return number
 
     def abort(self, id: int) -> bool:
-        """Ends a request; its row is free at the next step. Returns whether it had not ended before."""
+        """End a request; its row is free at the next step. Return False if it had already ended."""
         check_type("id", id, int, "the id of a request")
         sequence = self._sequences.get(id)
         if sequence is None:
@@ -202,15 +203,15 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Output]:
-        """One more token of every running row, then pieces of waiting prompts, whose rows draw their first token.
+        """Run a decode step for all running rows, then read pieces of waiting prompts, then draw tokens for both.
 
         Returns:
-            What was added to each answer that drew a token. Nothing if there is nothing to do, or if prompts were read
-            and are not at their end; `unfinished` tells.
+            The output of each request that got a token. The list is empty if there is nothing to do, or if prompts were
+            read but none to its end; check `unfinished`.
 
         Raises:
-            Exception: What the model raises. The requests that took part in this pass end with an error; the others go
-                on at the next step.
+            Exception: Any error of the model. The requests of the failed pass end with an error; the others continue at
+                the next step.
         """
         if not self._sequences:
             return []
@@ -219,28 +220,30 @@ class Engine:
             running = self.scheduler.running()
             self._decoded = running, self._decode(running) if running else None
         running, logits = self._decoded
-        decoding, decoded = any(s.last >= 0 for s in running), time.perf_counter()  # beside those that only read
+        decoding, decoded = any(s.last >= 0 for s in running), time.perf_counter()  # False if all rows read prompts
         while len(self._fresh) != self.pieces and (group := self._next_to_read()):
             self._fresh.append((group, self._read(group)))
         fresh, read = self._fresh, time.perf_counter()
         self._decoded, self._fresh = None, []
         in_step = {s.row: s for group in (running, *(group for group, _ in fresh)) for s in group}
         ready = [s for s in in_step.values() if s.ready and s.reason is None]
-        outputs = self._guarded(ready, self._draw, ready, self._joined(logits, fresh)) if ready else []
+        with self._guard(ready):
+            outputs = self._draw(ready, self._joined(logits, fresh)) if ready else []
         rest = decoded - began + time.perf_counter() - read
         self.stats.prefill_seconds += read - decoded + (0 if decoding else rest)
         self.stats.decode_seconds += rest if decoding else 0
         return outputs
 
     def _decode(self, running: list[Sequence]) -> Tensor:
-        """One more token for every running row, what it drew or the next one of its prompt: logits (B, V)."""
+        """Run a decode step with each row's last token, or with the next token of its prompt: logits (B, V)."""
         if reading := [s for s in running if not s.ready]:
-            forced = [-1] * self.runner.size
+            tokens = [-1] * self.runner.size
             for sequence in reading:
-                forced[sequence.row] = sequence.prompt[sequence.read]
-            given = torch.tensor(forced).to(self.runner.device, non_blocking=True)
-            self._token = torch.where(given < 0, self._token, given)
-        logits = self._guarded(running, self.runner.decode, self._token, {s.row for s in running})
+                tokens[sequence.row] = sequence.prompt[sequence.read]
+            prompt = torch.tensor(tokens).to(self.runner.device, non_blocking=True)
+            self._token = torch.where(prompt < 0, self._token, prompt)
+        with self._guard(running):
+            logits = self.runner.decode(self._token, {s.row for s in running})
         for sequence in reading:
             if sequence.request.prompt_logprobs:
                 note_scores(sequence, sequence.read, logits[sequence.row].unsqueeze(0))
@@ -250,20 +253,22 @@ class Engine:
         return logits
 
     def _next_to_read(self) -> list[Sequence]:
+        """Give free rows to waiting requests; return the sequences whose next piece is read together."""
         if admitted := self.scheduler.admit():
             now = time.perf_counter()
             for sequence in admitted:
-                sequence.began = now
+                sequence.start_time = now
                 self.runner.start(sequence)
                 if not self.runner.piece_size(sequence):
                     self.scheduler.finish_reading(sequence)
             self.sampler.assign({s.row: s.request for s in admitted})
-        return self.scheduler.next_to_read(self.pieces is None, self.runner.piece_size)
+        return self.scheduler.next_to_read(self.pieces is None and self.runner.joins, self.runner.piece_size)
 
     def _read(self, group: list[Sequence]) -> Tensor:
-        """The next piece of some prompts of neighbouring rows: logits (N, V)."""
+        """Read the next piece of the prompts of N neighbouring rows: logits (N, V)."""
         before = group[0].read
-        logits = self._guarded(group, self.runner.read_piece, group)
+        with self._guard(group):
+            logits = self.runner.read_piece(group)
         tokens = (group[0].read - before) * len(group)
         self.stats.prompt_tokens += tokens
         self.stats.prefill_tokens += tokens
@@ -273,7 +278,7 @@ class Engine:
         return logits
 
     def _joined(self, logits: Tensor | None, fresh: list[tuple[list[Sequence], Tensor]]) -> Tensor:
-        """Logits (B, V) of decode steps and of prompts."""
+        """Copy the logits of prompts over those of the decode step: (B, V)."""
         for group, read in fresh:
             if len(group) == self.runner.size:
                 logits = read
@@ -284,33 +289,35 @@ class Engine:
         return logits
 
     def _draw(self, ready: list[Sequence], logits: Tensor) -> list[Output]:
+        """Draw a token for each sequence from logits (B, V), and end sequences that are complete."""
         drawing = self._mask([s.row for s in ready])
         drawn = self.sampler(logits, drawing)
         drawn = drawn if drawing is None else torch.where(drawing, drawn, self._token)
         self._token = drawn.clamp(min=0)
         wanted = [s.request.logprobs for s in ready if s.request.logprobs is not None]
-        odds = logprobs_of(logits, self._token) if self.logprobs or wanted else None
-        chosen, odds = _to_host(drawn, odds)  # the one copy to the host
+        logprobs = logprobs_of(logits, self._token) if self.logprobs or wanted else None
+        tokens, logprobs = _to_host(drawn, logprobs)  # the only copy to the host in a step
         tops = tops_of(logits, max(wanted)) if any(wanted) else None
         now, outputs = time.perf_counter(), []
         for sequence in ready:
             row = sequence.row
-            if chosen[row] < 0:
-                sequence.fail(no_token(sequence, self.limits.vocabulary))
+            if tokens[row] < 0:
+                sequence.fail(no_token_error(sequence, self.limits.vocabulary))
             else:
                 self.stats.new_tokens += 1
                 self.stats.decode_tokens += sequence.last >= 0
                 count = sequence.request.logprobs
                 wants = self.logprobs or count is not None
-                sequence.push(chosen[row], odds[row] if wants else None, tops[row][:count] if tops and count else None)
-            sequence.first = sequence.first or now
-            outputs.append(Output(sequence.index, sequence.new, sequence.piece, sequence.reason, sequence))
+                top = tops[row][:count] if tops and count else None
+                sequence.push(tokens[row], logprobs[row] if wants else None, top)
+            sequence.first_token_time = sequence.first_token_time or now
+            outputs.append(Output(sequence.index, sequence.new_tokens, sequence.new_text, sequence.reason, sequence))
             if sequence.reason is not None:
                 self._finish(sequence, sequence.reason, now)
         return outputs
 
     def _mask(self, rows: list[int]) -> Tensor | None:
-        """Marks some rows (B,), None for all; the same as before is not copied to the device again."""
+        """Return a mask (B,) bool of some rows, None for all. The last mask is kept, to copy it to the device once."""
         size = self.runner.size
         if len(rows) == size:
             return None
@@ -320,37 +327,39 @@ class Engine:
             self._marked = rows, marks.to(self.runner.device, non_blocking=True)
         return self._marked[1]
 
-    def _guarded(self, sequences: list[Sequence], run: abc.Callable[..., T], *args: object) -> T:
-        """Runs a pass for some sequences; if it breaks off, their rows hold nothing of use, and they end."""
+    @contextlib.contextmanager
+    def _guard(self, sequences: list[Sequence]) -> abc.Iterator[None]:
+        """Run a pass for some sequences: if it raises, discard their rows and end them with an error."""
         try:
-            return run(*args)
+            yield
         except BaseException as error:
             for sequence in (s for s in sequences if s.reason is None):
-                sequence.error = f"A step broke off: {type(error).__name__}: {error}"
+                sequence.error = f"A step failed: {type(error).__name__}: {error}"
                 self.runner.discard(sequence.row)
                 self._finish(sequence, "error")
             raise
 
     def _finish(self, sequence: Sequence, reason: str, now: float | None = None) -> None:
-        sequence.reason, sequence.ended = reason, time.perf_counter() if now is None else now
+        sequence.reason, sequence.end_time = reason, time.perf_counter() if now is None else now
         self.scheduler.remove(sequence)
         del self._sequences[sequence.index]
 
 
-def no_token(sequence: Sequence, vocabulary: int) -> str:
-    """Why no token could be drawn for a sequence."""
-    request, made = sequence.request, sequence.made
+def no_token_error(sequence: Sequence, vocabulary: int) -> str:
+    """Return the error message for a sequence without a token that can be drawn."""
+    request, count = sequence.request, sequence.num_generated
     stops = {stop[0] for stop in request.stop if len(stop) == 1 and 0 <= stop[0] < vocabulary}
-    if made < request.min_new_tokens and len(stops) == vocabulary:
+    if count < request.min_new_tokens and len(stops) == vocabulary:
         return f"min_new_tokens {request.min_new_tokens} bans all {vocabulary} tokens: each of them is a stop sequence."
     return (
-        f"The model's logits are not finite after {made} new tokens: a weight is damaged, or numbers overflow "
+        f"The model's logits are not finite after {count} new tokens: a weight is damaged, or numbers overflow "
         "(in 16 bit, try precision 32-true)."
     )
 
 
-def _to_host(token: Tensor, odds: Tensor | None) -> tuple[list[int], list[float] | list[None]]:
-    if odds is None:
+def _to_host(token: Tensor, logprobs: Tensor | None) -> tuple[list[int], list[float] | list[None]]:
+    """Copy tokens (B,) int64 and log-probabilities (B,) float32 to the host in one transfer."""
+    if logprobs is None:
         return token.tolist(), [None] * token.numel()
-    both = torch.stack((token, odds.view(torch.int32).long())).cpu()
+    both = torch.stack((token, logprobs.view(torch.int32).long())).cpu()
     return both[0].tolist(), both[1].int().view(torch.float32).tolist()

@@ -1,4 +1,4 @@
-"""What a request must fit, checked before it is admitted."""
+"""Check that a request fits before it is added."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def vocabulary_of(model: abc.Callable[..., Tensor]) -> int:
-    """How many tokens a model knows."""
+    """Return the size of a model's vocabulary."""
     if not (callable(model) and hasattr(model, "lm_head")):
         raise TypeError(f"model must be a litgpt_kv.GPT, plain, compiled or wrapped, got {shown(model)}.")
     return model.lm_head.out_features
@@ -28,13 +28,13 @@ def vocabulary_of(model: abc.Callable[..., Tensor]) -> int:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request must fit.
+    """The limits of a request.
 
     Attributes:
-        vocabulary: Token ids are below it.
-        limit: The most tokens that a row may see, None for no end; `why` it is so.
-        one_pass: The most tokens of a prompt that is read in one pass; None for no limit of its own.
-        plans: What each layer keeps, to see whether a prompt that is never evicted leaves room.
+        vocabulary: The size of the vocabulary; token ids are smaller.
+        limit: The most tokens of a row, None for no limit. `why`: the reason, for the message.
+        one_pass: The most tokens of a prompt that is read in one pass; None for no limit.
+        plans: The plan of each layer, to check that a prompt with `keep_prompt` leaves room.
     """
 
     vocabulary: int
@@ -45,7 +45,7 @@ class Limits:
 
     @classmethod
     def of(cls, model: GPT, args: KVCacheArgs | None, prefill: str, tokens: int | None = None) -> Limits:
-        """Those of a cache for rows of so many tokens, or of the largest that the arguments allow."""
+        """Return the limits for a cache with rows of `tokens` tokens; None: the largest that the arguments allow."""
         context = model.max_seq_length
         limit, why, plans = context, "the model's context", []
         if args is not None:
@@ -55,12 +55,12 @@ class Limits:
 
     @classmethod
     def of_cache(cls, model: GPT, cache: KVCache, prefill: str) -> Limits:
-        """Those of a cache that is there."""
+        """Return the limits of an existing cache."""
         one_pass = model.max_seq_length if prefill == "full" else None
         return cls(vocabulary_of(model), cache.limit, cache.why, one_pass, cache.plans)
 
     def check(self, request: Request, name: str = "The prompt", seen: int = 0) -> None:
-        """Raises ValueError if a request cannot be run in a row that has `seen` tokens already."""
+        """Raise ValueError if a request does not fit into a row that has already seen `seen` tokens."""
         prompt, new = check_prompt(request.prompt, self.vocabulary, name), request.max_new_tokens
         tokens = seen + len(prompt)
         if self.limit is not None and tokens + new - 1 > self.limit:  # the last new token is never read
@@ -68,7 +68,7 @@ class Limits:
                 f"{name} has {tokens} tokens; with {new} new ones it is over the limit of {self.limit}: {self.why}."
             )
         if len(request.past):
-            check_prompt(request.past, self.vocabulary, f"What came before {name[0].lower()}{name[1:]}")
+            check_prompt(request.past, self.vocabulary, f"The text before {name[0].lower()}{name[1:]}")
         if self.one_pass is not None and len(prompt) > self.one_pass and not seen:
             raise ValueError(
                 f"{name} has {len(prompt)} tokens; prefill 'full' reads it in one pass and the model's context is "
@@ -82,10 +82,10 @@ class Limits:
 
 
 def check_prompt(prompt: Any, vocabulary: int, name: str = "The prompt") -> Tensor:
-    """A prompt as a 1-D int64 tensor.
+    """Return a prompt as a 1-D int64 tensor.
 
     Raises:
-        ValueError: If it is empty, not one list of integers, or has a token outside the vocabulary.
+        ValueError: If it is empty, is not a list of integers, or has a token outside the vocabulary.
     """
     try:
         tokens = torch.as_tensor(prompt)
@@ -101,6 +101,6 @@ def check_prompt(prompt: Any, vocabulary: int, name: str = "The prompt") -> Tens
 
 
 def check_prefill(method: str) -> None:
-    """Raises ValueError for an unknown way to read prompts."""
+    """Raise ValueError if a prefill method is unknown."""
     if method not in PREFILLS:
         raise ValueError(f"prefill must be one of {', '.join(PREFILLS)}, got {shown(method)}.")

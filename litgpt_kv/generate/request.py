@@ -1,4 +1,4 @@
-"""What is asked for a prompt (`Request`), its answer so far (`Sequence`), what one step added to it (`Output`)."""
+"""A prompt and its settings (`Request`), its state (`Sequence`), and the new tokens of a step (`Output`)."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from litgpt_kv.config import SamplingArgs, check_type, shown
 from litgpt_kv.generate.stopping import StopMatcher
 from litgpt_kv.generate.text import TextStream, stop_texts
 
-ANSWER = ("tokens", "text", "reason", "error", "began", "first", "ended", "_logprobs", "_tops")
-MOST_LOGPROBS = 100  # alternatives of a token
-Top = list[tuple[int, float]]  # the most probable tokens at a place, and their log-probabilities, best first
+ANSWER = ("tokens", "text", "reason", "error", "start_time", "first_token_time", "end_time", "_logprobs", "_tops")
+MOST_LOGPROBS = 100  # the most alternatives of a token
+Top = list[tuple[int, float]]  # the most probable tokens in place of one, with their log-probabilities, best first
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt and what is asked for it.
+    """A prompt and its settings.
 
     Args:
         prompt: Token ids, 1-D.
         max_new_tokens: The most new tokens.
-        min_new_tokens: A stop sequence or stop text only counts after so many new tokens.
-        sampling: How tokens are chosen; one value each.
+        min_new_tokens: Stop sequences and stop texts only count after so many new tokens.
+        sampling: How tokens are chosen; each setting has one value.
         stop: Token sequences that end the answer; they are not part of it.
-        stop_texts: Texts that end the answer, where it is made into text; they are not part of it.
+        stop_texts: Texts that end the answer, if the engine decodes it; they are not part of it.
         past: Tokens that the cache has before the prompt, for the repetition penalty.
-        id: Its number, which must not be in use; None: the next one of the engine.
-        logprobs: Keep the log-probability of every new token, and so many of the most probable tokens at its place;
+        id: The request's number, which must not be in use; None: the engine's next number.
+        logprobs: Keep the log-probability of every new token, and so many of the most probable tokens in its place;
             None: as the engine does.
-        prompt_logprobs: Keep the same of the prompt's tokens, as the cache gives them while it reads the prompt; that
-            costs a second pass over what a prompt's first pass reads.
+        prompt_logprobs: Keep the same of the prompt's tokens, as the cache gives them while it reads the prompt; this
+            needs a second pass over the tokens of a prompt's first pass.
     """
 
     prompt: Tensor | abc.Sequence[int]
@@ -52,7 +52,7 @@ class Request:
         check_new_tokens(self.max_new_tokens, self.min_new_tokens)
         check_type("sampling", self.sampling, SamplingArgs, "SamplingArgs")
         if many := [name for name, value in vars(self.sampling).items() if isinstance(value, (list, tuple))]:
-            raise ValueError(f"A request has one value of each sampling setting, got a list for {many[0]}.")
+            raise ValueError(f"A request has one value for each sampling setting, got a list for {many[0]}.")
         if not isinstance(self.stop, abc.Sequence) or not all(map(_is_tokens, self.stop)):
             raise ValueError(
                 f"stop must be a list of stop sequences of at least one token, [[2], [5, 7]], got {shown(self.stop)}."
@@ -70,8 +70,8 @@ class Request:
         check_flag("prompt_logprobs", self.prompt_logprobs)
 
     @property
-    def sees(self) -> int:
-        """The most tokens that a cache has to take for it; the last new one is never read."""
+    def cache_tokens(self) -> int:
+        """The most tokens that it puts into a cache: the last new token is never read."""
         return len(self.prompt) + self.max_new_tokens - 1
 
 
@@ -83,25 +83,29 @@ def _is_tokens(stop: Any) -> bool:
 
 @dataclass(eq=False)
 class Sequence:
-    """One request's answer so far. Holds back tokens that may turn out to begin a stop sequence, which is never shown.
+    """The state of one request.
+
+    Tokens that may be the start of a stop sequence are held back, because a stop sequence is never part of the answer.
 
     Attributes:
-        request: What it answers, number `index` of its engine.
-        stream: Makes its text and finds stop texts in it; None where only tokens are wanted.
-        row: Of the cache; -1 while it waits for one.
-        continues: Whether it goes on with what its row holds, `past` tokens.
-        state: What its row holds when it begins, a cache of one row; None: nothing, or what the row has.
-        prompt: The prompt's token ids; `read` of them were read.
-        tokens: All tokens released so far, and `new` those of the last push. A stop text takes back the tokens in which
-            it began; the text itself is held back until it is certain.
-        text: All text released so far, and `piece` that of the last push.
-        last: The last token pushed, shown or not; it is the one that no cache has read yet.
-        reason: Why it ended: "stop", "length", "abort", or "error" if no token could be drawn; None while it runs.
-        error: With "error", what was wrong.
-        elsewhere: Whether another process answered it.
+        request: The request; its id is `index`.
+        stream: Decodes the tokens and finds stop texts; None if only tokens are wanted.
+        row: The row of the cache; -1 while it waits for one.
+        continues: Whether it continues after `past` tokens that its row already has.
+        state: The cache of one row that it continues; None: its row is empty, or has what it continues.
+        prompt: The prompt's token ids. `read`: how many of them were read.
+        tokens: All tokens released so far. `new_tokens`: those of the last push. A stop text removes tokens that belong
+            to it, even released ones.
+        text: All text released so far. `new_text`: that of the last push.
+        last: The last token pushed, released or not. No cache has read it yet. -1 before the first one.
+        reason: Why it ended: "stop", "length", "abort", or "error" if a step failed or no token could
+            be drawn; None while it runs.
+        error: With "error", the message.
+        remote: Whether another process answered it.
         prompt_scores: If asked for, of each token of the prompt but the first its log-probability and the most probable
-            tokens at its place.
-        began, first, ended: Seconds (`time.perf_counter`) when it was admitted, had its first token, and ended.
+            tokens in its place.
+        start_time, first_token_time, end_time: Seconds (`time.perf_counter`) when it got a row, got its first token,
+            and ended.
     """
 
     request: Request
@@ -114,15 +118,15 @@ class Sequence:
     prompt: list[int] = field(default_factory=list)
     read: int = 0
     tokens: list[int] = field(default_factory=list)
-    new: list[int] = field(default_factory=list)
-    piece: str = ""
+    new_tokens: list[int] = field(default_factory=list)
+    new_text: str = ""
     last: int = -1
     reason: str | None = None
     error: str | None = None
-    began: float = 0.0
-    first: float = 0.0
-    ended: float = 0.0
-    elsewhere: bool = False
+    start_time: float = 0.0
+    first_token_time: float = 0.0
+    end_time: float = 0.0
+    remote: bool = False
     prompt_scores: list[tuple[float, Top]] = field(default_factory=list)
     _held: deque[int] = field(default_factory=deque)
     _logprobs: list[float] = field(default_factory=list)
@@ -136,14 +140,14 @@ class Sequence:
 
     @property
     def answer(self) -> dict[str, Any]:
-        """What it came to, for another process' sequence of the same request."""
+        """The result, to be copied to another process' sequence of the same request."""
         return {name: getattr(self, name) for name in ANSWER}
 
     @answer.setter
     def answer(self, values: abc.Mapping[str, Any]) -> None:
         for name in ANSWER:
             setattr(self, name, values[name])
-        self.new, self.piece, self.elsewhere = list(self.tokens), self.text, True
+        self.new_tokens, self.new_text, self.remote = list(self.tokens), self.text, True
 
     @property
     def text(self) -> str:
@@ -157,80 +161,81 @@ class Sequence:
 
     @property
     def ready(self) -> bool:
-        """Whether its whole prompt was read."""
+        """Whether the whole prompt was read."""
         return self.read >= len(self.prompt)
 
     @property
-    def made(self) -> int:
-        """New tokens so far, those that are held back too."""
+    def num_generated(self) -> int:
+        """The number of new tokens so far, including those that are held back."""
         return len(self.tokens) + len(self._held)
 
     @property
     def logprobs(self) -> list[float]:
-        """Of each token in `tokens` its log-probability, if it was asked for."""
+        """The log-probability of each token in `tokens`, if the engine keeps them."""
         return self._logprobs[: len(self.tokens)]
 
     @property
     def top_logprobs(self) -> list[Top]:
-        """Of each token in `tokens` the most probable ones at its place, if they were asked for."""
+        """The most probable tokens in place of each token in `tokens`, if the request asked for them."""
         return self._tops[: len(self.tokens)]
 
     def push(self, token: int, logprob: float | None = None, top: Top | None = None) -> list[int]:
-        """Takes the next token; returns those that are now certain to belong to the output."""
+        """Add the next token; return the tokens that now certainly belong to the answer."""
         self.last = token
         if logprob is not None:
             self._logprobs.append(logprob)
         if top is not None:
             self._tops.append(top)
         self._held.append(token)
-        made = self.made
-        complete = [n for n in self._stops.push(token) if made - n >= self.request.min_new_tokens]
+        count = self.num_generated
+        complete = [n for n in self._stops.push(token) if count - n >= self.request.min_new_tokens]
         keep = 0
         if complete:
             self.reason, keep = "stop", max(complete)
-        elif made >= self.request.max_new_tokens:
+        elif count >= self.request.max_new_tokens:
             self.reason = "length"
         else:
-            keep = self._stops.begun
+            keep = self._stops.partial
         return self._release(len(self._held) - keep)
 
     def fail(self, error: str) -> None:
-        """Ends it: no token can be drawn. What was made before stays."""
+        """End the sequence with an error; earlier tokens stay."""
         self.reason, self.error = "error", error
         self._release(len(self._held))
 
     def _release(self, count: int) -> list[int]:
-        self.new = [self._held.popleft() for _ in range(count)]
+        self.new_tokens = [self._held.popleft() for _ in range(count)]
         if self.reason is not None:
             self._held.clear()
-        self.tokens += self.new
+        self.tokens += self.new_tokens
         if self.stream is not None:
-            self._read_text(self.stream)
-        return self.new
+            self._decode(self.stream)
+        return self.new_tokens
 
-    def _read_text(self, stream: TextStream) -> None:
-        before = len(self.tokens) - len(self.new)
-        free = max(0, self.request.min_new_tokens - before)
-        self.piece = stream.push(self.new[:free], watch=False) if free and self.new else ""
-        if self.new[free:] or self.reason:
-            self.piece += stream.push(self.new[free:], last=self.reason is not None)
-        if self.piece:
-            self._pieces.append(self.piece)
-        if stream.stopped:  # of the tokens stay those whose text lies wholly before the stop
+    def _decode(self, stream: TextStream) -> None:
+        """Set `new_text`, and end the sequence if a stop text is complete."""
+        before, new = len(self.tokens) - len(self.new_tokens), self.new_tokens
+        early = max(0, self.request.min_new_tokens - before)  # so many of the new tokens come before min_new_tokens
+        self.new_text = stream.push(new[:early], match_stops=False) if early and new else ""
+        if new[early:] or self.reason:
+            self.new_text += stream.push(new[early:], last=self.reason is not None)
+        if self.new_text:
+            self._pieces.append(self.new_text)
+        if stream.stopped:  # keep the tokens whose text is completely before the stop text
             self.reason, self.error = "stop", None
             del self.tokens[stream.tokens_within(len(self.text)) :]
-            self.new = self.tokens[before:]
+            self.new_tokens = self.tokens[before:]
 
 
 @dataclass(slots=True)
 class Output:
-    """What one step added to an answer.
+    """The new tokens of one request in one step.
 
     Attributes:
-        id: Of the request.
-        tokens, text: What is now certain and was not before; `text` needs an engine that decodes.
-        finish_reason: "stop", "length" or "error" if this was its last step, else None.
-        sequence: All of the answer so far.
+        id: The request's id.
+        tokens, text: The newly released tokens and text; `text` is empty if the engine has no `decode_text`.
+        finish_reason: "stop", "length" or "error" if the request ended in this step, else None.
+        sequence: The whole answer so far.
     """
 
     id: int

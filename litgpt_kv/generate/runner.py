@@ -1,4 +1,4 @@
-"""Runs the model for the engine: pieces of prompts, and one more token for every running row.
+"""Run the model for the engine: read pieces of prompts, and decode one token for every running row.
 
 B rows of the cache · N neighbouring rows whose prompts are read together · T tokens · V vocabulary.
 """
@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from litgpt_kv.arguments import check_count
 from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.cache.pieces import PromptReader
 from litgpt_kv.compat.input_pos import GPT
@@ -19,59 +20,64 @@ from litgpt_kv.generate.limits import Limits, check_prefill
 from litgpt_kv.generate.prompt_scores import FirstPassScores, note_scores
 from litgpt_kv.generate.request import Sequence
 
-PIECE = 512  # tokens of a prompt in a step, unless told otherwise
-BLOCK = 128  # tokens; the logits of a block are (N, BLOCK, V), so a longer one would cost memory and save little
+PIECE = 512  # the default of piece_size, in tokens
+BLOCK = 128  # tokens; the logits of a block are (N, BLOCK, V), so a longer block needs memory and saves little time
 Model = abc.Callable[..., Tensor]
 
 
 class Runner(Protocol):
-    """A model and what it remembers of each row.
+    """A model, and the state of each row.
 
     Attributes:
-        size: Rows, B. device: Of tokens and logits. limits: What a request must fit.
+        size: The number of rows, B. device: Of tokens and logits. limits: The limits of a request.
+        joins: Whether prompts of the same length may be read together.
     """
 
     size: int
+    joins: bool
     device: torch.device
     limits: Limits
 
     def seen(self, row: int) -> int:
-        """Tokens that a row holds."""
+        """Return the number of tokens that a row has seen."""
 
     def check_continues(self, row: int) -> None:
-        """Raises ValueError if a row is in the middle of a step that broke off: nothing can go on there."""
+        """Raise ValueError if a step failed in the middle of this row, so that a text cannot continue in it."""
 
     def check_state(self, state: KVCache, row: int | None) -> None:
         """Raises ValueError if a sequence cannot begin with what a cache of one row holds."""
 
     def start(self, sequence: Sequence) -> None:
-        """Gives a sequence its row: emptied, with its state, or as it is for one that continues."""
+        """Prepare the row of a sequence: empty it, copy its state into it, or leave it if the sequence continues it."""
 
     def piece_size(self, sequence: Sequence) -> int:
-        """Tokens of the next piece of its prompt; 0 if nothing is left, or the rest is read beside decode steps."""
+        """Return the tokens of the prompt's next piece; 0 at its end, or if decode steps read the rest."""
 
     def read_piece(self, sequences: list[Sequence]) -> Tensor:
-        """Reads the next piece, of one size, of sequences in neighbouring rows: logits (N, V) after its last token."""
+        """Read the next piece of N neighbouring rows, all of one size: logits (N, V) after its last token."""
 
     def decode(self, token: Tensor, rows: set[int]) -> Tensor:
-        """One more token (B,) for some rows, while the others stay as they are: logits (B, V), of use for `rows`."""
+        """Decode a token (B,) in some rows, and leave the others unchanged: logits (B, V), valid for `rows`."""
 
     def discard(self, row: int) -> None:
-        """Notes that a step broke off in the middle of a row: what it holds is of no use."""
+        """Mark a row as invalid, because a step failed in the middle of it."""
 
 
 class CacheRunner:
-    """Rows of a cache.
+    """Run the model on the rows of a cache.
 
     Args:
-        model: Runs prompts.
-        decoder: Runs the one-token steps, a compiled model for instance; None: the model.
-        cache: Empty, or with what came before the prompts.
+        model: Reads prompts.
+        decoder: Runs the one-token steps, for instance a compiled model; None: the model.
+        cache: The cache, empty or with the text before the prompts.
         prefill: "min-length" or "full".
-        chunk: Tokens of a block in which the rest of a prompt is read after the first pass; None: the longest that
-            changes nothing.
-        piece: The most tokens of the first pass over a prompt; a longer one is read in several passes that give what
-            one gives. None: no limit.
+        chunk: With "min-length", the tokens of a block, for the rest of a prompt after the first pass; None: `BLOCK`
+            or less if blocks do not change results, else one token. With "full", the same as `piece`.
+        piece: The most tokens of a pass; a longer first pass over a prompt is done in several, with the same result.
+            None: no limit.
+
+    Attributes:
+        joins: Whether prompts of the same length are read together; not if prompts are read in pieces.
     """
 
     def __init__(
@@ -84,22 +90,25 @@ class CacheRunner:
         piece: int | None = None,
     ) -> None:
         check_prefill(prefill)
+        if prefill == "full" and chunk is not None:
+            check_count("prefill_chunk", chunk, 1, 2**31 - 1)
+            piece, chunk = min(chunk, piece or chunk), None
         if chunk is not None and not (isinstance(chunk, int) and 1 <= chunk <= cache.longest_block):
             most = cache.longest_block
             raise ValueError(f"prefill_chunk must be 1 to {most} (budget less sinks), got {shown(chunk)}.")
         self.model, self.decoder, self.cache = model, model if decoder is None else decoder, cache
-        self.full, self.piece = prefill == "full", piece
+        self.full, self.piece, self.joins = prefill == "full", piece, piece is None
         self.chunk = chunk or (min(BLOCK, cache.longest_block) if cache.exact_blocks else 1)
         self.size, self.device = cache.batch_size, cache.pos.device
         self.limits = Limits.of_cache(model, cache, prefill)
-        cache.static = cache.static or self.decoder is not model or hasattr(model, "_orig_mod")  # a compiled one
-        # tokens from which on a row may have to evict; a compiled step asks before it runs, see `KVCache.evicting`
+        cache.static = cache.static or self.decoder is not model or hasattr(model, "_orig_mod")  # compiled
+        # a row with so many tokens may have to evict; compiled steps need to know it before, see `KVCache.evicting`
         self.evicts_from = min((plan.slots for plan in cache.plans if plan.strategy.evicts), default=None)
         cache.revive()
-        self._live = set(range(self.size))  # rows that the next step of the cache would advance
-        self._tokens = cache.seen  # of each row
-        self._readers: dict[int, PromptReader] = {}  # by row, of prompts that are read in pieces
-        self._scores: dict[int, FirstPassScores] = {}  # by row, of prompts whose first pass is scored
+        self._live = set(range(self.size))  # rows that the next decode step advances
+        self._tokens = cache.seen  # tokens that each row has seen
+        self._readers: dict[int, PromptReader] = {}  # by row; for prompts that are read in pieces
+        self._scores: dict[int, FirstPassScores] = {}  # by row; for prompts whose first pass is scored
 
     def seen(self, row: int) -> int:
         return self._tokens[row]
@@ -139,21 +148,21 @@ class CacheRunner:
         return min(left, self.chunk) if self.chunk > 1 else 0
 
     def _first_pass(self, sequence: Sequence) -> int:
-        """Tokens of a prompt that seed its row."""
+        """Return how many tokens of a prompt the first pass reads."""
         return len(sequence.prompt) if self.full else min(len(sequence.prompt), self.cache.first_chunk)
 
     def read_piece(self, sequences: list[Sequence]) -> Tensor:
         rows, first = [s.row for s in sequences], sequences[0]
-        size, seeds = self.piece_size(first), 0 if first.past else self._first_pass(first)
+        size, first_pass = self.piece_size(first), 0 if first.past else self._first_pass(first)
         tokens = torch.tensor([s.prompt[s.read : s.read + size] for s in sequences]).to(self.device)
         self._set_live(self._live.union(rows))
-        for sequence in (s for s in sequences if s.request.prompt_logprobs and s.read < seeds):
-            self._score(sequence, size, seeds)
-        if first.read < seeds and size < seeds:  # alone: `Scheduler.next_to_read` joins whole first passes only
-            logits = self._read_on(first, tokens, seeds)
+        for sequence in (s for s in sequences if s.request.prompt_logprobs and s.read < first_pass):
+            self._score(sequence, size, first_pass)
+        if first.read < first_pass and size < first_pass:  # one row: `Scheduler.next_to_read` joins whole passes only
+            logits = self._read_part(first, tokens, first_pass)
         else:
             cache = self.cache if len(rows) == self.size else self.cache.rows(rows[0], rows[-1] + 1)
-            if first.read >= seeds:
+            if first.read >= first_pass:
                 block = self.model(tokens, cache)  # (N, T, V)
                 for sequence, own in zip(sequences, block):
                     if sequence.request.prompt_logprobs:
@@ -167,11 +176,11 @@ class CacheRunner:
                 self._tokens[sequence.row] = sequence.past + sequence.read
         return logits
 
-    def _read_on(self, sequence: Sequence, tokens: Tensor, seeds: int) -> Tensor:
-        """The next tokens (1, t) of a first pass in several pieces: logits (1, V)."""
+    def _read_part(self, sequence: Sequence, tokens: Tensor, first_pass: int) -> Tensor:
+        """Read the next tokens (1, T) of a first pass of `first_pass` tokens: logits (1, V)."""
         row = sequence.row
         if row not in self._readers:
-            self._readers[row] = self.cache.read_in_pieces(row, seeds)
+            self._readers[row] = self.cache.read_in_pieces(row, first_pass)
         logits = self.model(tokens, self._readers[row])
         if not self._readers[row].remaining:
             del self._readers[row]
@@ -197,16 +206,17 @@ class CacheRunner:
         try:
             logits = self.decoder(token.unsqueeze(1), self.cache).squeeze(1)
         finally:
-            self.cache.evicting = True  # which is right for whoever uses the cache next
+            self.cache.evicting = True  # the default, which is right for other users of the cache
         for row in rows:
             self._tokens[row] += 1
         return logits
 
     def discard(self, row: int) -> None:
         self._forget(row)
-        self.cache.clock.begin([row])  # also where the step broke off before or after the cache's own part
+        self.cache.clock.begin([row])  # marks the row also if the step failed outside the cache
 
     def _set_live(self, rows: set[int]) -> None:
+        """Make the next decode step advance these rows only."""
         if rows == self._live:
             return
         if rows - self._live:
@@ -218,10 +228,10 @@ class CacheRunner:
 
 
 class RecomputeRunner:
-    """No cache: every step runs the whole text again, the baseline."""
+    """Run the model without a cache: every step computes the whole text again. This is the baseline."""
 
     def __init__(self, model: GPT, rows: int) -> None:
-        self.model, self.size = model, rows
+        self.model, self.size, self.joins = model, rows, True
         self.limits = Limits.of(model, None, "min-length")
         self.device = next(model.parameters()).device
         self.text = torch.zeros(rows, model.max_seq_length, dtype=torch.int64, device=self.device)
@@ -231,7 +241,7 @@ class RecomputeRunner:
         return 0
 
     def check_continues(self, row: int) -> None:
-        """A text without a cache is always whole."""
+        """Do nothing: without a cache, a failed step leaves nothing behind."""
 
     def check_state(self, state: KVCache, row: int | None) -> None:
         raise ValueError("Without a cache there is no state to go on with.")
@@ -262,4 +272,4 @@ class RecomputeRunner:
         return logits[torch.arange(self.size, device=self.device), torch.tensor(last, device=self.device)]
 
     def discard(self, row: int) -> None:
-        """The next sequence writes its own text."""
+        """Do nothing: the next sequence overwrites the text."""

@@ -1,4 +1,4 @@
-"""Which sequence has which row, which ones wait, and whose prompt is read next."""
+"""Decide which sequence has which row, which ones wait, and whose prompt is read next."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from litgpt_kv.generate.request import Sequence
 
 
 class Scheduler:
-    """Gives free rows to waiting sequences, first come, first served.
+    """Give free rows to waiting sequences, first come, first served.
 
     Attributes:
         rows: The sequence of each row, None for a free one.
-        waiting: Sequences without a row, in the order in which they came.
-        reading: Sequences with a row whose prompt is still read in pieces, in the order in which they got it.
+        waiting: The sequences without a row, in the order of `add`.
+        reading: The sequences whose prompts are still read in pieces, in the order in which they got their rows.
     """
 
     def __init__(self, rows: int) -> None:
@@ -23,55 +23,59 @@ class Scheduler:
 
     @property
     def free(self) -> int:
-        """Rows that are neither taken nor waited for."""
+        """The number of free rows that no waiting sequence will get."""
         return max(0, self.rows.count(None) - len(self.waiting))
 
     def add(self, sequence: Sequence) -> None:
+        """Put a sequence at the end of the queue."""
         self.waiting.append(sequence)
 
     def admit(self) -> list[Sequence]:
-        """Give free rows to waiting sequences; one that continues a row waits for that row."""
+        """Give free rows to waiting sequences, and return these. A sequence that continues a row waits for that row."""
         if not self.waiting:
             return []
         free = [row for row, sequence in enumerate(self.rows) if sequence is None]
-        admitted, later = [], []
+        admitted, blocked = [], []
         while free and self.waiting:
             sequence = self.waiting.popleft()
             row = sequence.row if sequence.continues else free[0]
             if row not in free:
-                later.append(sequence)
+                blocked.append(sequence)
                 continue
             free.remove(row)
             sequence.row, self.rows[row] = row, sequence
             self.reading.append(sequence)
             admitted.append(sequence)
-        self.waiting.extendleft(reversed(later))
+        self.waiting.extendleft(reversed(blocked))
         return admitted
 
     def next_to_read(self, together: bool, size: abc.Callable[[Sequence], int]) -> list[Sequence]:
-        """Whose next piece to read: the first sequence, or with `together` also neighbours with a like piece."""
+        """Return the sequences to read next: the first one; with `together`, also neighbours with an equal piece.
+
+        `size` gives the tokens of a sequence's next piece.
+        """
         group = self.reading[:1]
         if not together or not group:
             return group
 
-        def kind(sequence: Sequence) -> tuple[int, int, bool]:
+        def piece(sequence: Sequence) -> tuple[int, int, bool]:
             return size(sequence), sequence.read, sequence.past > 0
 
         by_row = {sequence.row: sequence for sequence in self.reading}
-        while (after := by_row.get(group[-1].row + 1)) is not None and kind(after) == kind(group[0]):
+        while (after := by_row.get(group[-1].row + 1)) is not None and piece(after) == piece(group[0]):
             group.append(after)
         return group
 
     def finish_reading(self, sequence: Sequence) -> None:
-        """From now on a sequence takes part in decode steps."""
+        """Let a sequence take part in decode steps."""
         self.reading.remove(sequence)
 
     def running(self) -> list[Sequence]:
-        """The sequences that take part in a decode step, by row."""
+        """Return the sequences that take part in a decode step, in the order of their rows."""
         return [s for s in self.rows if s is not None and s not in self.reading]
 
     def remove(self, sequence: Sequence) -> None:
-        """Free the row of a sequence, or take it out of those that wait."""
+        """Free the row of a sequence, or remove it from the queue."""
         if sequence in self.waiting:
             self.waiting.remove(sequence)
             return

@@ -1,4 +1,4 @@
-"""Stop sequences, of tokens or of characters, found as their elements come."""
+"""Find stop sequences, of tokens or of characters, in a stream."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Hashable, Iterable, Sequence
 
 
 class StopMatcher:
-    """Follows several stop sequences at once; the work is linear in what is pushed, however long they are.
+    """Match several stop sequences at once, in time that is linear in the length of the stream.
 
-    This is the algorithm of Knuth, Morris and Pratt. The table of a stop is made only as far as it was ever matched.
+    This is the algorithm of Knuth, Morris and Pratt. The table of a stop sequence grows only as far as it was matched.
 
     Args:
         stops: The sequences, none of them empty: texts, or lists of tokens.
@@ -16,27 +16,27 @@ class StopMatcher:
 
     def __init__(self, stops: Iterable[Sequence[Hashable]]) -> None:
         self.stops = list(stops)
-        # of each prefix of a stop, as far as needed: the length of the longest shorter prefix that it ends with
+        # for each prefix of a stop: the length of its longest proper prefix that is also its suffix
         self._borders: list[list[int]] = [[] for _ in self.stops]
         self._first: dict[Hashable, list[int]] = {}
         for i, stop in enumerate(self.stops):
             self._first.setdefault(stop[0], []).append(i)
-        self._matched: dict[int, int] = {}  # stop: how many of its elements stand at the end of what was pushed
+        self._matched: dict[int, int] = {}  # index of a stop: how many of its elements match the end of the stream
 
     def __bool__(self) -> bool:
         return bool(self.stops)
 
     @property
-    def begun(self) -> int:
-        """How many of the last elements may still turn out to begin a stop."""
+    def partial(self) -> int:
+        """The number of last elements that may be the start of a stop."""
         return max(self._matched.values(), default=0)
 
     def reset(self) -> None:
-        """Forget what was pushed."""
+        """Forget the stream so far."""
         self._matched = {}
 
     def push(self, element: Hashable) -> list[int]:
-        """The lengths of the stops that this element completes."""
+        """Add an element; return the lengths of the stops that it completes."""
         starts = self._first.get(element, ())
         if not self._matched and not starts:
             return []
@@ -56,7 +56,7 @@ class StopMatcher:
 
 
 def _longer(stop: Sequence[Hashable], borders: list[int], n: int, element: Hashable) -> int:
-    """The length of the longest prefix that ends with `element`, after one of `n` elements."""
+    """Return the length of the longest matching prefix after `element`, if `n` elements matched before it."""
     while n and stop[n] != element:
         n = borders[n - 1]
     return n + 1 if stop[n] == element else 0

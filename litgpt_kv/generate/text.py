@@ -1,4 +1,4 @@
-"""Text from tokens as they come, and stop texts in it."""
+"""Decode tokens in a stream, and find stop texts."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from collections.abc import Callable, Sequence
 from litgpt_kv.config import shown
 from litgpt_kv.generate.stopping import StopMatcher
 
-CONTEXT = 8  # tokens decoded before a new one: some tokenizers join words by what precedes them
-WINDOW = 32  # tokens decoded at once; a longer window begins anew with its last CONTEXT tokens
-INCOMPLETE = 3  # replacement characters at the end of a text that may still become one character of up to 4 bytes
+CONTEXT = 8  # earlier tokens that are decoded with a new one, because its text may depend on them
+WINDOW = 32  # the most tokens decoded at once; then only the last CONTEXT tokens are kept
+INCOMPLETE = 3  # so many replacement characters at the end may be the first bytes of a 4-byte character
 
 
 class TextStream:
-    """Turns tokens into text piece by piece. A piece never ends inside a character of several bytes.
+    """Turn tokens into text piece by piece. A piece never ends inside a multi-byte character.
 
     Args:
-        decode: From token ids to text.
-        ids: Tokens before the text, usually the prompt: context only, never returned.
-        stops: Texts that end the stream. The first to be complete counts; neither it nor what follows is returned, and
-            what may begin one is held back until it is certain.
+        decode: A function from token ids to text.
+        ids: Tokens before the text, usually the prompt; their text is not returned.
+        stops: Stop texts. The stream ends before the first one that is complete. Text that may be the start of one is
+            held back.
 
     Attributes:
-        stopped: Whether one of them was found.
+        stopped: Whether a stop text was found.
     """
 
     def __init__(
@@ -32,37 +32,37 @@ class TextStream:
     ) -> None:
         self.decode, self.stopped = decode, False
         self._stops = StopMatcher(stops)
-        self._ids = list(ids[-CONTEXT:])  # decoded together with what comes
-        self._shown: int | None = None  # characters of the text of `_ids` that were returned or are context
-        self._size = 0  # characters made of the new tokens
-        self._ends: list[int] = []  # where the text of each new token ends; kept only if there are stops
-        self._held: deque[str] = deque()  # text that may begin a stop, and its length
+        self._ids = list(ids[-CONTEXT:])  # the context of the next token
+        self._shown: int | None = None  # characters of `_ids`' text that were returned, or belong to the context
+        self._size = 0  # characters of all new tokens
+        self._ends: list[int] = []  # where each new token's text ends, in characters; only with stops
+        self._held: deque[str] = deque()  # text that may be the start of a stop, and its length
         self._held_size = 0
 
-    def push(self, tokens: Sequence[int], last: bool = False, watch: bool = True) -> str:
-        """The text that the new tokens make certain; with `last`, whatever is left.
+    def push(self, tokens: Sequence[int], last: bool = False, match_stops: bool = True) -> str:
+        """Add tokens; return the text that is now certain, or with `last` all remaining text.
 
-        Without `watch` no stop is looked for in the text of these tokens.
+        With `match_stops` False, stop texts are ignored in the text of these tokens.
         """
         if not self._stops:
             return self._next(tokens, last)
         pieces = [self._next([token], False) for token in tokens] + ([self._next([], True)] if last else [])
         piece = "".join(pieces)
-        if not watch:
+        if not match_stops:
             self._stops.reset()
             return self._release("", 0) + piece
-        for at, character in enumerate(piece, 1):
+        for length, character in enumerate(piece, 1):
             if complete := self._stops.push(character):
                 self.stopped = True
-                return self._release(piece[:at], max(complete))
-        return self._release(piece, 0 if last else self._stops.begun)
+                return self._release(piece[:length], max(complete))
+        return self._release(piece, 0 if last else self._stops.partial)
 
     def tokens_within(self, size: int) -> int:
-        """How many of the new tokens have their whole text in the first `size` characters; needs stops."""
+        """Return how many of the new tokens have all their text in the first `size` characters; needs stops."""
         return bisect_right(self._ends, size)
 
     def _release(self, piece: str, keep: int) -> str:
-        """What was held back and one more piece, but for the last `keep` characters."""
+        """Add a piece to the held text; return all of it except the last `keep` characters."""
         self._held.append(piece)
         self._held_size += len(piece)
         out, count = [], self._held_size - keep
@@ -76,7 +76,7 @@ class TextStream:
         return "".join(out)
 
     def _next(self, tokens: Sequence[int], last: bool) -> str:
-        """The text of the next tokens, without a character that is not complete yet."""
+        """Decode the next tokens; leave out a character that is not complete yet."""
         if self._shown is None:
             self._shown = len(self.decode(self._ids)) if self._ids else 0
         self._ids += tokens
@@ -95,7 +95,7 @@ class TextStream:
 
 
 def stop_texts(stop: str | Sequence[str]) -> list[str]:
-    """Stop texts as a list; an empty one would end every text at once."""
+    """Return stop texts as a list; refuse an empty one, which would end every text at once."""
     texts = [stop] if isinstance(stop, str) else stop
     if not isinstance(texts, Sequence) or not all(isinstance(text, str) and text for text in texts):
         raise ValueError(f"stop must be a text of at least one character, or several, got {shown(stop)}.")

@@ -1,4 +1,4 @@
-"""Check a model's config before anything is built from it: types and sizes."""
+"""Check the types and sizes in a model's config before the model is built."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from litgpt_kv.config import shown
 from litgpt_kv.llm.safe_load import one_line, read_yaml
 
 HINTS = get_type_hints(Config)
-MOST = 2**31 - 1  # of a whole number without a limit of its own
-# A few times the largest published models: a damaged digit is found before memory or time is spent on it.
+MOST = 2**31 - 1  # the limit of all other numbers
+# Some times as large as the largest published models: a damaged digit is found before it costs memory or time.
 LIMITS = {
     "n_layer": 2_000,
     "block_size": 2**27,
@@ -36,15 +36,15 @@ POSITIVE |= {"attention_logit_softcapping", "final_logit_softcapping", "rope_loc
 
 
 def read_config(path: Path) -> Config:
-    """The config in a `model_config.yaml`.
+    """Read the config in a `model_config.yaml`.
 
     Raises:
-        ValueError: If the file is no YAML, or a value is unknown, of the wrong type or out of range.
+        ValueError: If the file is not YAML, or a value is unknown, of the wrong type or out of range.
     """
     data = read_yaml(path)
     try:
         if not isinstance(data, dict):
-            raise ValueError("it holds no settings by name")
+            raise ValueError("it is not a mapping of settings")
         if unknown := sorted(data.keys() - HINTS.keys()):
             raise ValueError(f"litgpt's Config has no {unknown[0]!r}")
         for name, value in data.items():
@@ -59,16 +59,16 @@ def read_config(path: Path) -> Config:
 
 
 def check_value(name: str, value: Any) -> None:
-    """One value of a config: its type as litgpt annotates it, and its range.
+    """Check the type of one value against litgpt's annotation, and its range.
 
     Raises:
-        ValueError: With the name, the value and what is allowed.
+        ValueError: With the name, the value and the limit.
     """
     if not _fits(value, HINTS[name]):
         hint = str(HINTS[name]).replace("typing.", "").removeprefix("<class '").removesuffix("'>")
         raise ValueError(f"{name} must be {hint}, got {shown(value)}")
     for number in _numbers(value):
-        if not abs(number) <= (most := LIMITS.get(name, MOST)):  # so that NaN is refused, too
+        if not abs(number) <= (most := LIMITS.get(name, MOST)):  # written so that NaN is refused, too
             raise ValueError(f"{name} is over the limit of {most:,}: {shown(number)}")
         if number < 0 or (number == 0 and name in POSITIVE):
             raise ValueError(f"{name} must be {'positive' if name in POSITIVE else '0 or more'}, got {number}")
@@ -90,7 +90,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _numbers(value: Any) -> list[int | float]:
-    """The numbers in a value, those of lists and mappings included."""
+    """Return the numbers in a value, those of lists and mappings included."""
     if isinstance(value, bool):
         return []
     if isinstance(value, (int, float)):
@@ -101,10 +101,10 @@ def _numbers(value: Any) -> list[int | float]:
 
 
 def check_config(config: Config) -> None:
-    """Relations between values that litgpt does not check before it builds a model.
+    """Check that values agree with each other, where litgpt does not do so before it builds a model.
 
     Raises:
-        ValueError: With the values and what is wrong with them.
+        ValueError: With the values and the error.
     """
     experts = config.n_layer * config.n_expert
     if experts > MOST_EXPERTS:

@@ -1,4 +1,4 @@
-"""From a name or a folder to a model, a tokenizer and a prompt style: litgpt's checkpoint layout."""
+"""Load model, tokenizer and prompt style from a checkpoint folder in litgpt's layout."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ from litgpt_kv.llm.check_config import read_config
 from litgpt_kv.llm.check_weights import check_fit, check_memory, check_tables, read_weights
 from litgpt_kv.llm.quantize import quantizer
 from litgpt_kv.llm.safe_load import MAX_BYTES, one_line, read_json, read_text, read_yaml
+from litgpt_kv.llm.turns import Turns
 
 DEMO = Path(__file__).parents[1] / "demo"
 ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps")
 PRECISIONS = ("32-true", "bf16-true", "16-true", "64-true", "bf16-mixed", "16-mixed")
 
+TURNS = f"{Turns.__module__}.{Turns.__name__}"
 WEIGHTS = "lit_model.pth"
-MOST_OF_A_PATH = 250  # characters of a name that every system takes
-MOST_TO_MEND = 10_000  # characters of broken JSON: litgpt's mending takes time with their square
+LONGEST_PATH = 250  # characters: every system accepts so many
+MOST_TO_MEND = 10_000  # characters of broken JSON that litgpt may repair, in time that grows with their square
 TOKENIZER_CONFIG: dict[str, tuple[type, ...]] = {  # what litgpt's tokenizer reads of tokenizer_config.json
     "tokenizer_class": (str,),
     "add_bos_token": (bool, type(None)),
@@ -37,7 +39,7 @@ TOKENIZER_CONFIG: dict[str, tuple[type, ...]] = {  # what litgpt's tokenizer rea
 
 
 def find(name: str | Path) -> Path:
-    """The folder of a checkpoint: "demo" is the shipped one; otherwise a path, or a path below `checkpoints/`.
+    """Return the folder of a checkpoint: "demo" for the shipped one, else a path, or a path below `checkpoints/`.
 
     Raises:
         ValueError: If the folder or one of litgpt's files is missing; the message says which.
@@ -48,19 +50,19 @@ def find(name: str | Path) -> Path:
     try:
         folder = extend_checkpoint_dir(Path(name))
         found = folder.is_dir()
-    except (OSError, ValueError, IndexError) as error:  # too long, no path at all, or ""
+    except (OSError, ValueError, IndexError) as error:  # too long, not a path, or ""
         raise ValueError(where) from error
     if not found:
         raise ValueError(where)
     needed = {"lit_model.pth": ["lit_model.pth"], "model_config.yaml": ["model_config.yaml"]}
     needed["tokenizer.json or tokenizer.model"] = ["tokenizer.json", "tokenizer.model"]
-    if missing := [what for what, files in needed.items() if not any((folder / f).is_file() for f in files)]:
-        raise ValueError(f"The folder {str(folder)!r} is no litgpt checkpoint: it lacks {', '.join(missing)}.")
+    if missing := [label for label, files in needed.items() if not any((folder / f).is_file() for f in files)]:
+        raise ValueError(f"The folder {str(folder)!r} is not a litgpt checkpoint: it lacks {', '.join(missing)}.")
     return folder
 
 
 def precision_for(precision: str | None, accelerator: str) -> str:
-    """None is "32-true" on a CPU, else what the device does best: "bf16-true" or "16-true"; other names are checked."""
+    """Check a precision; None becomes "32-true" on a CPU and "bf16-true" (or "16-true") on a GPU."""
     if precision is None:
         gpu = accelerator != "cpu" and torch.cuda.is_available()
         precision = "32-true" if not gpu else "bf16-true" if torch.cuda.is_bf16_supported() else "16-true"
@@ -72,37 +74,37 @@ def precision_for(precision: str | None, accelerator: str) -> str:
 
 
 def fabric_for(precision: str | None, accelerator: str = "auto", quantize: str | None = None) -> L.Fabric:
-    """One device, in the precision that `precision_for` gives or with quantized weights."""
+    """Build a Fabric for one device, in the precision of `precision_for` or with quantized weights."""
     if quantize is not None:
         return L.Fabric(accelerator="cuda", devices=1, plugins=quantizer(quantize, precision, accelerator))
     precision = precision_for(precision, accelerator)
     try:
         return L.Fabric(accelerator=accelerator, devices=1, precision=precision)
-    except Exception as error:  # Lightning's error for a device that is not there differs by device
+    except Exception as error:  # Lightning raises different errors for different missing devices
         raise ValueError(f"accelerator {shown(accelerator)} cannot be used here: {one_line(error)}") from error
 
 
 def load_config(folder: Path) -> Config:
-    """The config of a checkpoint, checked; see `check_config`."""
+    """Read and check the config of a checkpoint; see `check_config`."""
     return read_config(folder / "model_config.yaml")
 
 
 def load_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """A checkpoint's parameters by name, mapped from the file; see `check_weights`."""
+    """Return a checkpoint's parameters by name; see `check_weights.read_weights`."""
     return read_weights(folder / WEIGHTS)
 
 
 def load_model(folder: Path, config: Config, fabric: L.Fabric) -> GPT:
-    """The model with a checkpoint's weights, on the fabric's device in its precision, ready for inference.
+    """Load the model of a checkpoint onto the fabric's device, in its precision and in inference mode.
 
     Raises:
         ValueError: If the weights are damaged, do not fit the config, or are larger than a CPU's memory.
     """
     weights = load_weights(folder)
-    numbers = check_fit(folder / WEIGHTS, config, weights)
+    parameters = check_fit(folder / WEIGHTS, config, weights)
     if fabric.device.type == "cpu":
         with fabric.init_tensor():
-            check_memory(config, numbers * torch.get_default_dtype().itemsize)
+            check_memory(config, parameters * torch.get_default_dtype().itemsize)
     with fabric.init_module(empty_init=True):
         model = GPT(config)
     check_tables(model, folder / "model_config.yaml")
@@ -116,7 +118,7 @@ def load_model(folder: Path, config: Config, fabric: L.Fabric) -> GPT:
 
 
 def own_temperature(folder: Path) -> float:
-    """The temperature that a checkpoint's generation_config.json recommends, else litgpt's 0.8.
+    """Return the temperature in a checkpoint's generation_config.json, else litgpt's default, 0.8.
 
     Raises:
         ValueError: If the file is damaged.
@@ -126,10 +128,10 @@ def own_temperature(folder: Path) -> float:
 
 
 def generation_config(folder: Path) -> dict[str, Any]:
-    """What a checkpoint's generation_config.json says, {} without one.
+    """Read a checkpoint's generation_config.json; return {} if there is none.
 
     Raises:
-        ValueError: If it is no JSON, even after litgpt's mending of commas, or a value is of the wrong type.
+        ValueError: If it is not JSON, even after litgpt has repaired its commas, or a value has the wrong type.
     """
     path = folder / "generation_config.json"
     if not path.exists():
@@ -145,14 +147,14 @@ def generation_config(folder: Path) -> dict[str, Any]:
         except (ValueError, RecursionError) as unmended:
             raise ValueError(f"{path} cannot be read: {one_line(unmended)}.") from unmended
     if not isinstance(data, dict):
-        raise ValueError(f"{path} cannot be read: it holds no settings by name.")
+        raise ValueError(f"{path} cannot be read: it is not a mapping of settings.")
     value = data.get("temperature")
     if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e6):
         raise ValueError(f"{path} cannot be used: temperature must be a number of 0 or more, got {shown(value)}.")
     for name in ("bos_token_id", "eos_token_id"):
         ids = data.get(name)
         if not all(_is_token(i) for i in (ids if isinstance(ids, list) else [] if ids is None else [ids])):
-            raise ValueError(f"{path} cannot be used: {name} must be a token's number, got {shown(ids)}.")
+            raise ValueError(f"{path} cannot be used: {name} must be a token id, got {shown(ids)}.")
     return data
 
 
@@ -161,19 +163,19 @@ def _is_token(value: Any) -> bool:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """litgpt's tokenizer, after a check of the files that it reads.
+    """Check the files of the tokenizer, and load it with litgpt.
 
     Raises:
-        ValueError: If one of them is damaged; the message names it.
+        ValueError: If a file is damaged; the message names it.
     """
-    if len(str(folder)) > MOST_OF_A_PATH or "\0" in str(folder):
+    if len(str(folder)) > LONGEST_PATH or "\0" in str(folder):
         raise ValueError(f"There is no folder {shown(str(folder))} with a tokenizer.")
     generation_config(folder)
     path = folder / "tokenizer_config.json"
     if path.exists():
         data = read_json(path)
         if not isinstance(data, dict):
-            raise ValueError(f"{path} cannot be read: it holds no settings by name.")
+            raise ValueError(f"{path} cannot be read: it is not a mapping of settings.")
         for name, kinds in TOKENIZER_CONFIG.items():
             value = data.get(name)
             value = value.get("content") if isinstance(value, dict) and name.endswith("_token") else value
@@ -181,11 +183,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
                 raise ValueError(f"{path} cannot be used: {name} cannot be {shown(value)}.")
     try:
         tokenizer = Tokenizer(folder)
-    except BaseException as error:  # the tokenizers library raises plain Exception, and Rust's panic is no Exception
+    except BaseException as error:  # a panic in the Rust library is a BaseException
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
         raise ValueError(f"The tokenizer in {str(folder)!r} cannot be read: {one_line(error)}") from error
-    for name in ("bos_id", "eos_id"):  # a list in generation_config.json: Llama 3's first one is the base model's
+    for name in ("bos_id", "eos_id"):  # may be a list; in Llama 3's, the base model's token is first
         value = getattr(tokenizer, name)
         if isinstance(value, list):
             setattr(tokenizer, name, value[0] if value else None)
@@ -193,17 +195,23 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def load_prompt(folder: Path, config: Config) -> PromptStyle:
-    """The prompt style that a checkpoint's `prompt_style.yaml` names, else the one that its config's name implies.
+    """Return the prompt style in a checkpoint's `prompt_style.yaml`, else the one for the name of its config.
 
-    litgpt's loader imports any module and calls any name in it; this one knows litgpt's own style classes only.
+    litgpt's loader imports any module and calls any name in it; this one knows litgpt's own style classes, and `Turns`
+    with its texts beside it.
 
     Raises:
-        ValueError: If the file names no style of litgpt.
+        ValueError: If the file names another style, or its texts are not texts.
     """
     path = folder / "prompt_style.yaml"
     if not path.exists():
         return PromptStyle.from_config(config)
     data = read_yaml(path)
+    if isinstance(data, dict) and data.get("class_path") == TURNS:
+        try:
+            return Turns.of(data.get("turns"))
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be used: {error}.") from error
     module, _, name = str(data.get("class_path") if isinstance(data, dict) else data).rpartition(".")
     found = vars(prompts).get(name) if module == prompts.__name__ else None
     if not (isinstance(found, type) and issubclass(found, PromptStyle) and found is not PromptStyle):

@@ -20,6 +20,7 @@ from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.config import KVCacheArgs, SamplingArgs, check_type, shown
 from litgpt_kv.generate import Request, Stats, raise_failed
 from litgpt_kv.llm import checkpoint
+from litgpt_kv.llm.beginning import encode_first
 from litgpt_kv.llm.chat import Chat, conversation_text
 from litgpt_kv.llm.check_weights import check_finite, check_fit
 from litgpt_kv.llm.run import OpenRun, Pieces, Run, RunResult
@@ -28,14 +29,14 @@ from litgpt_kv.parallel import DeviceRequest, ParallelStrategy, find_parallel_st
 
 
 class LLM:
-    """A model that turns text into text.
+    """Generate text with a model and its tokenizer.
 
     Attributes:
         model: The `GPT`, in inference mode. tokenizer, prompt_style, config, checkpoint_dir: as in litgpt's `LLM`.
         fabric: The device and precision.
         last_run: The last run that ended, None before the first.
-        decoder: Runs the one-token steps: the model, or what `compile` made of it.
-        parallel: How several devices share the work; None on one.
+        decoder: Runs the one-token steps: the model, or the compiled model after `compile`.
+        parallel: The parallel strategy of several devices; None on one device.
     """
 
     def __init__(
@@ -55,12 +56,12 @@ class LLM:
 
     @property
     def stats(self) -> Stats:
-        """What the last run that ended did, in tokens and seconds."""
+        """Tokens and seconds of the last run that ended."""
         return Stats() if self.last_run is None else self.last_run.stats
 
     @property
     def cache(self) -> KVCache | None:
-        """The cache of the last run that ended; None without one."""
+        """The cache of the last run that ended; None if it had none."""
         return None if self.last_run is None else self.last_run.cache
 
     @classmethod
@@ -76,19 +77,19 @@ class LLM:
         distribute: str | None = "auto",
         check_weights: bool = False,
     ) -> LLM:
-        """Loads a checkpoint in litgpt's layout.
+        """Load a checkpoint in litgpt's layout.
 
         Args:
             model: A checkpoint folder, a name below `checkpoints/`, or "demo" for the shipped model. With
                 `init="random"`, the name of one of litgpt's configs.
             init: "pretrained" or "random".
-            tokenizer_dir: Where the tokenizer is, if not beside the weights; needed for `init="random"`.
-            precision: Lightning Fabric's name; None is "32-true" on a CPU and "bf16-true" (or "16-true") on a GPU.
+            tokenizer_dir: The folder of the tokenizer, if it is not the checkpoint's; needed for `init="random"`.
+            precision: Lightning Fabric's; None is "32-true" on a CPU and "bf16-true" (or "16-true") on a GPU.
             accelerator: "auto", "cpu", "cuda" or "mps".
-            quantize: Quantize weights as they are loaded, litgpt's way, with bitsandbytes on an NVIDIA GPU: "bnb.nf4",
-                "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq" or "bnb.int8".
-            distribute: None loads no weights yet: the method `distribute` will.
-            check_weights: Refuse weights that are NaN or infinite: one more pass over them.
+            quantize: Quantize weights while they are loaded, as litgpt does, with bitsandbytes on an NVIDIA GPU:
+                "bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq" or "bnb.int8".
+            distribute: With None, no weights are loaded; call the method `distribute` next.
+            check_weights: Refuse weights that are NaN or infinite; this reads all weights once more.
 
         Raises:
             ValueError: If the checkpoint is missing, incomplete or corrupt, or an argument is unknown.
@@ -136,29 +137,29 @@ class LLM:
         *,
         check_weights: bool = False,
     ) -> None:
-        """Loads the checkpoint onto several devices; `generate` then runs on all of them.
+        """Load the checkpoint onto several devices; `generate` then runs on all of them.
 
-        With "tensor_parallel" and "data_parallel" every device has a process of its own, which Lightning Fabric starts
-        by running this script again (or torchrun or SLURM has started): each process goes on from here and must make
-        the same calls. All get the same results; `llm.fabric.is_global_zero` tells one of them.
+        With "tensor_parallel" and "data_parallel" every device has its own process. Lightning Fabric starts these by
+        running the script again, unless torchrun or SLURM has started them. Each process continues after this call and
+        must make the same calls; all get the same results. `llm.fabric.is_global_zero` is true in one of them.
 
         Args:
             accelerator: "auto", "cpu", "cuda" or "mps".
-            devices: How many on each node, or "auto" for all.
-            num_nodes: How many machines.
-            precision: See `load`; not one of the mixed ones.
+            devices: The number of devices on each machine, or "auto" for all.
+            num_nodes: The number of machines.
+            precision: See `load`; mixed precisions are refused.
             generate_strategy: "tensor_parallel", "sequential" or "data_parallel".
             check_weights: See `load`.
 
         Raises:
-            ValueError: If the model cannot be divided so, or an argument is unknown.
+            ValueError: If the model cannot be divided in this way, or an argument is unknown.
         """
-        DeviceArgs(precision, accelerator, devices, num_nodes, generate_strategy)  # raises for what is out of range
+        DeviceArgs(precision, accelerator, devices, num_nodes, generate_strategy)  # raises if a value is out of range
         strategy = find_parallel_strategy(generate_strategy)
         if self.checkpoint_dir is None:
-            raise ValueError("A model with random weights cannot be distributed: each process would draw its own.")
+            raise ValueError("A model with random weights cannot be distributed: every process would draw others.")
         request = DeviceRequest(accelerator, devices, num_nodes, checkpoint.precision_for(precision, accelerator))
-        self.model = self.decoder = self.last_run = None  # what one device has makes room
+        self.model = self.decoder = self.last_run = None  # free the memory of the device
         path, weights = self.checkpoint_dir / checkpoint.WEIGHTS, checkpoint.load_weights(self.checkpoint_dir)
         check_fit(path, self.config, weights)  # before any process is started
         self.parallel = strategy(self.config, weights, request)
@@ -168,16 +169,16 @@ class LLM:
         self.decoder = self.model
 
     def close(self) -> None:
-        """Ends a run of several processes, waiting for all; the end of the script does the same."""
+        """Wait for all processes and end them; the end of the script does the same."""
         if self.parallel is not None:
             self.parallel.close()
 
     def compile(self) -> None:
-        """Compiles the decode step; the first steps then take a while, the others are faster."""
+        """Compile the decode step: the first steps are slow, the others faster."""
         self.decoder = torch.compile(self.model, dynamic=False)
 
     def encode(self, prompt: str, sys_prompt: str | None = None) -> Tensor:
-        """A prompt in the model's prompt style as token ids, 1-D int64."""
+        """Apply the model's prompt style to a prompt, and return its token ids, 1-D int64."""
         for name, text in (("prompt", prompt), ("sys_prompt", "" if sys_prompt is None else sys_prompt)):
             check_text(name, text)
         if not prompt:
@@ -185,17 +186,17 @@ class LLM:
         return self.encode_text(self.prompt_style.apply(prompt, sys_prompt=sys_prompt))
 
     def encode_text(self, text: str) -> Tensor:
-        """A text that has its prompt style already as token ids, 1-D int64."""
-        ids = self.tokenizer.encode(text, device=self.fabric.device)
-        if not len(ids):
+        """Return the token ids of a text as it is, without a prompt style, 1-D int64."""
+        ids = encode_first(self.tokenizer, text)
+        if not ids:
             raise ValueError(f"The prompt {shown(text)} has no tokens.")
-        return ids.long()
+        return torch.tensor(ids, dtype=torch.int64, device=self.fabric.device)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids.
+        """Return the text of token ids.
 
         Raises:
-            TypeError: If they are no whole numbers. ValueError: If one cannot be a token.
+            TypeError: If they are not whole numbers. ValueError: If one is not between 0 and 2**31 - 1.
         """
         if not isinstance(ids, (Tensor, list, tuple)):
             raise TypeError(f"Token ids must be a list of whole numbers, got {shown(ids)}.")
@@ -223,20 +224,20 @@ class LLM:
         budget: int | str | None = None,
         **settings: Any,
     ) -> str | Tensor | list[str] | list[Tensor] | Iterator[str] | Iterator[list[str]]:
-        """Continues a prompt, or several of any lengths.
+        """Continue a prompt, or several prompts of any lengths.
 
         Args:
             prompt: Text, or a list of texts.
-            sys_prompt: For prompt styles that have one.
+            sys_prompt: The system prompt, for prompt styles that have one.
             max_new_tokens: The most new tokens of each prompt.
-            temperature, top_k, top_p: See `SamplingArgs`; one value, or one a prompt.
+            temperature, top_k, top_p: See `SamplingArgs`; one value, or one for each prompt.
             return_as_token_ids: Return 1-D int64 tensors instead of text.
-            stream: Return an iterator over pieces of text as they are made, with `stats` of its own; over lists of
-                pieces for a list of prompts.
+            stream: Return an iterator over pieces of text as they are generated, with its own `stats`; for a list of
+                prompts, over lists of pieces.
             kv_cache: A strategy's name, or all of `KVCacheArgs`; None or "none" computes the whole text again at
                 every step.
-            budget: Tokens kept, instead of that of `kv_cache`.
-            settings: The other fields of `SamplingArgs` (seed, repetition_penalty, min_p; one value, or one a prompt),
+            budget: Replaces the budget of `kv_cache`.
+            settings: The other fields of `SamplingArgs` (seed, repetition_penalty, min_p; one value or one a prompt),
                 `StoppingArgs` (min_new_tokens, stop, ignore_eos) and `RunArgs` (batch_size, prefill, prefill_chunk,
                 logprobs, which fills `stats.logprobs`), by name.
 
@@ -245,7 +246,7 @@ class LLM:
 
         Raises:
             ValueError: If a prompt is empty, does not fit the model's context, or an argument is out of range; at the
-                end if the model's logits were not finite for one of them.
+                end, if the logits of a prompt were not finite.
             TypeError: For an unknown argument or one of the wrong type.
         """
         if not isinstance(prompt, (str, list, tuple)):
@@ -253,17 +254,16 @@ class LLM:
         for name, flag in (("stream", stream), ("return_as_token_ids", return_as_token_ids)):
             check_flag(name, flag)
         if stream and return_as_token_ids:
-            raise ValueError("stream=True gives text; for tokens as they are made see litgpt_kv.generate.stream.")
+            raise ValueError("stream=True gives text; to stream tokens, see litgpt_kv.generate.stream.")
         args = KVCacheArgs.of(kv_cache, budget)
         settings |= {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         stopping, sampling, batching = grouped("generate", settings, StoppingArgs, SamplingArgs, RunArgs)
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         requests = [
-            self.request(TextRequest(text, sys_prompt=sys_prompt, stopping=stopping, sampling=own), b)
-            for b, (text, own) in enumerate(zip(texts, sampling.rows(len(texts))))
+            self.request(TextRequest(text, sys_prompt=sys_prompt, stopping=stopping, sampling=row_sampling), b)
+            for b, (text, row_sampling) in enumerate(zip(texts, sampling.rows(len(texts))))
         ]
-        options = [getattr(batching, name) for name in ("batch_size", "prefill", "prefill_chunk", "logprobs")]
-        run = self.run(requests, args, *options)
+        run = self.run(requests, args, batching)
         if stream:
             return Pieces(run, single=isinstance(prompt, str))
         sequences = run.sequences()
@@ -271,23 +271,23 @@ class LLM:
         out = [torch.tensor(s.tokens, dtype=torch.int64) if return_as_token_ids else s.text for s in sequences]
         return out[0] if isinstance(prompt, str) else out
 
-    def request(self, asked: TextRequest | str, id: int | None = None) -> Request:
-        """A prompt and its settings, as `run` takes them.
+    def request(self, text: TextRequest | str, id: int | None = None) -> Request:
+        """Build the `Request` of a text, for `run`: with token ids, stop sequences and temperature.
 
         Args:
-            asked: What is asked, or a prompt alone.
-            id: The request's number in a run; None: its place among the requests.
+            text: A `TextRequest`, or only a prompt.
+            id: The request's number in a run; None: its index in the list of requests.
 
         Raises:
-            ValueError: If the prompt is empty or no text.
+            ValueError: If the prompt is empty or is not text.
         """
-        asked = TextRequest(asked) if isinstance(asked, str) else asked
-        check_type("asked", asked, TextRequest, "a TextRequest or a text")
-        if asked.messages is not None:
-            ids = self.encode_text(conversation_text(self.prompt_style, asked.messages, asked.sys_prompt))
+        text = TextRequest(text) if isinstance(text, str) else text
+        check_type("text", text, TextRequest, "a TextRequest or a text")
+        if text.messages is not None:
+            ids = self.encode_text(conversation_text(self.prompt_style, text.messages, text.sys_prompt))
         else:
-            ids = self.encode(asked.prompt, asked.sys_prompt)
-        stopping, sampling = asked.stopping, asked.sampling
+            ids = self.encode(text.prompt, text.sys_prompt)
+        stopping, sampling = text.stopping, text.sampling
         if sampling.temperature is None:
             sampling = sampling.resolved(self.temperature)
         ends = () if stopping.ignore_eos else self.ends()
@@ -296,43 +296,48 @@ class LLM:
 
     @property
     def temperature(self) -> float:
-        """The temperature that the checkpoint recommends, else litgpt's 0.8."""
+        """The temperature that the checkpoint recommends, else litgpt's default, 0.8."""
         return 0.8 if self.checkpoint_dir is None else checkpoint.own_temperature(self.checkpoint_dir)
 
     def ends(self) -> list[list[int]]:
-        """The token sequences with which the model ends its text, by its prompt style."""
+        """Return the token sequences that end the model's text, as its prompt style defines them."""
         return [list(stop) for stop in self.prompt_style.stop_tokens(self.tokenizer) if None not in stop]
 
-    def run(self, requests: Sequence[Request], args: KVCacheArgs | None, *options: Any, **named: Any) -> Run:
-        """Answers requests; see `Run` for the options, and for what it gives."""
-        return Run(self, requests, args, *options, **named)
+    def run(
+        self,
+        requests: Sequence[Request],
+        args: KVCacheArgs | None,
+        batching: RunArgs = RunArgs(),
+        tokens: int | None = None,
+    ) -> Run:
+        """Start a run that answers a list of requests; see `Run`."""
+        return Run(self, requests, args, batching, tokens)
 
-    def answer(
-        self, requests: Iterable[Request], args: KVCacheArgs | None, batch_size: int, tokens: int, **options: Any
-    ) -> OpenRun:
-        """Answers any number of requests, each taken from the iterator only when a row is free; see `OpenRun`."""
-        return OpenRun(self, requests, args, batch_size, tokens, **options)
+    def answer(self, requests: Iterable[Request], args: KVCacheArgs | None, batching: RunArgs, tokens: int) -> OpenRun:
+        """Start a run that takes a request from an iterator whenever a row is free; see `OpenRun`."""
+        return OpenRun(self, requests, args, batching, tokens)
 
     def build_cache(self, args: KVCacheArgs, batch_size: int, tokens: int) -> KVCache:
-        """A cache in the dtype of this model's keys and values; `tokens` are what a row will see."""
+        """Build a cache for rows of at most `tokens` tokens, in the dtype of this model's keys and values."""
         if self.decoder is not self.model and tokens <= self.model.max_seq_length:
-            args = args.resolved(tokens)  # a share of what a row will see, not of the rounded number
-            tokens = min(-(-tokens // 128) * 128, self.model.max_seq_length)  # few sizes: each is compiled once
-        mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # what autocast makes of keys and values
+            args = args.resolved(tokens)  # percentages are of the exact number of tokens
+            tokens = min(-(-tokens // 128) * 128, self.model.max_seq_length)  # few sizes, each is compiled once
+        mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # autocast's dtype of keys and values
         return KVCache.build(self.model, args, batch_size, tokens, mixed.get(self.fabric._precision.precision))
 
     def chat(self, sys_prompt: str | None = None, *, kv_cache: str | KVCacheArgs = "dense", **settings: Any) -> Chat:
-        """A conversation whose cache stays between turns; see `Chat`."""
+        """Start a conversation whose cache stays between turns; see `Chat`."""
         return Chat(self, sys_prompt, kv_cache=kv_cache, **settings)
 
     def benchmark(self, num_iterations: int = 1, **kwargs: Any) -> tuple[Any, dict[str, list[float]]]:
-        """Times `generate`, whose arguments it takes; litgpt's names and units, one value an iteration.
+        """Measure `generate`, whose arguments it takes. Names and units are as in litgpt.
 
         Returns:
-            The last output, and lists of "Seconds total", "Seconds to first token" (all the time prompts took), "Tokens
-            generated", "Inference speed in tokens/sec" (all tokens over all seconds), "Prefill speed in tokens/sec",
-            "Decode speed in tokens/sec", "Cache memory allocated in GB", and on a GPU "Total GPU memory allocated in
-            GB". litgpt runs `generate` twice an iteration and counts the tokens of the text anew; this does neither.
+            The last output, and a table of lists with one value for each iteration: "Seconds total", "Seconds to first
+            token" (the time to read all prompts), "Tokens generated", "Inference speed in tokens/sec" (all tokens over
+            all seconds), "Prefill speed in tokens/sec", "Decode speed in tokens/sec", "Cache memory allocated in GB",
+            and on a GPU "Total GPU memory allocated in GB". Unlike litgpt's, this runs `generate` once an iteration and
+            does not tokenize the text again to count its tokens.
         """
         check_count("num_iterations", num_iterations, 1, 2**31 - 1)
         table: dict[str, list[float]] = {}

@@ -1,7 +1,7 @@
-"""OpenAI's batch format: lines with `custom_id` and `body` in, lines with `custom_id` and `response` out.
+"""OpenAI's batch format: read lines with `custom_id` and `body`, write lines with `custom_id` and `response`.
 
-Both `/v1/chat/completions` (messages) and `/v1/completions` (prompt) are read. The names of litgpt's settings may stand
-in the body, too, as vLLM has it (`top_k`, `min_p`, `repetition_penalty`, `min_new_tokens`, ...).
+Bodies for `/v1/chat/completions` (messages) and `/v1/completions` (prompt) are read. As in vLLM, the body may also have
+settings that OpenAI does not know (`top_k`, `min_p`, `repetition_penalty`, `min_new_tokens`, ...).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ RENAMED = {
     "min_tokens": "min_new_tokens",
 }
 UNUSED = ("model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
-ONLY: Mapping[str, tuple[Any, ...]] = {  # what these may be; other values ask for what is not there
+ONLY: Mapping[str, tuple[Any, ...]] = {  # the supported values of these settings
     "n": (1,),
     "best_of": (1,),
     "stream": (False,),
@@ -35,7 +35,7 @@ ONLY: Mapping[str, tuple[Any, ...]] = {  # what these may be; other values ask f
 
 @dataclass(frozen=True)
 class BatchLine:
-    """What of a line of a batch goes into its answer: its `custom_id`, the model's name, and whether it is a chat."""
+    """The fields of a batch line that its answer needs: `custom_id`, the model's name, and whether it is a chat."""
 
     custom_id: str
     model: str
@@ -43,15 +43,15 @@ class BatchLine:
 
 
 def is_batch_line(record: Any) -> bool:
-    """Whether a line is in OpenAI's batch format."""
+    """Return whether a line is in OpenAI's batch format."""
     return isinstance(record, Mapping) and "body" in record
 
 
 def read_batch_line(record: Mapping[str, Any], defaults: TextRequest) -> tuple[TextRequest, BatchLine]:
-    """The request in a line of a batch, with the settings of `defaults` where it says nothing.
+    """Read the request in a batch line; `defaults` has the settings that the line does not give.
 
     Raises:
-        ValueError: If the line or its body is malformed, or asks for what is not supported.
+        ValueError: If the line or its body is malformed, or has a setting that is not supported.
     """
     if unknown := sorted(record.keys() - {"custom_id", "method", "url", "body"}):
         raise ValueError(f"unknown {unknown[0]!r}; a line of a batch has custom_id, method, url and body")
@@ -69,7 +69,7 @@ def read_batch_line(record: Mapping[str, Any], defaults: TextRequest) -> tuple[T
     for name, allowed in ONLY.items():
         value = body.get(name)
         if value is not None and (value not in allowed or (isinstance(value, bool) and allowed[0] is not False)):
-            raise ValueError(f"{name} may only be {allowed[0]!r} here, got {shown(value)}")
+            raise ValueError(f"{name} must be {allowed[0]!r}, got {shown(value)}: other values are not supported")
     fields: dict[str, Any] = {"id": custom_id}
     for name, value in body.items():
         if value is None or name in ONLY or name in UNUSED:
@@ -80,7 +80,7 @@ def read_batch_line(record: Mapping[str, Any], defaults: TextRequest) -> tuple[T
         fields[target] = value
     if isinstance(prompt := fields.get("prompt"), list):
         if len(prompt) != 1:
-            raise ValueError(f"prompt must be one text, got a list of {len(prompt)}: give each a line of its own")
+            raise ValueError(f"prompt must be one text, got a list of {len(prompt)}: write one line for each")
         fields["prompt"] = prompt[0]
     model = body.get("model")
     if not isinstance(model, (str, type(None))):
@@ -89,10 +89,12 @@ def read_batch_line(record: Mapping[str, Any], defaults: TextRequest) -> tuple[T
 
 
 def batch_answer(line: BatchLine, answer: Mapping[str, Any], number: str) -> dict[str, Any]:
-    """What OpenAI's answers hold, from an answer of ours (`text`, `finish_reason`, `prompt_tokens`, `new_tokens`).
+    """Return the fields of OpenAI's batch answer.
 
     Args:
-        number: makes the ids of this run's answers differ.
+        line: The fields of the batch line.
+        answer: Our answer, with `text`, `finish_reason`, `prompt_tokens` and `new_tokens`.
+        number: A text that is different for each answer of the run, for its ids.
     """
     ids = {"id": f"batch_req_{number}", "custom_id": line.custom_id}
     if answer["finish_reason"] == "error":

@@ -5,34 +5,33 @@ from __future__ import annotations
 from collections import abc
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 from litgpt_kv.arguments import RunArgs
 from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.config import KVCacheArgs, check_type
-from litgpt_kv.generate import Request, Sequence, Stats, raise_failed, serve
+from litgpt_kv.generate import Engine, Request, Sequence, Stats, begin, fill, raise_failed
 from litgpt_kv.generate.limits import Limits
 from litgpt_kv.llm.text_model import TextModel
 
 
 class Run:
-    """Answers requests, as many at a time as the cache has rows; iterate over it for the sequences that drew a token.
+    """Answer a list of requests, as many at a time as the cache has rows.
 
-    With "data_parallel" a process answers some of the requests, and its last step has the answers of the others.
+    Iterate over it: each step yields the sequences that got a token. With "data_parallel", a process answers a share of
+    the requests, and its last step yields the sequences of the other processes.
 
     Args:
         llm: The model and its tokenizer.
-        requests: What to answer; one without an id gets its place in this list.
-        args: What the cache keeps; None: no cache.
-        batch_size: The most rows; None: one a request.
-        tokens: What the longest row will see, prompt and new ones; None: as these requests ask.
-        prefill, prefill_chunk, logprobs: See `litgpt_kv.generate.stream`.
+        requests: The requests; one without an id gets its index in this list.
+        args: The cache; None: no cache.
+        batching: How prompts are read and batched; without a batch size, every request has its own row.
+        tokens: The most tokens of a row, prompt and new ones; None: the most of these requests.
 
     Attributes:
-        stats: What the run did. cache: What it keeps, None without one.
+        stats: Tokens and seconds of the run. cache: The cache, or None.
 
     Raises:
-        ValueError: Before the first step, if an argument is out of range or a first request does not fit.
+        ValueError: If an argument is out of range, or one of the first requests does not fit.
     """
 
     def __init__(
@@ -40,91 +39,92 @@ class Run:
         llm: TextModel,
         requests: abc.Sequence[Request],
         args: KVCacheArgs | None,
-        batch_size: int | None = None,
-        prefill: str = "min-length",
-        prefill_chunk: int | None = None,
-        logprobs: bool = False,
+        batching: RunArgs = RunArgs(),
         tokens: int | None = None,
     ) -> None:
-        check_run(llm, batch_size, prefill, prefill_chunk, logprobs)
+        check_loaded(llm)
+        check_type("batching", batching, RunArgs, "RunArgs")
         check_type("requests", requests, abc.Sequence, "a list of Requests")
         for request in requests:
             check_type("requests", request, Request, "a list of Requests")
         requests = [r if r.id is not None else replace(r, id=number) for number, r in enumerate(requests)]
         self.llm, self.requests, self.stats = llm, requests, Stats()
-        tokens = tokens or max((request.sees for request in requests), default=1)
-        mine = requests
+        tokens = tokens or max((request.cache_tokens for request in requests), default=1)
+        own = requests
         if llm.parallel is not None:
-            if llm.parallel.divides_prompts:  # what one process would refuse, all refuse
-                limits = Limits.of(llm.model, args, prefill, tokens)
+            if llm.parallel.divides_prompts:  # check all requests, so that all processes raise the same error
+                limits = Limits.of(llm.model, args, batching.prefill, tokens)
                 for request in requests:
                     limits.check(request, f"Prompt {request.id}")
-            mine = llm.parallel.own_requests(requests)
-        rows = max(1, min(len(mine), batch_size or len(mine)))
+            own = llm.parallel.own_requests(requests)
+        rows = max(1, min(len(own), batching.batch_size or len(own)))
         self.cache: KVCache | None = None if args is None else llm.build_cache(args, rows, tokens)
-        self._steps: Iterator[list[Sequence]] = iter(())
-        if mine or not requests:  # a process may have nothing to do
-            options = dict(prefill=prefill, prefill_chunk=prefill_chunk, logprobs=logprobs, stats=self.stats)
-            self._steps = _served(llm, mine, self.cache, rows, **options)
-        self._steps = _noted(llm, requests, RunResult(self.stats, self.cache), self._steps)
+        engine = build_engine(llm, self.cache, rows, batching, self.stats)
+        is_idle = bool(requests) and not own  # all requests belong to other processes
+        waiting = iter(()) if is_idle else begin(engine, self.cache, own)
+        self._steps = _run_steps(llm, requests, RunResult(self.stats, self.cache), engine, waiting)
 
-    def __iter__(self) -> Run:
-        return self
-
-    def __next__(self) -> list[Sequence]:
-        return next(self._steps)
+    def __iter__(self) -> Iterator[list[Sequence]]:
+        return self._steps
 
     def close(self) -> None:
-        """Breaks the run off."""
+        """Stop the run."""
         self._steps.close()
 
     def sequences(self) -> list[Sequence]:
-        """All answers, in the order of the requests."""
+        """Run to the end, and return all sequences in the order of the requests."""
         ended = {sequence.index: sequence for step in self for sequence in step if sequence.reason is not None}
         return [ended[request.id] for request in self.requests]
 
     def pieces(self) -> Iterator[list[str]]:
-        """For each step the text that it added to each answer."""
+        """Yield for each step the new text of each request, in their order."""
         failed: list[Sequence] = []
         for step in self:
-            made = {sequence.index: sequence.piece for sequence in step}
+            texts = {sequence.index: sequence.new_text for sequence in step}
             failed += [sequence for sequence in step if sequence.error is not None]
-            yield [made.get(request.id, "") for request in self.requests]
+            yield [texts.get(request.id, "") for request in self.requests]
         raise_failed(failed)
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run that ended leaves: its `stats`, and its `cache` or None."""
+    """The `stats` of a run that ended, and its `cache` or None."""
 
     stats: Stats
     cache: KVCache | None
 
 
-def _noted(
-    llm: TextModel, requests: abc.Sequence[Request], result: RunResult, steps: Iterator[list[Sequence]]
+def _run_steps(
+    llm: TextModel,
+    requests: abc.Sequence[Request],
+    result: RunResult,
+    engine: Engine,
+    waiting: Iterator[Request],
 ) -> Iterator[list[Sequence]]:
-    """The steps of a run, which tells the other processes how it ended.
+    """Yield the steps of a run, and tell the other processes how it ended.
 
-    It knows nothing of the run itself: a run that is dropped in the middle must end at once, not when the garbage
-    collector finds it, as other processes wait for it.
+    This generator must not refer to the `Run`: a run that is dropped in the middle must end at once and not when the
+    garbage collector finds a cycle, because other processes wait for it.
     """
     parallel, stats, answered = llm.parallel, result.stats, []
-    number = {request.id: n for n, request in enumerate(requests)}
-    stats.reasons, stats.logprobs = [None] * len(number), [[] for _ in number]
+    index_of = {request.id: n for n, request in enumerate(requests)}
+    stats.reasons, stats.logprobs = [None] * len(index_of), [[] for _ in index_of]
 
     def note(sequences: abc.Sequence[Sequence]) -> None:
         for sequence in sequences:
             if sequence.reason is not None:
                 answered.append(sequence)
-                at = number[sequence.index]
-                stats.reasons[at], stats.logprobs[at] = sequence.reason, sequence.logprobs
+                n = index_of[sequence.index]
+                stats.reasons[n], stats.logprobs[n] = sequence.reason, sequence.logprobs
 
     try:
         try:
-            for step in steps:
-                note(step)
-                yield step
+            while engine.unfinished:
+                if outputs := engine.step():
+                    sequences = [output.sequence for output in outputs]
+                    note(sequences)
+                    yield sequences
+                fill(engine, waiting)
         except BaseException as error:
             if parallel is not None and parallel.divides_prompts:
                 parallel.synchronize(f"{type(error).__name__}: {error}")
@@ -137,23 +137,22 @@ def _noted(
 
 
 class OpenRun:
-    """Answers any number of requests, each taken from an iterator only when a row is free; iterate over it as a `Run`.
+    """Answer requests from an iterator, each taken only when a row is free; iterate over it as over a `Run`.
 
-    Processes that divide the requests need `Run`, which knows all of them.
+    With "data_parallel" use `Run`: to divide the requests, the processes must know all of them.
 
     Args:
         llm: The model and its tokenizer.
-        requests: What to answer; those without an id are numbered as they come.
-        args: What the cache keeps; None: no cache.
-        batch_size: Rows.
-        tokens: What the longest row will see, prompt and new tokens.
-        prefill, prefill_chunk, logprobs: See `litgpt_kv.generate.stream`.
+        requests: The requests; those without an id are numbered in their order.
+        args: The cache; None: no cache.
+        batching: How prompts are read and batched; its batch size is the number of rows, and must be given.
+        tokens: The most tokens of a row, prompt and new ones.
 
     Attributes:
-        stats: What the run did, nothing of single requests. cache: What it keeps, None without one.
+        stats: Tokens and seconds of the run; `reasons` and `logprobs` stay empty. cache: The cache, or None.
 
     Raises:
-        ValueError: Before the first step, if an argument is out of range or a first request does not fit.
+        ValueError: If an argument is out of range, or one of the first requests does not fit.
     """
 
     def __init__(
@@ -161,62 +160,60 @@ class OpenRun:
         llm: TextModel,
         requests: abc.Iterable[Request],
         args: KVCacheArgs | None,
-        batch_size: int,
+        batching: RunArgs,
         tokens: int,
-        prefill: str = "min-length",
-        prefill_chunk: int | None = None,
-        logprobs: bool = False,
     ) -> None:
-        check_run(llm, batch_size, prefill, prefill_chunk, logprobs)
+        check_loaded(llm)
+        check_type("batching", batching, RunArgs, "RunArgs")
+        rows = batching.batch_size
+        if rows is None:
+            raise ValueError("answer() needs a batch_size, the number of rows of the cache.")
         if llm.parallel is not None and llm.parallel.divides_prompts:
-            raise ValueError("Processes that divide the requests need all of them at once: use run().")
+            raise ValueError("data_parallel needs all requests at once: use run().")
         self.stats = Stats()
-        self.cache: KVCache | None = None if args is None else llm.build_cache(args, batch_size, tokens)
+        self.cache: KVCache | None = None if args is None else llm.build_cache(args, rows, tokens)
         if llm.parallel is not None:
-            requests = (request for each in requests for request in llm.parallel.own_requests([each]))
-        options = dict(prefill=prefill, prefill_chunk=prefill_chunk, logprobs=logprobs, stats=self.stats)
-        self.llm = llm
-        self._steps = _last(
-            llm, RunResult(self.stats, self.cache), _served(llm, requests, self.cache, batch_size, **options)
-        )
+            requests = (request for request in requests for request in llm.parallel.own_requests([request]))
+        engine = build_engine(llm, self.cache, rows, batching, self.stats)
+        waiting = begin(engine, self.cache, requests)
+        self._steps = _steps(llm, RunResult(self.stats, self.cache), engine, waiting)
 
-    def __iter__(self) -> OpenRun:
-        return self
-
-    def __next__(self) -> list[Sequence]:
-        return next(self._steps)
+    def __iter__(self) -> Iterator[list[Sequence]]:
+        return self._steps
 
     def close(self) -> None:
-        """Breaks the run off."""
+        """Stop the run."""
         self._steps.close()
 
 
-def _last(llm: TextModel, result: RunResult, steps: Iterator[list[Sequence]]) -> Iterator[list[Sequence]]:
+def _steps(llm: TextModel, result: RunResult, engine: Engine, waiting: Iterator[Request]) -> Iterator[list[Sequence]]:
     try:
-        yield from steps
+        while engine.unfinished:
+            if outputs := engine.step():
+                yield [output.sequence for output in outputs]
+            fill(engine, waiting)
     finally:
         llm.last_run = result
 
 
-def check_run(llm: TextModel, batch_size: int | None, prefill: str, prefill_chunk: int | None, logprobs: bool) -> None:
-    """Raises ValueError if there is no model, or an argument of a run is out of range."""
+def check_loaded(llm: TextModel) -> None:
+    """Raise ValueError if the model has no weights yet."""
     if llm.model is None:
         raise ValueError("No weights are loaded: call distribute() first, or load without distribute=None.")
-    RunArgs(batch_size, prefill, prefill_chunk, logprobs)
 
 
-def _served(
-    llm: TextModel, requests: abc.Iterable[Request], cache: KVCache | None, rows: int, **options: Any
-) -> Iterator[list[Sequence]]:
-    options |= dict(decoder=llm.decoder, decode_text=llm.decode)
-    return serve(llm.model, requests, cache, rows=rows, **options)
+def build_engine(llm: TextModel, cache: KVCache | None, rows: int, batching: RunArgs, stats: Stats) -> Engine:
+    """Build an engine on the rows of a cache, or on `rows` rows without one; it reads whole prompts between steps."""
+    options = {name: getattr(batching, name) for name in ("prefill", "prefill_chunk", "logprobs")}
+    options |= {"pieces": None, "stats": stats, "decoder": llm.decoder, "decode_text": llm.decode}
+    return Engine(llm.model, cache, rows=rows, **options)
 
 
 class Pieces(Iterator):
-    """Text of a run, piece by piece as it is made.
+    """Iterate over the text of a run, piece by piece as it is generated.
 
     Attributes:
-        stats: What the run did so far. cache: What it keeps.
+        stats: Tokens and seconds so far. cache: The cache, or None.
     """
 
     def __init__(self, run: Run, single: bool) -> None:
@@ -228,5 +225,5 @@ class Pieces(Iterator):
         return pieces[0] if self._single else pieces
 
     def close(self) -> None:
-        """Breaks the run off."""
+        """Stop the run."""
         self._pieces.close()

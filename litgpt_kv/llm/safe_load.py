@@ -1,7 +1,7 @@
-"""Read YAML and JSON that a stranger may have written: data only, bounded in size, depth and expansion.
+"""Read YAML and JSON files from untrusted sources: plain data only, with limits on size, depth and expansion.
 
-PyYAML's safe loader builds plain data, but it lets one kilobyte of aliases stand for a terabyte, and its integers have
-no end. Everything that this package reads from a file of options or beside a checkpoint comes through here.
+PyYAML's safe loader builds plain data, but a kilobyte of aliases can expand to a terabyte, and integers may have any
+length. All option files, and all YAML and JSON files of a checkpoint, are read with this module.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from litgpt_kv.config import shown
 
 MAX_BYTES = 1_000_000  # of a YAML file
 MAX_JSON_BYTES = 32_000_000  # tokenizer_config.json lists thousands of tokens: Gemma 3's has 1.2 MB
-MAX_VALUES = 100_000  # values of a YAML text after its aliases are written out
+MAX_VALUES = 100_000  # values of a YAML text with its aliases expanded
 MAX_DEPTH = 40
 MAX_DIGITS = 100  # of a number
-CODE_KEYS = ("class_path", "init_args", "dict_kwargs", "__path__")  # with which jsonargparse imports and calls classes
+CODE_KEYS = ("class_path", "init_args", "dict_kwargs", "__path__")  # with these, jsonargparse imports and calls classes
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, with counted values; dates stay text."""
+    """PyYAML's safe loader with limits; dates stay text."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._values, self._depth = 0, 0
-        self._sizes: dict[int, int] = {}  # values of an anchored node with its aliases written out, by its identity
+        self._sizes: dict[int, int] = {}  # id of a node: its number of values, with aliases expanded
 
     def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
         self._depth += 1
@@ -37,8 +37,8 @@ class _Loader(yaml.SafeLoader):
         before, alias = self._values, self.check_event(yaml.AliasEvent)
         node = super().compose_node(parent, index)
         if alias:
-            if id(node) not in self._sizes:  # an alias inside of its own anchor
-                raise ValueError("it contains itself: an alias stands inside of what it names")
+            if id(node) not in self._sizes:  # an alias inside its own anchor
+                raise ValueError("it contains itself: an alias is inside its own anchor")
             self._values += self._sizes[id(node)]
         else:
             self._values += 1
@@ -62,10 +62,10 @@ _Loader.yaml_implicit_resolvers = {
 
 
 def parse_yaml(text: str) -> Any:
-    """The data in a YAML text: None, bool, int, float, str, lists and dicts of these with text as keys.
+    """Parse a YAML text into plain data: None, bool, int, float, str, lists, and dicts with text as keys.
 
     Raises:
-        ValueError: If it is no YAML, or too large, deep or expansive, or would make anything else than data.
+        ValueError: If it is not YAML, is over a limit, or has other values than plain data.
     """
     if len(text) > MAX_BYTES:
         raise ValueError(f"it is larger than the limit of {MAX_BYTES:,} bytes")
@@ -78,7 +78,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def check_data(data: Any) -> None:
-    """Refuse what is not plain data: `!!binary`, `!!set`, `!!timestamp`, keys that are not text.
+    """Check that data are plain: no `!!binary`, `!!set` or `!!timestamp`, and only text as keys.
 
     Raises:
         ValueError: With the kind of the value that was found.
@@ -92,14 +92,14 @@ def check_data(data: Any) -> None:
         for value in data:
             check_data(value)
     elif not (data is None or isinstance(data, (bool, int, float, str))):
-        raise ValueError(f"it may hold numbers, texts, lists and mappings, got a {type(data).__name__}")
+        raise ValueError(f"it may have numbers, texts, lists and mappings, got a {type(data).__name__}")
 
 
 def load_options(text: str) -> Any:
-    """The options in a YAML text, with the limits of `parse_yaml` and `check_options`.
+    """Parse a YAML text with `parse_yaml`, and check it with `check_options`.
 
     Raises:
-        ValueError: For what either of the two refuses.
+        ValueError: If one of them raises it.
     """
     data = parse_yaml(text)
     check_options(data)
@@ -107,9 +107,9 @@ def load_options(text: str) -> Any:
 
 
 def check_options(data: Any) -> None:
-    """Refuse options that are more than scalars, lists of scalars and mappings of these.
+    """Check that options are scalars, lists of scalars, or mappings of these, and that no key names code.
 
-    jsonargparse imports and calls a `class_path` wherever an option's type is open, so these keys are never passed on.
+    jsonargparse imports and calls a `class_path` if the type of an option allows any value.
 
     Raises:
         ValueError: With the key or value that was found.
@@ -122,14 +122,14 @@ def check_options(data: Any) -> None:
     elif isinstance(data, list):
         for value in data:
             if isinstance(value, (dict, list)):
-                raise ValueError(f"a list of options holds numbers and texts only, got {shown(value)}")
+                raise ValueError(f"a list of options may have only numbers and texts, got {shown(value)}")
 
 
 def read_yaml(path: Path) -> Any:
-    """The data in a YAML file, with the limits of `parse_yaml`.
+    """Read a YAML file with `parse_yaml`.
 
     Raises:
-        ValueError: If the file cannot be read, or for what `parse_yaml` refuses; the message names the file.
+        ValueError: If the file cannot be read or `parse_yaml` refuses it; the message names the file.
     """
     text = read_text(path, MAX_BYTES)
     try:
@@ -139,10 +139,10 @@ def read_yaml(path: Path) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """The data in a JSON file.
+    """Read a JSON file.
 
     Raises:
-        ValueError: If the file cannot be read or is no JSON; the message names the file.
+        ValueError: If the file cannot be read or is not JSON; the message names the file.
     """
     text = read_text(path, MAX_JSON_BYTES)
     try:
@@ -152,14 +152,14 @@ def read_json(path: Path) -> Any:
 
 
 def read_text(path: Path, most: int) -> str:
-    """A regular file's text, UTF-8, at most so many bytes.
+    """Read a regular UTF-8 file of at most `most` bytes.
 
     Raises:
-        ValueError: If it is no regular file, larger, or no text; the message names the file.
+        ValueError: If it is not a regular file, is larger, or is not UTF-8; the message names the file.
     """
     try:
         if not path.is_file():  # a device or a pipe may never end
-            raise ValueError(f"{path} is no file." if path.exists() else f"There is no file {path}.")
+            raise ValueError(f"{path} is not a file." if path.exists() else f"There is no file {path}.")
         with path.open("rb") as file:
             data = file.read(most + 1)
         if len(data) > most:
@@ -168,10 +168,10 @@ def read_text(path: Path, most: int) -> str:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} cannot be read: it is no UTF-8 text.") from error
+        raise ValueError(f"{path} cannot be read: it is not UTF-8 text.") from error
 
 
 def one_line(error: BaseException, most: int = 200) -> str:
-    """An error's message on one line, cut to a length."""
+    """Return an error's message on one line, with at most `most` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= most else f"{text[:most]}..."

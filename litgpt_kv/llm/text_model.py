@@ -1,4 +1,4 @@
-"""What a run and a conversation need of an `LLM`."""
+"""The part of `LLM` that `run` and `chat` use; a protocol, so that they do not import it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from litgpt_kv.parallel import ParallelStrategy
 
 
 class TextModel(Protocol):
-    """A model, its tokenizer and its devices; see `LLM` for what the attributes are."""
+    """A model, its tokenizer and its devices; `LLM` documents the attributes."""
 
     model: GPT | None
     decoder: Callable[..., Tensor]

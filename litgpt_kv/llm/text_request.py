@@ -1,7 +1,7 @@
-"""What is asked of a model for one text: the one schema of prompt files, chat and a server.
+"""A request for one text: the schema of prompt files, chat and the server.
 
 A record is flat JSON, `{"prompt": ..., "max_new_tokens": 9, "temperature": 0}`: its keys are the fields of
-`TextRequest`, `StoppingArgs` and `SamplingArgs`. A field that is added to one of these is a key from then on.
+`TextRequest`, `StoppingArgs` and `SamplingArgs`. A new field of one of these is a new key.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from litgpt_kv.config import SamplingArgs, shown
 
 STOPPING = [f.name for f in fields(StoppingArgs)]
 SAMPLING = [f.name for f in fields(SamplingArgs)]
-NULL_IS_A_VALUE = ("top_k",)  # null is as good as nothing, but for top_k, where it means all
+NULL_IS_A_VALUE = ("top_k",)  # null means the default, except for top_k, where it means all tokens
 
 
 @dataclass(frozen=True)
 class TextRequest:
-    """A prompt and what is asked for it.
+    """A prompt and its settings.
 
     Args:
-        prompt: The text to continue. Without one a request holds the settings that others start from.
+        prompt: The text to continue. A request without a prompt has the default settings of other requests.
         messages: A conversation instead of a prompt: mappings of "role" (system, user, assistant) and "content".
-        id: Whatever the asker knows it by.
+        id: The caller's id for it.
         sys_prompt: The system prompt, for prompt styles that have one.
         stopping: When the text ends.
-        sampling: How its tokens are chosen; one value each.
+        sampling: How its tokens are chosen; each setting has one value.
     """
 
     prompt: str | None = None
@@ -55,13 +55,13 @@ class TextRequest:
             raise ValueError(f"{many[0]} must be one value, got {shown(getattr(self.sampling, many[0]))}.")
 
     def read(self, record: Any) -> TextRequest:
-        """The request in a record, with the settings of this one where it says nothing.
+        """Return the request in a record; this request has the settings that the record does not give.
 
         Raises:
-            ValueError: If the record is no mapping, has an unknown key or no prompt, or a value is out of range.
+            ValueError: If the record is not a mapping, has an unknown key or no prompt, or a value is out of range.
         """
         if not isinstance(record, Mapping):
-            raise ValueError(f"it is no object with a prompt but {shown(record)}")
+            raise ValueError(f"it must be an object with a prompt, got {shown(record)}")
         known = [*OWN, *STOPPING, *SAMPLING]
         if unknown := [name for name in record if name not in known]:
             raise ValueError(f"unknown {', '.join(map(shown, unknown))}; a request may have {', '.join(known)}")
@@ -80,7 +80,7 @@ class TextRequest:
         )
 
     def sample(self, number: int) -> TextRequest:
-        """The request for sample `number`, counted from 0: it has a seed of its own."""
+        """Return the request for sample `number`, from 0: the same with seed + number."""
         return replace(self, sampling=self.sampling.shifted(number)) if number else self
 
 
@@ -102,13 +102,13 @@ def _check_messages(messages: Any) -> None:
 
 
 def check_text(name: str, value: Any) -> None:
-    """Refuse what is no text.
+    """Check that a value is text that can be encoded.
 
     Raises:
-        TypeError: If it is no str.
-        ValueError: If it has half of a surrogate pair, which no encoding can hold.
+        TypeError: If it is not a str.
+        ValueError: If it has half of a surrogate pair, which cannot be encoded.
     """
     if not isinstance(value, str):
         raise TypeError(f"{name} must be a text, got {shown(value)}.")
     if any("\ud800" <= c <= "\udfff" for c in value):
-        raise ValueError(f"{name} {shown(value)} has half of a surrogate pair, which is no text.")
+        raise ValueError(f"{name} {shown(value)} has half of a surrogate pair, which is not valid text.")

@@ -18,7 +18,7 @@ from litgpt_kv.attention.yarn import is_yarn, yarn_tables
 from litgpt_kv.cache import KVCache
 from litgpt_kv.cache.pieces import PromptReader
 from litgpt_kv.cache.slots import Sharing
-from litgpt_kv.cache.views import Pass, training_pass
+from litgpt_kv.cache.views import training_pass
 from litgpt_kv.config import shown
 from litgpt_kv.model.block import Block
 from litgpt_kv.model.linear import speed_up
@@ -99,7 +99,9 @@ class GPT(base.GPT):
             step = cache.begin_prefill(T, length, self.rope())
         else:
             step = cache.begin_decode(T, self.rope())
-        x = self.run_blocks(x, step)
+        for block, view in zip(self.transformer.h, step.views):
+            x = block(x, view)
+        x = self.transformer.ln_f(x)  # (B, T, C), or (B, 1, C) where only the last tokens are wanted
         step.commit()
         if step.last_only:
             x = x.squeeze(1)  # (B, C)
@@ -129,12 +131,6 @@ class GPT(base.GPT):
         """Token ids (B, T) to (B, T, C)."""
         x = self.transformer.wte(idx)
         return x * torch.tensor(self.config.n_embd**0.5, dtype=x.dtype) if self.config.scale_embeddings else x
-
-    def run_blocks(self, x: Tensor, step: Pass) -> Tensor:
-        """x (B, T, C) through all blocks and the last norm; (B, 1, C) where only the last tokens are wanted."""
-        for block, view in zip(self.transformer.h, step.views):
-            x = block(x, view)
-        return self.transformer.ln_f(x)
 
     def head(self, x: Tensor) -> Tensor:
         """x (..., C) to logits (..., V)."""

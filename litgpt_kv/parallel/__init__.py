@@ -1,8 +1,8 @@
-"""Many devices, through Lightning Fabric: parallel strategies by litgpt's names.
+"""Run a model on several devices with Lightning Fabric; the parallel strategies have litgpt's names.
 
-Read `base.py` (what a strategy is), then one of `tensor.py`, `sequential.py` and `data.py`. `launch.py` starts and ends
-the processes, with `launcher.py` and `heartbeat.py`; `collectives.py` has all that they say to each other; `memory.py`
-computes what each device holds. A new strategy is a class with the methods of `ParallelStrategy` and a line in
+Read `base.py` (the interface) first, then one of `tensor.py`, `sequential.py` and `data.py`. `launch.py` starts and
+ends the processes, with `launcher.py` and `heartbeat.py`. `collectives.py` has the communication, `memory.py` computes
+the memory of each device. A new strategy is a class with the methods of `ParallelStrategy` and a line in
 `PARALLEL_STRATEGIES`.
 """
 
@@ -24,7 +24,7 @@ PARALLEL_STRATEGIES: dict[str, type[ParallelStrategy]] = {
 
 
 def find_parallel_strategy(name: str | None) -> type[ParallelStrategy]:
-    """The parallel strategy called `name`; an unknown or missing name is refused with the list of names."""
+    """Return the parallel strategy with this name; raise ValueError with all names if it is unknown or None."""
     if name is None:
         raise ValueError(f"Several devices need a generate_strategy: {', '.join(PARALLEL_STRATEGIES)}.")
     if name not in PARALLEL_STRATEGIES:

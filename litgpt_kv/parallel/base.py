@@ -1,8 +1,7 @@
-"""What all parallel strategies have in common: the request for devices, and their interface."""
+"""The interface of parallel strategies, and the devices that a user asks for."""
 
 from __future__ import annotations
 
-import os
 import random
 from collections import abc
 from collections.abc import Mapping
@@ -13,18 +12,17 @@ import lightning as L
 from torch import Tensor
 
 from litgpt.config import Config
+from litgpt_kv.arguments import MOST_DEVICES, MOST_NODES, cores
 from litgpt_kv.generate import Request, Sequence, Stats
 from litgpt_kv.model.gpt import GPT
 from litgpt_kv.parallel.collectives import Collectives
 
 Weights = Mapping[str, Tensor]
-MOST_DEVICES = 16  # of one machine, unless it has more processor cores: on a CPU each is a process of its own
-MOST_NODES = 4096
 
 
 @dataclass(frozen=True)
 class DeviceRequest:
-    """Where to run, in Lightning Fabric's terms; `devices` are those of one node, a count or "auto"."""
+    """The devices of a run, in Lightning Fabric's terms; `devices` is the number on one machine, or "auto"."""
 
     accelerator: str = "auto"
     devices: int | str = "auto"
@@ -32,10 +30,10 @@ class DeviceRequest:
     precision: str = "32-true"
 
     def __post_init__(self) -> None:
-        good = self.devices == "auto" or (isinstance(self.devices, int) and self.devices >= 1)
-        if not good or isinstance(self.devices, bool):
-            raise ValueError(f"devices must be a count or 'auto', got {self.devices!r}.")
-        most = max(MOST_DEVICES, os.cpu_count() or 1)
+        is_valid = self.devices == "auto" or (isinstance(self.devices, int) and self.devices >= 1)
+        if not is_valid or isinstance(self.devices, bool):
+            raise ValueError(f"devices must be a number or 'auto', got {self.devices!r}.")
+        most = max(16, 4 * cores()) if self.accelerator == "cpu" else MOST_DEVICES
         if self.devices != "auto" and self.devices > most:
             raise ValueError(f"devices must be at most {most} on this machine, got {self.devices!r:.20}.")
         if not isinstance(self.num_nodes, int) or self.num_nodes < 1:
@@ -47,11 +45,12 @@ class DeviceRequest:
 
 
 class ParallelStrategy(Protocol):
-    """One way to use several devices.
+    """A way to divide the work among several devices.
 
     Attributes:
-        fabric: This process' device and precision. model: What it runs. collectives: The processes.
-        divides_prompts: Whether each process answers prompts of its own; otherwise all answer all of them together.
+        fabric: The device and precision of this process. model: Its model or part of the model.
+        collectives: The communication with the other processes.
+        divides_prompts: Whether each process answers a share of the prompts; else all work on all prompts together.
     """
 
     divides_prompts: ClassVar[bool]
@@ -62,25 +61,28 @@ class ParallelStrategy(Protocol):
     def __init__(self, config: Config, weights: Weights, request: DeviceRequest) -> None: ...
 
     def own_requests(self, requests: abc.Sequence[Request]) -> list[Request]:
-        """Those of the requests that this process answers; all have an id."""
+        """Return the requests that this process answers; all have an id."""
 
     def exchange_answers(
         self, requests: abc.Sequence[Request], answered: abc.Sequence[Sequence], stats: Stats
     ) -> list[Sequence]:
-        """When its own requests were answered: the answers of the other processes; `stats` then count all."""
+        """Return the answers of the other processes, and add their work to `stats`.
+
+        Each process calls it when it has answered its own requests.
+        """
 
     def synchronize(self, failure: str | None = None) -> None:
-        """Waits for the other processes, or tells them that this one failed."""
+        """Wait for the other processes, or with `failure` tell them that this one failed."""
 
     def close(self) -> None:
-        """Ends the run; all processes must call it."""
+        """End the run; all processes must call it."""
 
 
 def seed_requests(collectives: Collectives, requests: abc.Sequence[Request]) -> list[Request]:
-    """With a seed all processes draw alike; requests without one get a seed that process 0 draws."""
-    free = [request for request in requests if request.sampling.seed is None]
-    seeds = [random.SystemRandom().randrange(2**63) for _ in free]
-    drawn = iter(collectives.broadcast_object(seeds) if free else [])
+    """Give requests without a seed one that process 0 draws, so that all processes draw the same tokens."""
+    unseeded = [request for request in requests if request.sampling.seed is None]
+    seeds = [random.SystemRandom().randrange(2**63) for _ in unseeded]
+    drawn = iter(collectives.broadcast_object(seeds) if unseeded else [])
     return [
         replace(r, sampling=replace(r.sampling, seed=next(drawn))) if r.sampling.seed is None else r for r in requests
     ]

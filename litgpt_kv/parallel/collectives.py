@@ -1,4 +1,4 @@
-"""The processes that work on one model, and all that they say to each other."""
+"""The communication between the processes that work on one model."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor
 
 
 class CollectiveTimer:
-    """Time spent in collectives, waiting for the others included.
+    """Measure the time in collectives, which includes waiting for other processes.
 
     Attributes:
-        calls, bytes: How many collectives, and what this process handed to them.
+        calls, bytes: The number of collectives, and the bytes that this process passed to them.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -26,8 +26,9 @@ class CollectiveTimer:
 
     @contextmanager
     def measure(self, x: Tensor) -> Iterator[None]:
+        """Measure a collective of the tensor x."""
         self.calls, self.bytes = self.calls + 1, self.bytes + x.nbytes
-        if self.device.type == "cuda":  # no waiting here: the device notes when it comes by
+        if self.device.type == "cuda":  # without synchronizing: the device records both times
             pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             pair[0].record()
             yield
@@ -40,16 +41,16 @@ class CollectiveTimer:
 
     @property
     def seconds(self) -> float:
-        """Time so far; on a GPU it must have been synchronised."""
+        """Seconds so far; synchronize a GPU before."""
         return self._seconds + sum(a.elapsed_time(b) for a, b in self._events) / 1e3
 
 
 class Collectives:
-    """The processes of a run: their number, this one's rank, and the collectives, all through one process group.
+    """The collectives of one process group, which may be a single process without a group.
 
     Attributes:
-        rank, size: This process' number, and how many there are.
-        timer: Measures the collectives if it is set.
+        rank, size: The number of this process, and the number of processes.
+        timer: If set, it measures the collectives.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -58,33 +59,34 @@ class Collectives:
         self.size = 1 if group is None else group.size()
         self.timer: CollectiveTimer | None = None
 
-    def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum over all processes, the same to the bit on each; `x` may be overwritten."""
+    def all_reduce(self, x: Tensor, largest: bool = False) -> Tensor:
+        """Return the sum (or the largest element) over all processes, bit-equal on each; `x` may be overwritten."""
         if self.size == 1:
             return x
         x = x.contiguous()
+        op = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
         if self.timer is None:
-            dist.all_reduce(x, group=self.group)
+            dist.all_reduce(x, op, group=self.group)
         else:
             with self.timer.measure(x):
-                dist.all_reduce(x, group=self.group)
+                dist.all_reduce(x, op, group=self.group)
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """(..., n) of each process side by side, (..., size * n), the same to the bit on each."""
+        """Concatenate x (..., n) of all processes: (..., size * n), bit-equal on each."""
         if self.size == 1:
             return x
         x = x.contiguous()
-        every = [torch.empty_like(x) for _ in range(self.size)]
+        parts = [torch.empty_like(x) for _ in range(self.size)]
         if self.timer is None:
-            dist.all_gather(every, x, group=self.group)
+            dist.all_gather(parts, x, group=self.group)
         else:
             with self.timer.measure(x):
-                dist.all_gather(every, x, group=self.group)
-        return torch.cat(every, dim=-1)
+                dist.all_gather(parts, x, group=self.group)
+        return torch.cat(parts, dim=-1)
 
     def broadcast_object(self, value: Any) -> Any:
-        """What process 0 has, on every process; any object that can be pickled."""
+        """Return process 0's object on every process; it must be picklable."""
         if self.size == 1:
             return value
         box = [value]
@@ -92,14 +94,14 @@ class Collectives:
         return box[0]
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """Every process' object, by rank, on every process."""
+        """Return the objects of all processes, by rank, on every process."""
         if self.size == 1:
             return [value]
-        every: list[Any] = [None] * self.size
-        dist.all_gather_object(every, value, group=self.group)
-        return every
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
 
     def barrier(self) -> None:
-        """Waits until all processes have come here."""
+        """Wait until all processes have called this."""
         if self.size > 1:
             dist.barrier(group=self.group)

@@ -1,4 +1,4 @@
-"""Data parallel: the whole model on every device, and some of the prompts."""
+"""Data parallel: every device has the whole model and answers a share of the prompts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from litgpt_kv.parallel.tensor import load_tensor_parallel
 
 
 class DataParallel:
-    """The whole model on every device, and some of the prompts."""
+    """Run the whole model on every device, each for a share of the prompts."""
 
     divides_prompts = True
 
@@ -26,15 +26,15 @@ class DataParallel:
 
     def own_requests(self, requests: abc.Sequence[Request]) -> list[Request]:
         requests = seed_requests(self.collectives, requests)
-        shares = assign_prompts([request.sees for request in requests], self.collectives.size)
+        shares = assign_prompts([request.cache_tokens for request in requests], self.collectives.size)
         return [requests[b] for b in shares[self.collectives.rank]]
 
     def exchange_answers(
         self, requests: abc.Sequence[Request], answered: abc.Sequence[Sequence], stats: Stats
     ) -> list[Sequence]:
-        self.synchronize()  # however long the others take: a collective would give up
+        self.synchronize()  # without a timeout, which a collective has
         parts = self.collectives.all_gather_object(([(s.index, s.answer) for s in answered], vars(stats)))
-        _total(stats, [theirs for _, theirs in parts])
+        _set_total(stats, [part_stats for _, part_stats in parts])
         by_id = {request.id: request for request in requests}
         others = []
         for rank, (answers, _) in enumerate(parts):
@@ -48,8 +48,8 @@ class DataParallel:
         self._run.synchronize(failure)
 
 
-def _total(stats: Stats, parts: list[dict[str, Any]]) -> None:
-    """What several processes did side by side, as one run."""
+def _set_total(stats: Stats, parts: list[dict[str, Any]]) -> None:
+    """Set `stats` to those of all processes: the sums of tokens, and the longest seconds."""
     for name in ("prompt_tokens", "new_tokens", "prefill_tokens", "decode_tokens"):
         setattr(stats, name, sum(part[name] for part in parts))
     for name in ("prefill_seconds", "decode_seconds"):
@@ -57,11 +57,15 @@ def _total(stats: Stats, parts: list[dict[str, Any]]) -> None:
 
 
 def assign_prompts(lengths: abc.Sequence[int], processes: int) -> list[list[int]]:
-    """Which rows each process takes: the longest first, each to the one that has least to read so far."""
+    """Assign requests to processes: the longest first, each to the process with the fewest tokens so far.
+
+    Returns:
+        For each process the indices of its requests, ascending.
+    """
     out: list[list[int]] = [[] for _ in range(processes)]
     load = [(0, r) for r in range(processes)]
     for b in sorted(range(len(lengths)), key=lambda b: (-lengths[b], b)):
-        (tokens, r) = min(load)
+        tokens, r = min(load)
         load[r] = (tokens + lengths[b], r)
         out[r].append(b)
     return [sorted(rows) for rows in out]

@@ -1,4 +1,4 @@
-"""Which heads a device holds, and what devices tell each other about them.
+"""Divide the heads among devices, and combine per-head statistics over devices.
 
 H query heads · G key/value heads · R = H/G query heads a group · P sets of kept tokens (1, or one a key/value head) ·
 S slots.
@@ -17,10 +17,10 @@ from litgpt_kv.parallel.collectives import Collectives
 
 @dataclass(frozen=True)
 class Heads:
-    """A device's heads: `queries` and `groups` are ranges of numbers out of `all_queries` and `all_groups`.
+    """The heads of one device: query heads `queries` of `all_queries`, key/value heads `groups` of `all_groups`.
 
-    A device holds whole groups, or a part of one group's query heads and a copy of its key/value head. The heads of
-    latent attention are one group, as what they have in common is cached once: the latent and the rotary key.
+    A device has whole groups, or some query heads of one group and a copy of its key/value head. In latent attention
+    all heads are one group, because they share one cached latent and one rotary key.
     """
 
     queries: range
@@ -30,23 +30,24 @@ class Heads:
 
     @property
     def weight(self) -> float:
-        """Which part of its groups' query heads a device holds: those of all devices add up to 1 for each group."""
+        """The share of its groups' query heads that this device has; over all devices, the sum is 1 for each group."""
         return len(self.queries) * self.all_groups / (len(self.groups) * self.all_queries)
 
 
 def split_range(total: int, parts: int, index: int) -> tuple[int, int]:
-    """Where part `index` of `total` things begins and ends; sizes differ by one at most."""
+    """Return start and end of part `index` if `total` things are divided into `parts`; sizes differ by at most one."""
     return total * index // parts, total * (index + 1) // parts
 
 
 def divide_heads(config: Config, devices: int) -> list[Heads]:
-    """The heads of each device.
+    """Divide the heads of a model among devices.
 
-    Up to as many devices as groups, each holds whole groups, the last ones one more where they do not come out even.
-    Beyond, each holds one key/value head, which other devices hold as well, and some of its query heads.
+    With at most as many devices as groups, each device has whole groups; if they do not divide evenly, the last devices
+    have one more. With more devices, each has one key/value head, which other devices have as well, and some of its
+    query heads.
 
     Raises:
-        ValueError: If the model cannot be divided over so many devices; the message says how many can.
+        ValueError: If the model cannot be divided over so many devices; the message has the limit.
     """
     H, G = config.n_head, layer_spec(config, 0).groups
     widths = [w for w in (config.intermediate_size, config.moe_intermediate_size) if w]
@@ -68,9 +69,9 @@ def divide_heads(config: Config, devices: int) -> list[Heads]:
 
 
 class Sharing:
-    """What a layer's slots ask for where other devices hold the other heads; see `litgpt_kv.cache.slots.Sharing`.
+    """Combine the statistics of a layer's heads over devices; see `litgpt_kv.cache.slots.Sharing`.
 
-    Devices that hold whole groups say nothing to each other, unless a strategy makes one choice for all heads.
+    Devices with whole groups only communicate if a strategy makes one choice for all heads of a layer.
     """
 
     def __init__(self, collectives: Collectives, heads: Heads) -> None:
@@ -78,20 +79,29 @@ class Sharing:
         self.split = collectives.size > heads.all_groups
 
     def mass(self, mass: Tensor, per_head: bool) -> Tensor:
-        """Mass (..., G here, S) of this device's query heads to that of all: (..., G here, S), or (..., 1, S)."""
+        """Combine the attention mass (..., G of this device, S): the same shape, or (..., 1, S) unless `per_head`."""
         if per_head:
             return self._of_groups(mass) if self.split else mass
         return self.collectives.all_reduce(mass.sum(dim=-2, keepdim=True) * (self.heads.weight / self.heads.all_groups))
 
     def score(self, score: Tensor, per_head: bool) -> Tensor:
-        """Scores (..., P, S) that this device worked out from its own heads: the mean over all devices with a say."""
+        """Return the mean of scores (..., P, S) over all devices with query heads of the same set of tokens."""
         if per_head:
             return self._of_groups(score) if self.split else score
         return self.collectives.all_reduce(score * (len(self.heads.queries) / self.heads.all_queries))
 
-    def _of_groups(self, x: Tensor) -> Tensor:
-        """The mean over the devices that hold parts of a group (one group a device), weighted by their query heads."""
+    def largest(self, x: Tensor) -> Tensor:
+        """The largest of what the devices that hold parts of a group worked out from their query heads, (B, G, ...)."""
+        if not self.split:
+            return x
         (group,) = self.heads.groups
-        every = x.new_zeros(*x.shape[:-2], self.heads.all_groups, x.size(-1))
-        every[..., group, :] = x[..., 0, :] * self.heads.weight
-        return self.collectives.all_reduce(every)[..., group, :].unsqueeze(-2)
+        every = x.new_full((x.size(0), self.heads.all_groups, *x.shape[2:]), float("-inf"))
+        every[:, group] = x[:, 0]
+        return self.collectives.all_reduce(every, largest=True)[:, group].unsqueeze(1)
+
+    def _of_groups(self, x: Tensor) -> Tensor:
+        """Return the mean over the devices that share this device's only group, weighted by their query heads."""
+        (group,) = self.heads.groups
+        groups = x.new_zeros(*x.shape[:-2], self.heads.all_groups, x.size(-1))
+        groups[..., group, :] = x[..., 0, :] * self.heads.weight
+        return self.collectives.all_reduce(groups)[..., group, :].unsqueeze(-2)

@@ -1,12 +1,12 @@
-"""Heartbeats: how a process that has gone silent is noticed.
+"""Heartbeats: notice a process that has gone silent.
 
-A process that waits in a collective for one that is stopped waits until its timeout, half an hour here, and
-`torch.distributed.elastic` looks only at processes that end: a stopped one stays unnoticed. So every process of a run
-gives a sign of life each second:
+If a process is stopped, the others wait for it in a collective until its timeout of half an hour.
+`torch.distributed.elastic` does not notice that either, because it watches only for processes that end. So every
+process of a run sends a heartbeat each second:
 
-1. A worker touches a file, which the launcher of its machine looks at (`FileHeartbeat`, `FileMonitor`).
-2. Where processes are on several machines, or were started by torchrun or SLURM, they also count in torch's own store:
-   process 0 looks at all counters, the others look at that of process 0 (`StoreHeartbeat`).
+1. A worker touches a file, which the launcher on its machine checks (`FileHeartbeat`, `FileMonitor`).
+2. If processes are on several machines, or were started by torchrun or SLURM, they also increment counters in torch's
+   store: process 0 checks all counters, the others check that of process 0 (`StoreHeartbeat`).
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from pathlib import Path
 from torch.distributed import Store
 
 PERIOD = 1.0  # seconds between two heartbeats
-PATIENCE = 15  # this many periods without a heartbeat: the process is lost
-START_PATIENCE = 300  # the same before its first heartbeat: Python, torch and a script are loading
+PATIENCE = 15  # periods without a heartbeat after which a process is lost
+START_PATIENCE = 300  # the same before the first heartbeat, while Python, torch and the script are loading
 
 
 class FileHeartbeat(threading.Thread):
-    """Touches a file every second, and ends this process when its launcher is gone.
+    """Touch a file every second, and end this process when its launcher has ended.
 
     Args:
-        file: In the launcher's folder, which goes with the launcher.
-        launcher: The launcher's process id; when it is killed, the operating system gives its children another parent.
+        file: A file in the launcher's temporary folder.
+        launcher: The launcher's process id. If it is killed, the parent id of this process changes.
     """
 
     def __init__(self, file: Path, launcher: int) -> None:
@@ -47,10 +47,10 @@ class FileHeartbeat(threading.Thread):
 
 
 class FileMonitor:
-    """Looks at the files of `FileHeartbeat`; a process that was suspended itself does not take the others for silent.
+    """Check the files of `FileHeartbeat`. It counts checks, so a suspended launcher reports no one.
 
     Args:
-        files: Of each worker, by rank; a worker creates its own.
+        files: The file of each worker, by rank; each worker creates its own.
     """
 
     def __init__(self, files: Mapping[int, Path]) -> None:
@@ -59,7 +59,7 @@ class FileMonitor:
         self._missed: Counter[int] = Counter()
 
     def silent(self) -> str | None:
-        """What is wrong with a worker that gave no sign of life for too long. To be called every `PERIOD` seconds."""
+        """Return a message if a worker has been silent for too long, else None. Call it every `PERIOD` seconds."""
         for rank, file in self.files.items():
             touched = file.stat().st_mtime if file.exists() else 0.0
             self._missed[rank] = 0 if touched != self._times.get(rank, 0.0) else self._missed[rank] + 1
@@ -71,12 +71,13 @@ class FileMonitor:
 
 
 class StoreHeartbeat(threading.Thread):
-    """Counts in a store, and ends this process when another one is lost.
+    """Increment a counter in a store, and end this process when another one is lost.
 
     Args:
-        store: A client of its own of the store, which process 0 or its launcher holds; its timeout bounds each request.
-        rank, size: This process, and how many there are.
-        lost: Called in this thread with what is known of the lost process; does not return.
+        store: A client of the store, used by this thread only; process 0 or its launcher runs the store. The client's
+            timeout limits each request.
+        rank, size: The number of this process, and the number of processes.
+        lost: Called in this thread with a message about the lost process; must not return.
     """
 
     def __init__(self, store: Store, rank: int, size: int, lost: Callable[[str], None]) -> None:
@@ -85,7 +86,7 @@ class StoreHeartbeat(threading.Thread):
         self._stopped = threading.Event()
 
     def stop(self) -> None:
-        """No process is missed any more."""
+        """Stop checking the other processes."""
         self._stopped.set()
 
     def run(self) -> None:
@@ -96,7 +97,7 @@ class StoreHeartbeat(threading.Thread):
             try:
                 self.store.add(f"beat/{self.rank}", 1)
                 found = {r: self.store.add(f"beat/{r}", 0) for r in others if not self.store.check([f"end/{r}"])}
-            except RuntimeError:  # torch's errors of a store that does not answer
+            except RuntimeError:  # torch raises it if the store does not answer
                 if not self._stopped.is_set():
                     self.lost(f"process 0 of {self.size} has ended or does not answer.")
                 return

@@ -1,4 +1,4 @@
-"""Memory a device, computed from shapes: nothing is allocated, no device is needed."""
+"""Compute the memory of each device from shapes; nothing is allocated, and no device is needed."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ META = torch.device("meta")
 
 
 def weight_bytes(config: Config, strategy: str, devices: int, dtype: torch.dtype) -> list[int]:
-    """Bytes of each device's parameters and rope tables.
+    """Return the bytes of parameters and rope tables on each device.
 
     Raises:
-        ValueError: If the model cannot be divided so.
+        ValueError: If the model cannot be divided over so many devices.
     """
     if strategy == "sequential":
-        layer_devices(config.n_layer, devices)  # refuses before the model is made
+        layer_devices(config.n_layer, devices)  # raises before the model is built
     with META:
         model = SequentialGPT(config, [META] * devices) if strategy == "sequential" else GPT(config)
     tables = model.cos.nbytes + model.sin.nbytes
@@ -33,10 +33,10 @@ def weight_bytes(config: Config, strategy: str, devices: int, dtype: torch.dtype
         return [sum(sizes.values()) + tables] * devices
     if strategy == "sequential":
         model.devices = [torch.device("meta", d) for d in range(devices)]
-        held = [tables] * devices
+        totals = [tables] * devices
         for name, size in sizes.items():
-            held[model.device_of(name).index] += size
-        return held
+            totals[model.device_of(name).index] += size
+        return totals
     state = model.state_dict()
     shares = enumerate(divide_heads(config, devices))
     slices = [partial(slice_parameter, config, heads, rank, devices, True) for rank, heads in shares]
@@ -49,20 +49,20 @@ def weight_bytes(config: Config, strategy: str, devices: int, dtype: torch.dtype
 def cache_bytes(
     config: Config, strategy: str, devices: int, args: KVCacheArgs, batch_size: int, max_tokens: int, dtype: torch.dtype
 ) -> list[int]:
-    """Bytes of each device's part of a cache, as `KVCache.nbytes` counts them."""
+    """Return the bytes of a cache on each device, as `KVCache.nbytes` counts them."""
     if strategy == "tensor_parallel":
         parts = [local_config(config, heads) for heads in divide_heads(config, devices)]
         return [KVCache.nbytes(part, args, batch_size, max_tokens, dtype)["total"] for part in parts]
     if strategy == "data_parallel":  # rows are divided
         rows = -(-batch_size // devices)
         return [KVCache.nbytes(config, args, rows, max_tokens, dtype)["total"]] * devices
-    where = layer_devices(config.n_layer, devices)
-    on = [torch.device("meta", d) for d in where]  # layers of one device share their slots
-    cache = KVCache(config, args, batch_size, max_tokens, config.block_size, dtype, on)
-    held = [0] * devices
-    for device, layer in zip(where, cache.layers):
-        held[device] += sum(buffer.nbytes for buffer in layer.buffers())
+    index = layer_devices(config.n_layer, devices)
+    meta = [torch.device("meta", d) for d in index]  # layers on one device share their slots
+    cache = KVCache(config, args, batch_size, max_tokens, config.block_size, dtype, meta)
+    totals = [0] * devices
+    for device, layer in zip(index, cache.layers):
+        totals[device] += sum(buffer.nbytes for buffer in layer.buffers())
     for slots in cache.slots:
-        held[where[slots.layers[0].index]] += sum(buffer.nbytes for buffer in slots.buffers())
-    held[0] += sum(buffer.nbytes for buffer in cache.clock.buffers())
-    return held
+        totals[index[slots.layers[0].index]] += sum(buffer.nbytes for buffer in slots.buffers())
+    totals[0] += sum(buffer.nbytes for buffer in cache.clock.buffers())
+    return totals

@@ -1,7 +1,7 @@
-"""Sequential: layers over the devices of one process, each layer's cache beside its block.
+"""Sequential: the layers of a model are divided among the devices of one process, and the caches with them.
 
-A batch runs in pieces of rows one after the other: while the second device works on the first piece, the first one
-works on the second piece. One thread is enough for that, as work on a GPU is only asked for, not waited for.
+The rows of a batch run in several pieces: while the second device works on the first piece, the first device works on
+the second piece. One thread is enough, because GPU work is asynchronous.
 
 B rows · T tokens · V vocabulary.
 """
@@ -29,7 +29,7 @@ from litgpt_kv.parallel.weights import full_shapes, load_weights
 
 
 class Sequential:
-    """Layers over the devices of one process."""
+    """Divide the layers among the devices of one process."""
 
     divides_prompts = False
 
@@ -52,28 +52,28 @@ class Sequential:
         return []
 
     def synchronize(self, failure: str | None = None) -> None:
-        """There is one process."""
+        """Do nothing: there is only one process."""
 
     def close(self) -> None:
-        """There is one process."""
+        """Do nothing: there is only one process."""
 
 
 def layer_devices(n_layer: int, devices: int) -> list[int]:
-    """The device of each layer: runs of layers, whose lengths differ by one at most."""
+    """Return the device index of each layer: consecutive layers, whose numbers differ by at most one a device."""
     if not 1 <= devices <= n_layer:
         raise ValueError(f"{n_layer} layers can be laid over 1 to {n_layer} devices, not {devices}.")
-    runs = [split_range(n_layer, devices, d) for d in range(devices)]
-    return [d for d, (first, end) in enumerate(runs) for _ in range(first, end)]
+    ranges = [split_range(n_layer, devices, d) for d in range(devices)]
+    return [d for d, (first, end) in enumerate(ranges) for _ in range(first, end)]
 
 
 class SequentialGPT(GPT):
-    """A `GPT` whose layers are on several devices; called as any other, with tokens and results on the first device.
+    """A `GPT` whose layers are on several devices. Tokens and results are on the first device.
 
     Args:
-        config: Of the model.
-        devices: Where its layers go, in runs; the embedding is on the first one, the last norm and the head on the
-            last.
-        pieces: In how many pieces of rows a batch with a cache runs.
+        config: The model's config.
+        devices: The devices, in the order of the layers. The first one also has the embedding, the last one the final
+            norm and the head.
+        pieces: The number of pieces in which the rows of a batch with a cache run; None: one for each device.
     """
 
     def __init__(self, config: Config, devices: abc.Sequence[torch.device], pieces: int | None = None) -> None:
@@ -81,13 +81,13 @@ class SequentialGPT(GPT):
         self.devices, self.pieces = list(devices), len(devices) if pieces is None else pieces
         self.layer_devices = layer_devices(config.n_layer, len(devices))
         for before, device, block in zip(self.layer_devices, self.layer_devices[1:], self.transformer.h[1:]):
-            if device != before:  # between devices, and only there, something moves
+            if device != before:  # tensors move between devices only here
                 block.register_forward_pre_hook(partial(_move_inputs, self.devices[device]))
         if len(self.devices) > 1:
             self.lm_head.register_forward_hook(partial(_move_output, self.devices[0]))
 
     def device_of(self, name: str) -> torch.device:
-        """Where the parameter `name` goes."""
+        """Return the device of the parameter `name`."""
         kind, *rest = name.split(".")
         if kind == "transformer" and rest[0] == "h":
             return self.devices[self.layer_devices[int(rest[1])]]
@@ -96,11 +96,11 @@ class SequentialGPT(GPT):
     def forward(
         self, idx: Tensor, cache: KVCache | None = None, length: Tensor | None = None, **options: Any
     ) -> Tensor | list[Tensor]:
-        """As `GPT.forward`."""
+        """Return the logits, as `GPT.forward`; run the rows of a batch with a cache in pieces."""
         count = min(self.pieces, len(idx)) if idx.dim() == 2 else 1
         if not isinstance(cache, KVCache) or count < 2 or cache.batch_size != len(idx):
             return super().forward(idx, cache, length, **options)
-        if length is None:  # no piece may move before all are known to fit
+        if length is None:  # check the whole batch before the first piece changes the cache
             cache.check_step(idx.size(1))
         else:
             cache.check_prompt(idx.size(1), length)
@@ -110,15 +110,15 @@ class SequentialGPT(GPT):
         return torch.cat([super(SequentialGPT, self).forward(idx[r], c, n) for r, c, n in zip(rows, views, lengths)])
 
     def theta(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """As `GPT.theta`, for each base on each device."""
+        """Return the result of `GPT.theta` for each base on each device."""
         bases = super().theta()
         tables = len(self.rope().tables)
-        if len(bases) == tables:  # read off the tables, which are on the devices already
+        if len(bases) == tables:  # they come from the tables, which are on the devices
             return bases
         return [tuple(part.to(d) for part in base) for base in bases for d in self.devices]
 
     def make_rope(self, cos: Tensor, sin: Tensor) -> RopeTables:
-        """The rope tables of each base on each device."""
+        """Return the rope tables of each base on each device."""
         rope = super().make_rope(cos, sin)
         if cos is not self.cos:
             return rope
@@ -135,7 +135,7 @@ def load_sequential(
     dtype: torch.dtype | None = None,
     pieces: int | None = None,
 ) -> SequentialGPT:
-    """A model for inference with its layers on several devices; weights are copied to each one at a time.
+    """Load a model for inference with its layers on several devices; weights are copied one at a time.
 
     Raises:
         ValueError: If there are more devices than layers, or the weights do not fit the config.
@@ -147,11 +147,11 @@ def load_sequential(
 
 
 def local_devices(root: torch.device, devices: int | str) -> list[torch.device]:
-    """The devices of one process, from a count or "auto"; a CPU stands in for any number."""
-    there = torch.cuda.device_count() if root.type == "cuda" else 1
-    count = there if devices == "auto" else int(devices)
-    if count < 1 or (count > there and root.type != "cpu"):
-        raise ValueError(f"There are {there} devices of type {root.type!r}, got {devices}.")
+    """Return the devices of one process, from a number or "auto"; the CPU counts as any number of devices."""
+    available = torch.cuda.device_count() if root.type == "cuda" else 1
+    count = available if devices == "auto" else int(devices)
+    if count < 1 or (count > available and root.type != "cpu"):
+        raise ValueError(f"There are {available} devices of type {root.type!r}, got {devices}.")
     return [torch.device("cuda", i) if root.type == "cuda" else root for i in range(count)]
 
 

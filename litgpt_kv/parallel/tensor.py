@@ -1,11 +1,11 @@
-"""Tensor parallel: every layer over all devices, by heads and by columns and rows.
+"""Tensor parallel: every layer is divided among all devices.
 
-Attention takes whole key/value heads with their query heads, an MLP some of its columns; both give a part of the
-output, and two sums a layer over the devices make it whole. The vocabulary head gives some of the logits, which are
-gathered. Everything else (embedding, norms, routers) is on every device.
+In attention, a device has whole key/value heads with their query heads; in an MLP, some of the columns. Both give a
+part of the output, and two sums a layer over the devices complete it. The vocabulary head gives some of the logits,
+which are gathered. Everything else (embedding, norms, routers) is on every device.
 
-Latent attention takes some of its heads: their rows of the projections from the queries' and the tokens' latents and
-their columns of the output's. The latents themselves, and so its cache, are the same on every device.
+In latent attention, a device has some of the heads: their rows of the projections from the latents of queries and
+tokens, and their columns of the output projection. The latents, and so the cache, are the same on every device.
 
 H query heads · G key/value heads · D head size · C embedding size · V vocabulary.
 """
@@ -34,12 +34,12 @@ from litgpt_kv.parallel.weights import full_shapes, load_weights
 
 
 class TensorParallel:
-    """Every layer over all devices."""
+    """Divide every layer among all devices."""
 
     divides_prompts = False
 
     def __init__(self, config: Config, weights: Weights, request: DeviceRequest) -> None:
-        if isinstance(request.devices, int):  # said before anything is started
+        if isinstance(request.devices, int):  # raises before any process is started
             divide_heads(config, request.devices * request.num_nodes)
         run = launch(request)
         self.fabric, self.collectives, self.close = run.fabric, run.collectives, run.end
@@ -55,14 +55,14 @@ class TensorParallel:
         return []
 
     def synchronize(self, failure: str | None = None) -> None:
-        """Processes wait for each other in every layer."""
+        """Do nothing: processes wait for each other in every layer."""
 
 
-MLP_COLUMNS = ("fc", "fc_1", "fc_2")  # of an MLP: each device has some of its hidden elements
+MLP_COLUMNS = ("fc", "fc_1", "fc_2")  # parameters of an MLP that are divided by hidden elements
 
 
 def local_config(config: Config, heads: Heads) -> Config:
-    """The config of one device's part: its own numbers of heads, and all else (the embedding's width!) as it was."""
+    """Return the config of one device's part, which differs only in the numbers of heads, not in `n_embd`."""
     own = copy.copy(config)
     own.n_head = len(heads.queries)
     own.n_query_groups = own.n_head if config.latent_attention else len(heads.groups)  # litgpt counts expanded heads
@@ -72,31 +72,31 @@ def local_config(config: Config, heads: Heads) -> Config:
 def slice_parameter(
     config: Config, heads: Heads, rank: int, devices: int, split_head: bool, name: str, whole: Tensor
 ) -> Tensor:
-    """Device `rank`'s part of the parameter `name`: a view where that is possible."""
+    """Return device `rank`'s part of the parameter `name`, as a view if possible."""
     *_, module, leaf = name.split(".")
     D, H, G = config.head_size, config.n_head, config.n_query_groups
     if config.latent_attention:
-        D = config.v_head_dim  # what a head hands to `proj`
+        D = config.v_head_dim  # the width of a head's output
         widths = {"q_b_proj": config.qk_head_dim, "kv_b_proj": config.qk_nope_head_dim + config.v_head_dim}
         if width := widths.get(module):
             return whole[heads.queries.start * width : heads.queries.stop * width]
     queries = slice(heads.queries.start * D, heads.queries.stop * D)
     groups = slice(heads.groups.start * D, heads.groups.stop * D)
-    if module == "qkv":  # stacked [Q; K; V]: each is cut by heads
+    if module == "qkv":  # stacked [Q; K; V]: each is divided by heads
         parts = whole.split((H * D, G * D, G * D))
         return torch.cat([part[rows] for part, rows in zip(parts, (queries, groups, groups))])
     if module in ("norm_q", "norm_k") and config.norm_qk_type == "olmo2":
         return whole[queries if module == "norm_q" else groups]
-    if module == "proj" and leaf == "bias":  # the parts are summed: one of them brings the bias
+    if module == "proj" and leaf == "bias":  # the parts are summed, so only one has the bias
         return whole if rank == 0 else torch.zeros_like(whole)
     if module == "proj":
         return whole[:, queries if ".attn." in name else slice(*split_range(whole.size(1), devices, rank))]
     if module in MLP_COLUMNS:
         return whole[slice(*split_range(whole.size(0), devices, rank))]
-    if module == "lm_head" and split_head:  # padded, so that all parts are alike and can be gathered
-        most = -(-whole.size(0) // devices)
-        part = whole[rank * most : (rank + 1) * most]
-        return part if len(part) == most else torch.cat((part, whole.new_zeros(most - len(part), *whole.shape[1:])))
+    if module == "lm_head" and split_head:  # padded, so that all parts have one size and can be gathered
+        size = -(-whole.size(0) // devices)
+        part = whole[rank * size : (rank + 1) * size]
+        return part if len(part) == size else torch.cat((part, whole.new_zeros(size - len(part), *whole.shape[1:])))
     return whole
 
 
@@ -109,15 +109,15 @@ def load_tensor_parallel(
     dtype: torch.dtype | None = None,
     split_head: bool = True,
 ) -> GPT:
-    """This process' part of a model, for inference.
+    """Load this process' part of a model, for inference.
 
-    Weights are copied a part at a time: this process never holds the others' parts.
+    Parameters are copied one at a time, so this process never holds the parts of the others.
 
     Args:
-        config: Of the whole model.
-        collectives: The processes that share it.
-        weights: The whole model's parameters by name, best mapped from a file; only what is copied is read.
-        device, dtype: Of the copies; None: torch's defaults.
+        config: The config of the whole model.
+        collectives: The processes that share the model.
+        weights: The whole model's parameters by name; if they are mapped from a file, only this part is read.
+        device, dtype: The device and dtype of the copies; None: torch's defaults.
         split_head: Divide the vocabulary head as well, and gather the logits.
 
     Returns:
@@ -152,7 +152,7 @@ def load_tensor_parallel(
 def empty_part(
     config: Config, heads: Heads, shapes: Mapping[str, Tensor], part: Callable[[str, Tensor], Tensor]
 ) -> GPT:
-    """One device's modules with parameters of the right shapes, on the meta device."""
+    """Build one device's modules with parameters of the right shapes, on the meta device."""
     with torch.device("meta"):
         model = GPT(local_config(config, heads))
     for name, whole in shapes.items():
@@ -163,9 +163,9 @@ def empty_part(
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.out_features, module.in_features = module.weight.shape
-            if type(module) is Linear:  # a part may be too small to gain from it: asked again when all is in place
+            if type(module) is Linear:  # `speed_up` decides again, with the sizes of the parts
                 module.__class__ = nn.Linear
-    model.lm_head.out_features = config.padded_vocab_size  # what a caller sees of it
+    model.lm_head.out_features = config.padded_vocab_size  # callers see the whole vocabulary
     return model
 
 
@@ -180,7 +180,7 @@ def _whole_vocabulary(gather: Callable[[Tensor], Tensor], size: int, logits: Ten
 class ShardedRMSNorm(nn.Module):
     """litgpt's RMSNorm over a projection whose heads are on several devices: the mean square is taken over all.
 
-    `share` is which part of this device's heads counts here: a copied key head is counted once.
+    `share` is the weight of this device's heads in the mean; it is below 1 for key heads that other devices have, too.
     """
 
     def __init__(self, norm: nn.Module, collectives: Collectives, size: int, share: float) -> None:

@@ -1,4 +1,4 @@
-"""From a checkpoint's parameters to those of a part of the model, one at a time."""
+"""Copy a checkpoint's parameters, or parts of them, into a model, one at a time."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from litgpt.config import Config
 from litgpt.scripts.convert_hf_checkpoint import qkv_reassemble
 from litgpt_kv.model.gpt import GPT
 
-OLD, NEW = ".attn.attn.", ".attn.qkv."  # the stacked projection's name, and order of heads, in litgpt before 0.5
+OLD, NEW = (
+    ".attn.attn.",
+    ".attn.qkv.",
+)  # the stacked projection has another name and order of heads before litgpt 0.5
 
 
 def full_shapes(config: Config) -> dict[str, Tensor]:
-    """The whole model's parameters on the meta device, by litgpt's names."""
+    """Return the whole model's parameters on the meta device, by litgpt's names."""
     with torch.device("meta"):
         return GPT(config).state_dict()
 
 
 def names_in(shapes: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, str]:
-    """For each parameter of a model its name in a checkpoint, which older litgpts wrote differently.
+    """Return for each parameter of a model its name in a checkpoint, which differs in older versions of litgpt.
 
     Raises:
         ValueError: If a weight is missing, unknown or of another shape.
@@ -46,24 +49,24 @@ def load_weights(
     device: torch.device | Callable[[str], torch.device] | None,
     dtype: torch.dtype | None,
 ) -> None:
-    """Gives a model on the meta device its parameters and buffers.
+    """Set the parameters and buffers of a model on the meta device.
 
     Args:
-        model: On the meta device.
-        config, shapes: The whole model's, to check the weights against.
+        model: The model, on the meta device.
+        config, shapes: Config and parameter shapes of the whole model.
         weights: The whole model's parameters by name.
-        part: What of a parameter this model takes.
-        device: Where parameters go, or which device a name's does; None: torch's default.
-        dtype: Of floating-point parameters; None: torch's default.
+        part: Returns this model's part of a parameter, from its name and the whole parameter.
+        device: The device of the parameters, or a function from a name to a device; None: torch's default.
+        dtype: The dtype of floating-point parameters; None: torch's default.
 
     Raises:
-        ValueError: If a weight is missing, unknown or of another shape; nothing is copied then.
+        ValueError: If a weight is missing, unknown or has another shape; then nothing is copied.
     """
     try:
         names = names_in(shapes, weights)
     except ValueError as error:
         raise ValueError(f"The weights do not fit the model's config: {error}") from error
-    where = device if callable(device) else lambda name: device
+    device_of = device if callable(device) else lambda name: device
     dtype = dtype or torch.get_default_dtype()
     for name in shapes:
         whole = weights[names[name]]
@@ -72,11 +75,11 @@ def load_weights(
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
         is_parameter = leaf in module._parameters
-        kind = dtype if is_parameter and whole.is_floating_point() else whole.dtype
-        copied = part(name, whole).to(where(name), kind, copy=True).contiguous()
+        target = dtype if is_parameter and whole.is_floating_point() else whole.dtype
+        copied = part(name, whole).to(device_of(name), target, copy=True).contiguous()
         if is_parameter:
             module._parameters[leaf] = nn.Parameter(copied, requires_grad=False)
         else:
             module._buffers[leaf] = copied
-    root = where("transformer.wte.weight") or torch.get_default_device()
+    root = device_of("transformer.wte.weight") or torch.get_default_device()
     model.cos, model.sin = model.rope_cache(device=root)

@@ -19,7 +19,7 @@ from litgpt_kv.arguments import RunArgs, StoppingArgs
 from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.config import KVCacheArgs, SamplingArgs
 from litgpt_kv.generate import Engine
-from litgpt_kv.llm.chat import ROOM
+from litgpt_kv.llm.chat import MAX_TOKENS
 from litgpt_kv.llm.llm import LLM
 from litgpt_kv.serve.app import Service, build_app
 from litgpt_kv.serve.asked import Reader
@@ -79,7 +79,7 @@ class Server:
         if llm.parallel is not None and llm.parallel.collectives.size > 1:
             raise ValueError("A server runs in one process; start one server a device.")
         self.settings = settings
-        tokens = settings.max_tokens or min(ROOM, llm.model.max_seq_length)
+        tokens = settings.max_tokens or min(MAX_TOKENS, llm.model.max_seq_length)
         engines: dict[str, tuple[Engine, KVCache | None]] = {}
         for name, args in caches.items():
             cache = None if args is None else llm.build_cache(args, settings.rows, tokens)

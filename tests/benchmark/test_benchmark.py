@@ -6,6 +6,7 @@ import re
 import pytest
 
 from litgpt_kv.__main__ import main
+from tests.oracle.strategies import READY
 
 SMALL = ["--shape.n_layer", "2", "--shape.n_embd", "96", "--contexts", "[96, 48]", "--steps", "3", "--repeats", "2"]
 
@@ -15,7 +16,7 @@ def test_table_and_json(capsys, tmp_path):
     table = capsys.readouterr().out
     report = json.loads((tmp_path / "out.json").read_text())
     rows = {(r["cache"], r["context"]): r for r in report["rows"]}
-    assert set(rows) == {(c, n) for c in ("dense", "window", "sink", "h2o", "litgpt") for n in (48, 96)}
+    assert set(rows) == {(c, n) for c in (*READY, "litgpt") for n in (48, 96)}
     for (name, context), row in rows.items():
         assert re.search(rf"^{name} .*\d", table, re.MULTILINE)
         assert row["cache_bytes"] == row["cache_bytes_formula"]
@@ -45,7 +46,7 @@ def test_a_checkpoint_one_strategy_without_litgpt(capsys):
         (["--repeats", "0"], "must be at least 1"),
         (["--checkpoint-dir", "demo", "--contexts", "[1024]"], "do not fit"),
         (["--strategies", "[nope]"], "Unknown strategy 'nope'"),
-        (["--out", "/dev/null"], "/dev/null cannot be written: it is no file but a device"),
+        (["--out", "/dev/null"], "/dev/null cannot be written: it is a device, not a file"),
         (["--out", "no/folder/out.json"], "there is no folder"),
     ],
 )

@@ -9,13 +9,15 @@ import torch
 
 from litgpt_kv import KVCache, KVCacheArgs, registry
 from tests.oracle.reference import tiny
+from tests.oracle.strategies import FEW, NAMES, options_of, plain
 
-COMBOS = [(name, positions) for name in registry.names("strategy") for positions in ("absolute", "cache")]
+COMBOS = [(name, p) for name in NAMES for p in ("absolute", "cache") if name in FEW or p == plain(name).positions]
 
 
 def seeded(model, name, positions, rows=2):
     budget = 10 if registry.get("strategy", name).evicts else None
-    cache = KVCache.build(model, KVCacheArgs(name, budget, positions=positions), rows, 48)
+    args = KVCacheArgs(name, budget, positions=positions, options=options_of(name, model.config))
+    cache = KVCache.build(model, args, rows, 48)
     g = torch.Generator().manual_seed(2)
     with torch.inference_mode():
         model(torch.randint(40, (rows, 14), generator=g), cache, torch.tensor([14, 9, 3][:rows]))

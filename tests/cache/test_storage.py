@@ -8,9 +8,10 @@ from torch import Tensor
 
 from litgpt_kv import registry
 
-NAMES = registry.names("storage")
+ALL = [n for n in registry.names("storage") if not registry.get("storage", n).needs_accelerator]
+NAMES = [n for n in ALL if not registry.get("storage", n).in_order]  # these take any slot at any time
 B, G, S, D = 3, 2, 6, 32
-ERROR = {"plain": 0.0, "int8": 0.02, "int4": 0.3}  # of values within about three; 0.3 for a storage unknown here
+ERROR = {"plain": 0.0, "int8": 0.02, "int4": 0.3, "k8v4": 0.02, "int4-hadamard": 0.8}  # of values within about three
 CPU = torch.device("cpu")
 
 

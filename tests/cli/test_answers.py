@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import resource
 import signal
 import stat
 import subprocess
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from litgpt_kv.cli.answers import Answers
+from tests import warm
 from tests.cli.test_prompt_files import records_of, run, write
 
 SETTINGS = ["--accelerator", "cpu", "--threads", "1", "--batch-size", "2", "--temperature", "0"]
@@ -36,7 +36,7 @@ def test_two_runs_on_one_file_are_refused_and_the_first_ones_answers_stay(
     lines = [{"prompt": f"def f{n}(x):", "max_new_tokens": 400, "min_new_tokens": 400} for n in range(8)]
     questions, out = write(tmp_path / "q.jsonl", lines), tmp_path / "a.jsonl"
     options = ("--prompts", questions, "--batch-size", 2, "--temperature", 0)
-    with subprocess.Popen([*COMMAND, "--prompts", questions, "--out", out], stderr=subprocess.DEVNULL) as first:
+    with warm.Popen([*COMMAND, "--prompts", questions, "--out", out], stderr=subprocess.DEVNULL) as first:
         while not (out.exists() and out.stat().st_size):
             assert first.poll() is None
             time.sleep(0.01)
@@ -57,7 +57,7 @@ def test_two_runs_on_one_file_are_refused_and_the_first_ones_answers_stay(
 
 
 def test_two_runs_that_start_together(tmp_path: Path) -> None:
-    """Both find no file; the second one to begin is refused while the first one runs, and also once it has ended."""
+    """Both find no file; the second one is refused while the first one runs, and after it has ended."""
     path = tmp_path / "a.jsonl"
     first, second, third = (Answers(str(path)) for _ in range(3))
     first.begin(None)
@@ -86,28 +86,31 @@ def test_links_and_modes_stay(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", ["/dev/null", "/dev/full"])
 def test_a_device_is_refused(path: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert run("--prompts", write(tmp_path / "q.txt", ["a"]), "--out", path) == 2
-    assert f"{path} cannot be written: it is no file but a device." in capsys.readouterr().err
+    assert f"{path} cannot be written: it is a device, not a file." in capsys.readouterr().err
 
 
-def small_disk() -> None:
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+SMALL_DISK = """
+import resource
+from litgpt_kv.__main__ import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # Python ignores SIGXFSZ: writes fail
+main()
+"""
 
 
 def test_a_full_disk_names_the_file_and_loses_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     questions = write(tmp_path / "q.txt", [f"def f{n}(x):" for n in range(9)])
     out, whole = tmp_path / "a.jsonl", tmp_path / "whole.jsonl"
-    command = [*COMMAND, "--prompts", questions, "--max-new-tokens", "9", "--out", out]
-    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=small_disk)
+    command = [sys.executable, "-c", SMALL_DISK, *COMMAND[3:], "--prompts", questions, "--max-new-tokens", "9"]
+    done = warm.run([*command, "--out", out], capture_output=True, text=True)
     kept = len(records_of(out))
     assert done.returncode == 2 and 0 < kept < 9
     assert done.stderr.splitlines()[-1] == (
-        f"litgpt_kv: error: {out} cannot take another answer: File too large; the {kept} answers before it are kept; "
-        "make room, and --resume goes on."
+        f"litgpt_kv: error: {out} cannot be written: File too large; the {kept} answers before it are kept; "
+        "make room, and continue with --resume."
     )
     options = ("--prompts", questions, "--max-new-tokens", 9, "--batch-size", 2, "--temperature", 0)
     assert run(*options, "--out", out, "--resume") == 0
-    assert f"{kept} of them from before" in capsys.readouterr().err
+    assert f"{kept} of them from an earlier run" in capsys.readouterr().err
     assert run(*options, "--out", whole) == 0
     assert texts(out) == texts(whole)
 
@@ -123,7 +126,7 @@ def test_a_full_disk_while_answers_are_put_in_order(tmp_path: Path, monkeypatch:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(ValueError, match=r"make room and try again\. All 2 answers are in it, .*--resume orders them"):
+    with pytest.raises(ValueError, match=r"make room and try again\. All 2 answers are in it, .*--resume sorts them"):
         answers.close()
     assert [r["line"] for r in records_of(path)] == [2, 1]
     monkeypatch.undo()
@@ -137,11 +140,11 @@ def test_a_full_standard_output_says_so(tmp_path: Path) -> None:
     questions = write(tmp_path / "q.txt", ["a", "b"])
     with open("/dev/full", "w") as full:
         command = [*COMMAND, "--prompts", questions, "--max-new-tokens", "2"]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+        done = warm.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == (
-        "litgpt_kv: error: Standard output cannot take another answer: No space left on device; 0 answers were "
-        "written; with --out FILE a run can go on."
+        "litgpt_kv: error: Standard output cannot be written: No space left on device; 0 answers were "
+        "written; a run with --out FILE can be continued."
     )
 
 
@@ -177,7 +180,7 @@ def test_a_damaged_file_is_refused_and_stays_as_it_is(name: str, tmp_path: Path,
     out.write_bytes(before := GOOD + b"\n" + DAMAGED[name] + b"\n" + GOOD + b"\n")
     assert run("--prompts", write(tmp_path / "q.txt", ["p1"]), "--out", out, "--resume") == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"{out} cannot be continued: line 2 is no answer of a run before" in line and len(line) < 500
+    assert f"{out} cannot be continued: line 2 is not an answer of an earlier run" in line and len(line) < 500
     assert out.read_bytes() == before
 
 

@@ -1,10 +1,10 @@
-"""Classes of arguments are the command line: a field is an option, a YAML key and a line of help, and nothing else."""
+"""The command line follows the classes of arguments: each field is an option, a YAML key and a line of help."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,8 +16,7 @@ from litgpt_kv import KVCacheArgs, SamplingArgs
 from litgpt_kv.__main__ import COMMANDS, main
 from litgpt_kv.arguments import DeviceArgs, RunArgs, StoppingArgs, Without, cores
 from litgpt_kv.benchmark.decode import Shape
-from litgpt_kv.cli import parser
-from litgpt_kv.cli.parser import build_parser, groups_of, is_plain, run
+from litgpt_kv.cli.parser import build_parser, is_plain, one_line_errors, parse
 
 GROUPS = (SamplingArgs, StoppingArgs, KVCacheArgs, RunArgs, DeviceArgs)
 OTHERS = {"strategy": "sink", "stop": ["a", "b"], "storage": "plain", "positions": "cache", "options": None}
@@ -26,37 +25,36 @@ OTHERS |= {"select": "pool", "budget_pattern": "pyramid", "attention": "eager"}
 OTHERS |= {"quantize": None, "temperature": 0.25, "top_p": 0.5, "min_p": 0.125, "repetition_penalty": 1.5}
 
 
-def another(field: dataclasses.Field) -> object:
-    """A value of a field that is not its default."""
+def run(commands: dict[str, Callable], args: list[str]) -> None:
+    with one_line_errors():
+        command, arguments = parse(commands, "", args)
+        command(**arguments)
+
+
+def other_value(field: dataclasses.Field) -> object:
+    """Return a value of a field that is not its default."""
     if field.name in OTHERS:
         return OTHERS[field.name]
     if field.default_factory is dict:
         return {"size": 4}
     if isinstance(field.default, bool):
         return not field.default
-    if isinstance(field.default, str):  # a name or one of several words: the first other one that is taken
+    if isinstance(field.default, str):  # only some words are valid, so keep the default
         return field.default
     if isinstance(field.default, float):
         return field.default / 2
     return 7
 
 
-def spell(value: object) -> str:
+def as_text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def got(monkeypatch: pytest.MonkeyPatch, *args: str) -> dict[str, object]:
-    """What `generate` is called with."""
-    found: dict[str, object] = {}
-    monkeypatch.setattr(parser, "call", lambda command, given: found.update(arguments_of(command, given)))
-    main(["generate", "demo", *args])
-    monkeypatch.undo()
-    return found
-
-
-def arguments_of(command, given) -> dict[str, object]:
-    flat = dict(given.items())
-    return {type(built).__name__: built for built in (group.build(flat) for group in groups_of(command))}
+def parsed(*args: str) -> dict[str, object]:
+    """Parse options of `generate`; return its arguments by the names of their classes."""
+    command, arguments = parse(COMMANDS, "", ["generate", "demo", *args])
+    assert command is COMMANDS["generate"]
+    return {type(value).__name__: value for value in arguments.values()}
 
 
 @pytest.mark.parametrize(
@@ -67,21 +65,19 @@ def arguments_of(command, given) -> dict[str, object]:
         for field in dataclasses.fields(cls)
     ],
 )
-def test_every_field_is_an_option_and_a_yaml_key(
-    cls: type, field: dataclasses.Field, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    value = another(field)
+def test_every_field_is_an_option_and_a_yaml_key(cls: type, field: dataclasses.Field, tmp_path: Path) -> None:
+    value = other_value(field)
     if value is None:
         pytest.skip("needs another machine or strategy")
     nested = cls is KVCacheArgs
     option = ("--kv-cache." if nested else "--") + field.name.replace("_", "-")
-    args = (option, spell(value)) if field.name != "stop" else ("--stop", "a", "--stop", "b")
+    args = (option, as_text(value)) if field.name != "stop" else ("--stop", "a", "--stop", "b")
     beside = {"budget": 64} if field.name == "budget_pattern" else {}  # it spreads a budget
     args += tuple(f"--kv-cache.{name}={number}" for name, number in beside.items())
-    typed = got(monkeypatch, *args)[cls.__name__]
+    typed = parsed(*args)[cls.__name__]
     file = tmp_path / "a.yaml"
     file.write_text(yaml.safe_dump({"kv_cache": {**beside, field.name: value}} if nested else {field.name: value}))
-    written = got(monkeypatch, "--config", str(file))[cls.__name__]
+    written = parsed("--config", str(file))[cls.__name__]
     assert getattr(typed, field.name) == getattr(written, field.name) == value
 
 
@@ -100,7 +96,7 @@ def test_help_shows_every_field_with_its_line(capsys: pytest.CaptureFixture) -> 
 
 @dataclass(frozen=True)
 class NewArgs:
-    """Options of tomorrow.
+    """A class with new options.
 
     Args:
         interval: How many leave at once.
@@ -127,15 +123,15 @@ def test_a_new_field_needs_no_change_of_the_command_line(capsys: pytest.CaptureF
         seen.append((name, new, run))
 
     commands = {"command": command, "other": lambda: None}
-    run(commands, "", ["command", "x"])
-    run(commands, "", ["command", "x", "--new.interval", "16", "--new.keep", "--new.select=pool", "--batch-size", "3"])
-    run(commands, "", ["command", "x", "--new={floor: [0.1, 0.2], attention: eager}"])
+    run(commands, ["command", "x"])
+    run(commands, ["command", "x", "--new.interval", "16", "--new.keep", "--new.select=pool", "--batch-size", "3"])
+    run(commands, ["command", "x", "--new={floor: [0.1, 0.2], attention: eager}"])
     assert seen[0] == ("x", NewArgs(floor=0.5), RunArgs())
     assert seen[1] == ("x", NewArgs(16, "pool", 0.5, True), RunArgs(batch_size=3))
     assert seen[2] == ("x", NewArgs(floor=[0.1, 0.2], attention="eager"), RunArgs())
     for bad in (["--new.select", "row"], ["--new.interval", "x"], ["--logprobs"], ["--new.unknown", "3"]):
         with pytest.raises(SystemExit) as end:
-            run(commands, "", ["command", "x", *bad])
+            run(commands, ["command", "x", *bad])
         assert end.value.code == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("litgpt_kv: error: ")
@@ -199,11 +195,11 @@ def test_limits(flags: list[str], says: str, capsys: pytest.CaptureFixture) -> N
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("kv_cache: 3", "kv_cache must be options by name, got 3"),
-        ("kv_cache: [h2o]", "kv_cache must be options by name, got ['h2o']"),
+        ("kv_cache: 3", "kv_cache must be a mapping of options, got 3"),
+        ("kv_cache: [h2o]", "kv_cache must be a mapping of options, got ['h2o']"),
         ("kv_cache: {budget: {a: b}}", "--kv-cache.budget cannot be {'a': 'b'}"),
         ("kv_cache: {options: 3}", "--kv-cache.options cannot be 3"),
-        ("max_new_tokens: ten", "--max-new-tokens cannot be ten; --help says what it takes"),
+        ("max_new_tokens: ten", "--max-new-tokens cannot be ten; see --help"),
         ("promt: a", "promt"),
         ("a text", "a text"),
         ("", "config"),

@@ -14,8 +14,11 @@ from litgpt_kv import LLM, registry
 from litgpt_kv.__main__ import main
 from litgpt_kv.cli.options import cache_fields, fail, normalise
 from litgpt_kv.cli.parser import typed_options
+from litgpt_kv.cli.strategies import describe
 from litgpt_kv.llm.checkpoint import DEMO
 from litgpt_kv.parallel import PARALLEL_STRATEGIES
+from tests import warm
+from tests.oracle.strategies import READY
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,7 +29,7 @@ def run(capsys, *args):
 
 
 def refused(capsys, *args):
-    """The single line on standard error with which a command line is refused with exit code 2."""
+    """Run a command that must fail with exit code 2; return its error line."""
     with pytest.raises(SystemExit) as end:
         main(list(args))
     out = capsys.readouterr()
@@ -108,9 +111,7 @@ def test_every_yaml_file_runs_and_its_header_says_how(capsys, name):
 
 def test_every_strategy_has_a_yaml_file():
     files = {p.stem for p in (ROOT / "config_hub" / "generate").glob("*.yaml")}
-    assert {
-        n for n in registry.names("strategy") if registry.get("strategy", n).__module__.startswith("litgpt_kv")
-    } <= files
+    assert {n for n in READY if registry.get("strategy", n).__module__.startswith("litgpt_kv")} <= files
 
 
 def test_yaml_forms_and_overrides(capsys, tmp_path):
@@ -143,14 +144,19 @@ def test_strategies_lists_all(capsys):
     main(["strategies"])
     out = capsys.readouterr().out
     for name in registry.names("strategy"):
-        assert re.search(rf"^{name}: \S", out, re.MULTILINE)
+        assert re.search(rf"^{name} +\S", out, re.MULTILINE)
     assert "arXiv 2306.14048" in out
-    assert "sinks=4, positions=cache" in out
-    assert "recent=50%, positions=absolute" in out
+    assert re.search(r"^h2o +attention of all queries +prompt and decode +yes +head, absolute\n    Keep the", out, re.M)
+    assert re.search(r"^tova +attention of the newest query .* layer, absolute$", out, re.M)
+    assert re.search(r"^snapkv +last 64 queries, keys .* yes ", out, re.M)
+    assert re.search(r"^dense +position +never ", out, re.M)
+    assert re.search(r"^expected_attention .* no +head, absolute$", out, re.M)
+    assert "sinks=4, positions=cache" in describe("sink") and "recent=50%, positions=absolute" in describe("h2o")
+    assert "recent=64, positions=absolute, window=64, kernel=5" in describe("snapkv")
     with pytest.raises(SystemExit) as end:
         main(["generate", "--kv-cache.help", "h2o"])
     assert end.value.code == 0
-    assert "recent: The last so many tokens" in capsys.readouterr().out
+    assert "recent: Never evict the last so many tokens" in capsys.readouterr().out
 
 
 def test_help_shows_dashes_and_examples(capsys):
@@ -161,22 +167,20 @@ def test_help_shows_dashes_and_examples(capsys):
         out = capsys.readouterr().out
         assert "--max-new-tokens" in out or args != ["generate", "--help"]
         assert "--kv_cache" not in out
-    main_help = subprocess.run(
-        [sys.executable, "-m", "litgpt_kv", "--help"], capture_output=True, text=True, check=True
-    )
-    assert "litgpt_kv generate demo --kv-cache h2o" in main_help.stdout
+    main_help = warm.run([sys.executable, "-m", "litgpt_kv", "--help"], capture_output=True, text=True)
+    assert main_help.returncode == 0 and "litgpt_kv generate demo --kv-cache h2o" in main_help.stdout
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--kv-cache", "nope"], "Unknown strategy 'nope'. Available: dense, h2o, sink, window"),
+        (["--kv-cache", "nope"], "Unknown strategy 'nope'. Available: "),
         (["--kv-cache", "sink", "--kv-cache.budget", "4"], "budget 4, sinks 4"),
         (["--kv-cache", "h2o", "--kv-cache.budget", "0"], "budget must be at least 1, got 0"),
         (["--kv-cache", "h2o", "--kv-cache.budget", "many"], "got 'many'"),
         (["--kv-cache", "h2o", "--kv-cache.budget", "130%"], "got '130%'"),
         (["--kv-cache", "h2o", "--kv-cache.bugdet", "9"], "Unknown kv_cache option 'bugdet'"),
-        (["--kv-cache", "h2o", "--kv-cache.storage", "int7"], "Unknown storage 'int7'. Available: plain"),
+        (["--kv-cache", "h2o", "--kv-cache.storage", "int7"], "Unknown storage 'int7'. Available: float8, int4"),
         (["--kv-cache", "h2o", "--kv-cache.positions", "left"], "positions must be 'absolute' or 'cache'"),
         (["--kv-cache", "none", "--kv-cache.budget", "9"], "'none' takes no options"),
         (["--prompt", ""], "prompt is empty"),
@@ -272,10 +276,11 @@ def test_cache_fields():
 
 
 def test_the_reader_of_a_pipe_may_leave():
-    command = f"{sys.executable} -m litgpt_kv generate demo --prompt 'def ' --max-new-tokens 300 | head -c 20"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.startswith("def ")
-    assert "Traceback" not in done.stderr
+    command = [sys.executable, "-m", "litgpt_kv", "generate", "demo", "--prompt", "def ", "--max-new-tokens", "300"]
+    with warm.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout.read(20).startswith("def ")
+        process.stdout.close()
+        assert "Traceback" not in process.stderr.read()
 
 
 def test_any_text_is_a_prompt(capsys):
@@ -286,7 +291,7 @@ def test_any_text_is_a_prompt(capsys):
 def test_an_interrupt_ends_quietly():
     command = [sys.executable, "-m", "litgpt_kv", "generate", "demo", "--prompt", "def ", "--kv-cache", "sink"]
     flags = ["--kv-cache.budget", "32", "--max-new-tokens", "100000"]
-    process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = warm.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.read(4) == "def "
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
@@ -297,8 +302,9 @@ def test_an_interrupt_ends_quietly():
 def test_devices_that_are_not_there_and_full_disks(capsys):
     for device in ("mps", "tpu", "abacus"):
         assert "accelerator" in refused(capsys, "generate", "demo", "--accelerator", device)
-    command = f"{sys.executable} -m litgpt_kv generate demo --prompt 'def ' --max-new-tokens 3 > /dev/full"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    command = [sys.executable, "-m", "litgpt_kv", "generate", "demo", "--prompt", "def ", "--max-new-tokens", "3"]
+    with open("/dev/full", "w") as full:
+        done = warm.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     assert "Traceback" not in done.stderr
 
 

@@ -1,4 +1,4 @@
-"""Prompt files are streams: the first answer does not wait for the last line, nor does memory grow with the lines."""
+"""Prompt files are streams: the first answer comes before the last line, and memory does not grow with the file."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from litgpt_kv.cli.file_run import answer_file
 from litgpt_kv.cli.prompt_files import PromptFile
 from litgpt_kv.generate import Request, Sequence, Stats
 from litgpt_kv.llm.text_request import TextRequest
+from tests import warm
 from tests.cli.test_answers import COMMAND, texts
 from tests.cli.test_prompt_files import records_of, run, write
 
@@ -32,7 +33,7 @@ def llm() -> LLM:
 
 def test_the_first_answer_comes_before_the_last_line_is_there(tmp_path: Path) -> None:
     command = [*COMMAND, "--prompts", "-", "--batch-size", "1", "--max-new-tokens", "2"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with warm.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         for n in range(1, 4):
             print(f"def f{n}(x):", file=process.stdin, flush=True)
             if n > 1:  # the next row is looked at before one ends
@@ -43,14 +44,14 @@ def test_the_first_answer_comes_before_the_last_line_is_there(tmp_path: Path) ->
 
 
 def peak(llm: LLM, folder: Path, count: int) -> int:
-    """Bytes at the peak of a run over so many lines, of which every third cannot be used."""
+    """Return the peak memory in bytes of a run over `count` lines, of which every third cannot be used."""
     kinds = ('{"prompt": "def f(x):", "seed": 1}', '{"prompt": ""}', '{"prompt": "import os", "max_new_tokens": 2}')
     questions = write(folder / f"{count}.jsonl", [kinds[n % 3] for n in range(count)])
-    asked = TextRequest(stopping=StoppingArgs(max_new_tokens=4), sampling=SamplingArgs(seed=0))
+    defaults = TextRequest(stopping=StoppingArgs(max_new_tokens=4), sampling=SamplingArgs(seed=0))
     tracemalloc.start()
     try:
         with Answers(str(folder / f"{count}.out")) as answers:
-            counts = answer_file(llm, PromptFile(str(questions), asked), answers, KVCacheArgs("dense"))
+            counts = answer_file(llm, PromptFile(str(questions), defaults), answers, KVCacheArgs("dense"))
             answers.close()
             assert (counts.lines, counts.bad, len(answers)) == (count, count // 3, count - count // 3)
         return tracemalloc.get_traced_memory()[1]
@@ -59,8 +60,8 @@ def peak(llm: LLM, folder: Path, count: int) -> int:
 
 
 def test_memory_does_not_grow_with_the_lines(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class AtOnce:
-        """The model's part, which is constant, takes no time."""
+    class InstantRun:
+        """A run without a model, whose memory would be constant."""
 
         stats, cache = Stats(), None
 
@@ -73,7 +74,7 @@ def test_memory_does_not_grow_with_the_lines(llm: LLM, tmp_path: Path, monkeypat
                 sequence.text = "some text" * 20
                 yield [sequence]
 
-    monkeypatch.setattr(LLM, "answer", AtOnce)
+    monkeypatch.setattr(LLM, "answer", InstantRun)
     few, many = peak(llm, tmp_path, 300), peak(llm, tmp_path, 6000)
     assert (many - few) / 5700 < 100, "an index of the answers is all that is kept"
     assert [r["line"] for r in records_of(tmp_path / "6000.out")] == [n for n in range(1, 6001) if n % 3 != 2]
@@ -84,9 +85,9 @@ def test_ten_thousand_bad_lines_print_twenty_and_a_count(tmp_path: Path, capsys:
     assert run("--prompts", write(tmp_path / "q.jsonl", lines), "--max-new-tokens", 1) == 1
     out, err = capsys.readouterr()
     assert json.loads(out)["line"] == 10_001
-    said = [line for line in err.splitlines() if "left out" in line]
-    assert [line.split(" was")[0] for line in said[:20]] == [f"Line {n}" for n in range(1, 21)]
-    assert said[20:] == ["9,980 more lines were left out."]
+    notes = [line for line in err.splitlines() if "skipped" in line]
+    assert [line.split(" was")[0] for line in notes[:20]] == [f"Line {n}" for n in range(1, 21)]
+    assert notes[20:] == ["9,980 more lines were skipped."]
     assert "10,000 of 10,001 lines could not be used." in err and len(err) < 10_000
 
 
@@ -173,7 +174,7 @@ def test_a_line_that_is_too_long_is_not_held_in_memory(
         long = [line.number for line in lines if line.error == "it is longer than 1,000 bytes"]
         assert long == ([lines[-1].number] if end == b"\n" else [2, 4])
         assert [line.request.prompt[:5] for line in (lines[0], lines[-2])] == ["def a", "def b"]
-    for path, says in (("/dev/zero", "no file but a device"), (tmp_path, "no file but a folder")):
+    for path, says in (("/dev/zero", "a device, not a file"), (tmp_path, "a folder, not a file")):
         assert run("--prompts", path) == 2
         assert f"The prompts {str(path)!r} cannot be read: it is {says}." in capsys.readouterr().err
 
@@ -186,5 +187,5 @@ def test_answers_to_other_prompts_are_found_before_anything_is_answered(
     assert run("--prompts", write(tmp_path / "q.txt", ["a", "b", "c"]), *common) == 0
     out.write_text(before := out.read_text().splitlines(keepends=True)[2])
     assert run("--prompts", write(tmp_path / "r.txt", ["a", "b", "d"]), *common, "--resume") == 2
-    assert "answers other prompts than these: line 3 was 'c'" in capsys.readouterr().err
+    assert "has answers to other prompts: line 3 was 'c'" in capsys.readouterr().err
     assert out.read_text() == before

@@ -1,4 +1,4 @@
-"""Options and files that try to run code or to fill the memory: refused on one line with exit code 2, nothing runs."""
+"""Options and files that try to run code or to fill the memory are refused with one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ STYLES = {
 
 @pytest.fixture(autouse=True)
 def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A module in the working directory that leaves a file when it is imported."""
+    """Write a module into the working directory that creates a file when it is imported."""
     (tmp_path / "evil_module.py").write_text(
         "import pathlib\n"
         "pathlib.Path('ran').touch()\n"

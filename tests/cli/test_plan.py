@@ -1,4 +1,4 @@
-"""Memory a device: what is computed from shapes is what models and caches then hold."""
+"""The computed memory of each device equals that of real models and caches."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ CONFIGS += LATENT.values()
 KINDS = [KVCacheArgs("dense"), KVCacheArgs("h2o", budget="50%"), KVCacheArgs("sink", budget=9)]
 
 
-def one_of(rank: int, size: int) -> Collectives:
-    """A collectives whose others are not there: enough to load a part."""
+def collectives_of(rank: int, size: int) -> Collectives:
+    """Return collectives of a process without the others, which is enough to load its part."""
     collectives = Collectives()
     collectives.rank, collectives.size = rank, size
     return collectives
 
 
-def held(model: GPT) -> int:
+def model_bytes(model: GPT) -> int:
+    """Return the bytes of a model's parameters and rope tables."""
     return sum(t.nbytes for t in model.state_dict().values()) + model.cos.nbytes + model.sin.nbytes
 
 
@@ -37,14 +38,14 @@ def held(model: GPT) -> int:
 @pytest.mark.parametrize("devices", [1, 2, 3, 4])
 def test_tensor_parallel(config: Config, devices: int) -> None:
     weights = fill(GPT(config)).state_dict()
-    parts = [load_tensor_parallel(config, one_of(rank, devices), weights) for rank in range(devices)]
-    assert [held(part) for part in parts] == weight_bytes(config, "tensor_parallel", devices, torch.float32)
+    parts = [load_tensor_parallel(config, collectives_of(rank, devices), weights) for rank in range(devices)]
+    assert [model_bytes(part) for part in parts] == weight_bytes(config, "tensor_parallel", devices, torch.float32)
     for args in KINDS:
         found = [KVCache.build(part, args, 3, 20).allocated()["total"] for part in parts]
         assert found == cache_bytes(config, "tensor_parallel", devices, args, 3, 20, torch.float32)
 
 
-@pytest.mark.parametrize(("config", "devices"), itertools.product(CONFIGS, [1, 2]))
+@pytest.mark.parametrize(("config", "devices"), list(itertools.product(CONFIGS, [1, 2])))
 def test_sequential_and_data_parallel(config: Config, devices: int) -> None:
     weights = fill(GPT(config)).state_dict()
     model = load_sequential(config, [torch.device("cpu", d) for d in range(devices)], weights)
@@ -53,7 +54,7 @@ def test_sequential_and_data_parallel(config: Config, devices: int) -> None:
     for name, weight in model.state_dict().items():
         found[model.device_of(name).index] += weight.nbytes
     assert found == weight_bytes(config, "sequential", devices, torch.float32)
-    assert weight_bytes(config, "data_parallel", devices, torch.float32) == [held(model)] * devices
+    assert weight_bytes(config, "data_parallel", devices, torch.float32) == [model_bytes(model)] * devices
     on = [torch.device("cpu", d) for d in layer_devices(config.n_layer, devices)]
     for args in KINDS:
         cache = KVCache(config, args, 3, 20, config.block_size, torch.float32, on)
@@ -69,7 +70,7 @@ def test_the_table(capsys: pytest.CaptureFixture) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "Computed, not measured: Llama-3.1-8B, bf16-true, 1 rows of 131,072 tokens."
     assert [line.split()[:2] for line in lines[4:-1]] == [
-        [way, n] for way in ("tensor_parallel", "sequential", "data_parallel") for n in ("2", "3")
+        [strategy, n] for strategy in ("tensor_parallel", "sequential", "data_parallel") for n in ("2", "3")
     ]
     assert lines[3].startswith("one device")
     # 32 layers, 8 groups of 128, keys and values, two bytes; 8.03e9 weights

@@ -1,4 +1,4 @@
-"""Prompts from files: settings of their own, bad lines, interrupts, continuing, order."""
+"""Prompts from files: settings of a line, bad lines, interrupts, --resume, order."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from litgpt_kv import LLM
 from litgpt_kv.__main__ import main
 from litgpt_kv.cli.answers import Answers
 from litgpt_kv.cli.prompt_files import PromptFile
+from tests import warm
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def write(path: Path, records: list) -> Path:
 
 
 def run(*args: object) -> int:
-    """The exit code of a command."""
+    """Run a command; return its exit code."""
     try:
         main(["generate", "demo", "--accelerator", "cpu", "--threads", "1", *map(str, args)])
     except SystemExit as end:
@@ -85,17 +86,17 @@ def test_bad_lines_are_named_and_the_exit_code_says_so(tmp_path: Path, capsys: p
     assert [json.loads(line)["line"] for line in out.splitlines()] == [1, 3, 13]
     limit = "max_new_tokens must be at least 1, got 0"
     faults = [
-        "no JSON",
+        "it is not JSON",
         "no prompt",
         "'temprature'",
         "seed must be a whole number, got True",
-        "no object",
+        "must be an object",
         "top_p",
         "limit of 1024",
         limit,
     ]
     for number, says in zip(bad, [*faults, "stop", "surrogate"]):
-        (line,) = [one for one in err.splitlines() if one.startswith(f"Line {number} was left out")]
+        (line,) = [line for line in err.splitlines() if line.startswith(f"Line {number} was skipped")]
         assert says in line
     assert "3 answers; 10 of 13 lines could not be used." in err
 
@@ -133,7 +134,7 @@ def test_a_run_that_was_killed_goes_on(tmp_path: Path, capsys: pytest.CaptureFix
     questions, out, whole = write(tmp_path / "q.jsonl", lines), tmp_path / "a.jsonl", tmp_path / "whole.jsonl"
     settings = ["--prompts", str(questions), "--batch-size", "4", "--accelerator", "cpu", "--threads", "1"]
     command = [sys.executable, "-m", "litgpt_kv", "generate", "demo", *settings, "--out", str(out)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    process = warm.Popen(command, stderr=subprocess.DEVNULL)
     while not (out.exists() and out.read_bytes().count(b"\n") >= 5):
         assert process.poll() is None
         time.sleep(0.01)
@@ -146,7 +147,7 @@ def test_a_run_that_was_killed_goes_on(tmp_path: Path, capsys: pytest.CaptureFix
     assert run("--prompts", questions, "--batch-size", 4, "--out", out) == 2
     assert "exists: --resume continues it" in capsys.readouterr().err
     assert run("--prompts", questions, "--batch-size", 4, "--out", out, "--resume") == 0
-    assert f"40 answers in {out}, {finished} of them from before" in capsys.readouterr().err
+    assert f"40 answers in {out}, {finished} of them from an earlier run" in capsys.readouterr().err
     assert run("--prompts", questions, "--batch-size", 4, "--out", whole) == 0
     drop = ("seconds", "first_token_seconds")
     first, second = ([{k: v for k, v in r.items() if k not in drop} for r in records_of(p)] for p in (out, whole))
@@ -168,7 +169,7 @@ def test_an_interrupt_says_how_to_go_on(tmp_path: Path, capsys: pytest.CaptureFi
     monkeypatch.setattr(Answers, "add", add)
     questions, out = write(tmp_path / "q.txt", ["a", "b", "c", "d"]), tmp_path / "a.jsonl"
     assert run("--prompts", questions, "--out", out, "--max-new-tokens", 2) == 130
-    assert f"2 answers are in {out}; --resume goes on" in capsys.readouterr().err
+    assert f"2 answers are in {out}; continue with --resume" in capsys.readouterr().err
     monkeypatch.undo()
     assert run("--prompts", questions, "--out", out, "--max-new-tokens", 2, "--resume") == 0
     assert [r["prompt"] for r in records_of(out)] == ["a", "b", "c", "d"]
@@ -180,15 +181,15 @@ def test_another_files_answers_are_not_continued(tmp_path: Path, capsys: pytest.
     before = out.read_bytes()
     other = write(tmp_path / "r.txt", ["b"])
     assert run("--prompts", other, "--out", out, "--max-new-tokens", 2, "--resume") == 2
-    assert "answers other prompts than these: line 1 was 'a'" in capsys.readouterr().err
+    assert "has answers to other prompts: line 1 was 'a'" in capsys.readouterr().err
     assert out.read_bytes() == before
     for rubbish in (b"rubbish\n", b"{}\n", b"1\n", b'{"line": 1}\n', b"my diary"):
         out.write_bytes(rubbish)
         assert run("--prompts", other, "--out", out, "--resume") == 2
-        assert "is no answer of a run before" in capsys.readouterr().err
+        assert "is not an answer of an earlier run" in capsys.readouterr().err
         assert out.read_bytes() == rubbish
     assert run("--prompts", other, "--out", tmp_path) == 2
-    assert "is no file" in capsys.readouterr().err
+    assert "not a file" in capsys.readouterr().err
 
 
 def test_other_settings_are_not_mixed_in(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -200,7 +201,7 @@ def test_other_settings_are_not_mixed_in(tmp_path: Path, capsys: pytest.CaptureF
         assert "was made with other settings" in capsys.readouterr().err
     assert run(*common, "--resume", "--batch-size", 3) == 0
     assert run("--prompts", write(tmp_path / "r.txt", ["a"]), "--out", out, "--max-new-tokens", 2, "--resume") == 0
-    assert "2 answers" in (err := capsys.readouterr().err) and "1 to no line of this file" in err
+    assert "2 answers" in (err := capsys.readouterr().err) and "1 for prompts that are not in this file" in err
 
 
 def test_a_share_of_the_longest_prompt_stays_what_it_was(tmp_path: Path) -> None:
@@ -242,7 +243,7 @@ def test_what_is_refused(args: list[str], says: str, capsys: pytest.CaptureFixtu
 
 
 def test_long_prompts_go_through_a_small_budget(llm: LLM, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """A prompt past the context goes where positions count inside the cache, and only there, and not in one pass."""
+    """A prompt longer than the context works only with positions in the cache, and not with prefill full."""
     questions = write(tmp_path / "q.txt", ["a = 1; " * 400])
     sink = ("--prompts", questions, "--kv-cache", "sink", "--kv-cache.budget", 64, "--max-new-tokens", 2)
     assert run(*sink) == 0

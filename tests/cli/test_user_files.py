@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 
 from litgpt_kv import KVCacheArgs, registry
 from litgpt_kv.__main__ import main
+from tests import warm
 from tests.test_contributing import STRATEGY
 
 FLAGS = ["--accelerator", "cpu", "--prompt", "def f(x):", "--max-new-tokens", "30", "--temperature", "0"]
@@ -17,7 +17,7 @@ FLAGS = ["--accelerator", "cpu", "--prompt", "def f(x):", "--max-new-tokens", "3
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """The strategy of CONTRIBUTING, saved in a file, and one that does not register itself."""
+    """Save the strategy of CONTRIBUTING in a file, with one that does not register itself."""
     path = tmp_path / "my_file.py"
     path.write_text(STRATEGY + '\n\n@dataclass(frozen=True)\nclass Plainest(Unusual):\n    """Keep the same."""\n')
     known = dict(registry._KINDS["strategy"])
@@ -74,7 +74,7 @@ def test_yaml_alone_imports_nothing(file: Path, capsys: pytest.CaptureFixture, t
     ):
         options.write_text(text)
         line = refused(capsys, "--config", options)
-        assert f"a YAML file imports no code: give --import {file} on the command line" in line
+        assert f"a YAML file cannot import code: give --import {file} on the command line" in line
         assert not (tmp_path / "ran").exists()
     line = refused(capsys, f"--kv-cache={{strategy: {file}:Unusual}}")
     assert "give --import" in line and not (tmp_path / "ran").exists()
@@ -99,6 +99,6 @@ def test_in_python_and_in_a_process_of_its_own(file: Path) -> None:
     assert registry.import_file(str(file)) is module, "a file is run once"
     assert registry.get("strategy", "unusual") is module.Unusual
     command = [sys.executable, "-m", "litgpt_kv", "strategies", "--import", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = warm.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "unusual: " in done.stdout
+    assert "\nunusual  " in done.stdout

@@ -1,4 +1,4 @@
-"""The engine: requests come, go and are aborted at any time, and a row equals its prompt alone."""
+"""Requests are added and aborted at any time, and each row gives the same tokens as its prompt alone."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import pytest
 from litgpt_kv import LLM, KVCache, KVCacheArgs, SamplingArgs, registry
 from litgpt_kv.generate import Engine, Request, generate, serve
 from tests.oracle.reference import kept_of, tiny, tokens_of
+from tests.oracle.strategies import FEW
 
 GREEDY = SamplingArgs(temperature=0)
-STRATEGIES = registry.names("strategy")
+STRATEGIES = FEW
 MODEL = tiny(seed=5, n_layer=1)
 BUDGET = 10
 
@@ -26,7 +27,7 @@ def cache_of(name: str, rows: int) -> KVCache:
 
 
 def request_of(kind: int) -> Request:
-    """One of many requests, always the same for a number."""
+    """Return the request with a number, always the same one."""
     rng = random.Random(kind)
     sampling = GREEDY if kind % 3 else SamplingArgs(temperature=1.0, top_k=9, seed=kind, repetition_penalty=1.1)
     prompt = tokens_of(kind, rng.choice([1, 2, BUDGET - 1, BUDGET, BUDGET + 1, 17, 31]), 60)
@@ -35,14 +36,14 @@ def request_of(kind: int) -> Request:
 
 @functools.cache
 def alone(name: str, prefill: str, kind: int) -> list[int]:
-    """The answer to a request that has a cache for itself."""
+    """Return the answer to a request on its own cache."""
     r = request_of(kind)
     options = dict(max_new_tokens=r.max_new_tokens, min_new_tokens=r.min_new_tokens, sampling=r.sampling, stop=r.stop)
     return generate(MODEL, [r.prompt], cache_of(name, 1), prefill=prefill, **options)[0].tolist()
 
 
 def finished(engine: Engine, most: int = 1000) -> dict[int, list[int]]:
-    """Steps to the end: the answers by id."""
+    """Run the engine to the end; return the answers by id."""
     found: dict[int, list[int]] = {}
     for _ in range(most):
         if not engine.unfinished:
@@ -58,7 +59,7 @@ def test_five_hundred_random_orders_of_adds_aborts_and_steps(part: int) -> None:
 
 
 def random_order(rng: random.Random) -> None:
-    """Adds, aborts and steps in any order: every answer equals its prompt alone, an aborted one begins like it."""
+    """Add, abort and step in random order: an answer equals its prompt alone, an aborted one is the start of it."""
     name, prefill = rng.choice(STRATEGIES), rng.choice(["min-length", "full"])
     cache = cache_of(name, rng.randint(1, 4)) if rng.random() < 0.9 else None
     rows, size = None if cache is not None else 2, rng.choice([1, 3, 7, 512])
@@ -105,15 +106,15 @@ def test_a_step_reads_one_piece_and_decodes_once() -> None:
     engine = Engine(counting, cache_of("sink", 3), decoder=MODEL)
     for seed, length in enumerate((4, 33, 5)):
         engine.add(Request(tokens_of(seed, length, 60), 20, sampling=GREEDY))
-    drew, pieces = [], []
-    while not drew or len(drew[-1]) < 3:
+    outputs, pieces = [], []
+    while not outputs or len(outputs[-1]) < 3:
         before = len(calls)
-        drew.append([output.id for output in engine.step()])
+        outputs.append([output.id for output in engine.step()])
         pieces.append(calls[before:])
     first, block = BUDGET, cache_of("sink", 1).longest_block
     assert pieces[:3] == [[(1, 4)], [(1, first)], [(1, block)]], "a long prompt is read in pieces"
     assert all(len(step) <= 1 for step in pieces) and sum(t for ((_, t),) in pieces) == 4 + 33 + 5
-    assert all(0 in ids for ids in drew), "the first row waits for no one"
+    assert all(0 in ids for ids in outputs), "the first row waits for no one"
     calls.clear()
     assert [output.id for output in engine.step()] == [0, 1, 2] and calls == []
 
@@ -129,8 +130,8 @@ def test_a_prompt_read_in_pieces_beside_others_equals_one_pass(name: str) -> Non
     counting.lm_head, counting.max_seq_length = MODEL.lm_head, MODEL.max_seq_length
     engine = Engine(counting, cache_of(name, 2), decoder=MODEL, prefill="full", piece_size=6)
     ids = [engine.add(Request(tokens_of(seed, n, 60), 14, sampling=GREEDY)) for seed, n in ((1, 4), (2, 45))]
-    drew = [[output.id for output in engine.step()] for _ in range(9)]
-    assert calls == [4] + [6] * 7 + [3] and drew == [[0]] * 8 + [[0, 1]], "one piece a step, and no one waits"
+    outputs = [[output.id for output in engine.step()] for _ in range(9)]
+    assert calls == [4] + [6] * 7 + [3] and outputs == [[0]] * 8 + [[0, 1]], "one piece a step, and no one waits"
     found = finished(engine)
     for id, (seed, n) in zip(ids, ((1, 4), (2, 45))):
         (expected,) = generate(
@@ -186,13 +187,13 @@ def test_ids() -> None:
     assert engine.add(Request([1], 2, id=7)) == 7
 
 
-class Offers:
-    """An iterator that has nothing at times: a queue."""
+class Queue:
+    """An iterator that is sometimes empty, like a queue."""
 
     def __init__(self, pattern: list[Request | None]) -> None:
         self.pattern = list(pattern)
 
-    def __iter__(self) -> Offers:
+    def __iter__(self) -> Queue:
         return self
 
     def __next__(self) -> Request:
@@ -204,11 +205,11 @@ class Offers:
 def test_a_row_that_found_nothing_to_do_is_offered_work_again() -> None:
     prompt = tokens_of(1, 3, 60)
     long, short = Request(prompt, 30, sampling=GREEDY), Request(prompt, 2, sampling=GREEDY)
-    offers = Offers([long, short, None, None, None, short, None, short, None])
+    queue = Queue([long, short, None, None, None, short, None, short, None])
     ended = {}
-    for drew in serve(MODEL, offers, cache_of("dense", 2)):
-        ended |= {row.index: [r.index for r in drew] for row in drew if row.reason}
-    assert ended.keys() == {0, 1, 2, 3} and not offers.pattern
+    for step in serve(MODEL, queue, cache_of("dense", 2)):
+        ended |= {row.index: [r.index for r in step] for row in step if row.reason}
+    assert ended.keys() == {0, 1, 2, 3} and not queue.pattern
     assert all(0 in ended[n] for n in (1, 2, 3)), "they were answered beside the long one"
 
 
@@ -290,13 +291,13 @@ def test_what_add_refuses_changes_nothing() -> None:
     engine = Engine(MODEL, cache_of("dense", 2))
     id = engine.add(request_of(3))
     for request, row, error, says in (
-        ([1, 2], None, TypeError, r"An engine takes a Request, got \[1, 2\]"),
+        ([1, 2], None, TypeError, r"request must be a Request, got \[1, 2\]"),
         (Request([], 2), None, ValueError, "Prompt 1 must be a list of at least one token"),
         (Request([61], 2), None, ValueError, "Prompt 1 has a token outside the vocabulary of 61"),
         (Request([1] * 59, 3), None, ValueError, "Prompt 1 has 59 tokens; with 3 new ones it is over the limit of 60"),
-        (Request([1], 3, past=[99]), None, ValueError, "What came before prompt 1 has a token outside"),
-        (Request([1], 3), 2, ValueError, "The engine has rows 0 to 1, got 2"),
-        (Request([1], 3), True, ValueError, "The engine has rows 0 to 1, got True"),
+        (Request([1], 3, past=[99]), None, ValueError, "The text before prompt 1 has a token outside"),
+        (Request([1], 3), 2, ValueError, "row must be 0 to 1, got 2"),
+        (Request([1], 3), True, ValueError, "row must be 0 to 1, got True"),
     ):
         with pytest.raises(error, match=says):
             engine.add(request, row)

@@ -1,4 +1,4 @@
-"""Whatever is given: TypeError or ValueError in our words, or a result; afterwards everything works as before."""
+"""Strange arguments give a readable TypeError or ValueError, or a result; then everything works as before."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def llm() -> LLM:
 
 
 def every_call(llm: LLM) -> dict[str, Callable[[object], object]]:
-    """Calls that take one strange value each, by the name of the argument."""
+    """Return calls that take one strange value each, by the name of the argument."""
     model = llm.model
 
     def cache() -> KVCache:
@@ -46,7 +46,7 @@ def every_call(llm: LLM) -> dict[str, Callable[[object], object]]:
     def served(**given: object) -> list:
         return list(serve(model, **{"requests": [Request([1], 2)], "cache": cache(), **given}))
 
-    def asked(**given: object) -> list:
+    def requested(**given: object) -> list:
         return served(requests=[Request(**{"prompt": [1], "max_new_tokens": 2, **given})])
 
     def engine(**given: object) -> Engine:
@@ -74,7 +74,7 @@ def every_call(llm: LLM) -> dict[str, Callable[[object], object]]:
         (streamed, "cache max_new_tokens min_new_tokens sampling stop prefill prefill_chunk decoder stats logprobs"),
         (served, "requests cache rows prefill prefill_chunk stats decode_text logprobs"),
         (engine, "model cache rows prefill prefill_chunk pieces stats decoder decode_text logprobs"),
-        (asked, "prompt max_new_tokens min_new_tokens sampling stop past stop_texts id"),
+        (requested, "prompt max_new_tokens min_new_tokens sampling stop past stop_texts id"),
         (lambda **given: SamplingArgs(**given), "temperature top_k top_p seed repetition_penalty"),
         (
             lambda **given: KVCache.build(model, KVCacheArgs(**{"strategy": "h2o", **given}), 1, 64),
@@ -95,8 +95,8 @@ def every_call(llm: LLM) -> dict[str, Callable[[object], object]]:
     return calls
 
 
-def in_our_words(error: BaseException) -> bool:
-    """Whether it is a TypeError or ValueError that a `raise` of this package made."""
+def is_ours(error: BaseException) -> bool:
+    """Return whether a `raise` of this package raised it, as TypeError or ValueError."""
     trace = error.__traceback__
     while trace.tb_next is not None:
         trace = trace.tb_next
@@ -113,8 +113,8 @@ def test_strange_values_are_refused_in_our_words(llm: LLM) -> None:
             try:
                 call(value)
             except BaseException as error:
-                refused += in_our_words(error)
-                if not in_our_words(error):
+                refused += is_ours(error)
+                if not is_ours(error):
                     strange.append((name, type(value).__name__, type(error).__name__, str(error)[:80]))
     assert strange == []
     assert refused > 1500

@@ -7,6 +7,7 @@ import litgpt.generate.base as litgpt_generate
 from litgpt.model import GPT as LitGPT
 from litgpt_kv import GPT, KVCache, KVCacheArgs, SamplingArgs, registry
 from litgpt_kv.generate import Stats, decode, generate, prefill, stream
+from tests.oracle.strategies import FEW
 
 GREEDY = SamplingArgs(temperature=0)
 LENGTHS = (1, 4, 11, 12, 13, 36)  # 1, sinks, budget - 1, budget, budget + 1, three budgets
@@ -53,7 +54,7 @@ def prompts():
 
 
 @pytest.mark.parametrize("method", ["min-length", "full"])
-@pytest.mark.parametrize("name", registry.names("strategy"))
+@pytest.mark.parametrize("name", FEW)
 def test_ragged_batch_equals_each_prompt_alone(model, prompts, name, method):
     kv = args_of(name)
     together = generate(model, prompts, kv, max_new_tokens=25, sampling=GREEDY, prefill=method)
@@ -88,10 +89,10 @@ def test_the_same_tokens_as_litgpt_with_its_own_cache(model, prompts):
         prompt = prompts[3]
         other.set_kv_cache(1)
         torch.manual_seed(11)
-        theirs = litgpt_generate.generate(other, prompt, len(prompt) + 30, include_prompt=False, **settings)
+        expected = litgpt_generate.generate(other, prompt, len(prompt) + 30, include_prompt=False, **settings)
         torch.manual_seed(11)
-        (ours,) = generate(model, [prompt], max_new_tokens=30, sampling=SamplingArgs(**settings))
-        assert ours.tolist() == theirs.tolist(), settings
+        (found,) = generate(model, [prompt], max_new_tokens=30, sampling=SamplingArgs(**settings))
+        assert found.tolist() == expected.tolist(), settings
 
 
 def test_a_seed_repeats_a_run_and_another_does_not(model, prompts):
@@ -114,7 +115,7 @@ def test_a_row_stops_at_its_token_without_touching_the_others(model, prompts):
     assert "stop" in stats.reasons
 
 
-@pytest.mark.parametrize("name", registry.names("strategy"))
+@pytest.mark.parametrize("name", FEW)
 def test_a_stopped_row_keeps_what_it_had(model, prompts, name):
     """The cache of a row that ended early holds exactly what the row alone holds."""
     free = [row.tolist() for row in generate(model, prompts, args_of(name), max_new_tokens=25, sampling=GREEDY)]

@@ -77,7 +77,7 @@ def test_a_bad_row_ends_and_the_others_are_as_alone(damaged: GPT, name: str, pre
     prompts = [clean(1, 5), [3, BAD, 4], clean(2, 9), [*clean(3, 20), BAD], clean(4, 2), clean(5, 7)]
     requests = [Request(p, 6, sampling=sampling, stop=[[BAD]], min_new_tokens=0) for p in prompts]
     cache = KVCache.build(damaged, KVCacheArgs("h2o", 8), 2, 40)
-    found = {row.index: row for drew in serve(damaged, requests, cache, prefill=prefill) for row in drew if row.reason}
+    found = {row.index: row for step in serve(damaged, requests, cache, prefill=prefill) for row in step if row.reason}
     assert sorted(b for b, row in found.items() if row.reason == "error") == [1, 3]
     assert all(row.error is None for row in found.values() if row.reason != "error")
     assert "logits are not finite after 0 new tokens" in found[3].error and found[3].tokens == []
@@ -114,8 +114,9 @@ def test_a_least_number_of_tokens_that_bans_all_of_them() -> None:
         requests = [
             Request([1, 2], 5, least, sampling, stop) for least, stop in ((2, stops), (2, stops[1:]), (0, stops))
         ]
-        rows = {r.index: r for drew in serve(model, requests, None, rows=3) for r in drew}
-        assert [rows[b].reason for b in range(3)] == ["error", "length" if rows[1].made == 5 else "stop", "stop"]
+        rows = {r.index: r for step in serve(model, requests, None, rows=3) for r in step}
+        reasons = ["error", "length" if rows[1].num_generated == 5 else "stop", "stop"]
+        assert [rows[b].reason for b in range(3)] == reasons
         assert "min_new_tokens 2 bans all 61 tokens" in rows[0].error
         assert rows[1].tokens[:2] == [0, 0]
 
@@ -159,7 +160,7 @@ def test_text_raises_and_names_the_prompt(monkeypatch: pytest.MonkeyPatch) -> No
             pieces.append(step)
     assert ["".join(row) for row in zip(*pieces)] == [expected[0], "", expected[2]]
     chat = llm.chat(max_new_tokens=4, temperature=0.0)
-    with pytest.raises(ValueError, match=r"not finite after 0 new tokens.*Start anew"):
+    with pytest.raises(ValueError, match=r"not finite after 0 new tokens.*Start a new conversation"):
         chat.ask(texts[1])
     chat.reset()
     assert chat.ask(texts[0])
@@ -169,7 +170,7 @@ def test_text_raises_and_names_the_prompt(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def run(*args: object) -> int:
-    """The exit code of a command."""
+    """Run a command; return its exit code."""
     try:
         main(["generate", *map(str, args), "--accelerator", "cpu", "--threads", "1", "--max-new-tokens", "3"])
     except SystemExit as end:

@@ -1,4 +1,4 @@
-"""What an engine asks of a cache: prompts in pieces, kept prompts, static mode, and steps that are interrupted."""
+"""The cache under an engine: prompts in pieces, kept prompts, static mode, and interrupted steps."""
 
 from __future__ import annotations
 
@@ -72,6 +72,25 @@ def test_an_aborted_prompt_in_pieces_leaves_its_row_to_the_next_one() -> None:
     while engine.unfinished:
         found += [token for output in engine.step() for token in output.tokens]
     assert found == answer_alone(H2O, prompt, 6)
+
+
+@pytest.mark.parametrize("chunk", [7, 40, 500])
+def test_a_full_prefill_in_chunks_gives_what_one_pass_gives(chunk: int) -> None:
+    prompts = [tokens_of(b, n, 60) for b, n in enumerate((40, 40, 9))]
+    sizes: list[int] = []
+
+    def watched(tokens: Tensor, *rest: object) -> Tensor:
+        sizes.append(tokens.size(1))
+        return MODEL(tokens, *rest)
+
+    watched.lm_head, watched.max_seq_length = MODEL.lm_head, MODEL.max_seq_length
+    options = dict(max_new_tokens=12, sampling=GREEDY, prefill="full")
+    found = generate(watched, prompts, KVCache.build(MODEL, H2O, 3, 96), prefill_chunk=chunk, **options)
+    whole = generate(MODEL, prompts, KVCache.build(MODEL, H2O, 3, 96), **options)
+    assert [row.tolist() for row in found] == [row.tolist() for row in whole]
+    assert max(sizes) == min(chunk, 40)
+    with pytest.raises(ValueError, match="prefill_chunk must be at least 1, got 0"):
+        generate(MODEL, prompts, KVCache.build(MODEL, H2O, 3, 96), prefill_chunk=0, **options)
 
 
 # -- kept prompts ------------------------------------------------------------------------------------------------------

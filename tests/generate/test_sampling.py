@@ -1,4 +1,4 @@
-"""Drawing tokens: what the settings mean, the noise, and rows that change hands."""
+"""Sampling: the settings, the noise, and rows that get a new request."""
 
 import pytest
 import torch

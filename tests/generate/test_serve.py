@@ -1,4 +1,4 @@
-"""Rows that come and go: what is admitted equals its prompt alone, and nobody notices."""
+"""Continuous batching: a request gives the same tokens as its prompt alone, and does not change other rows."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from litgpt_kv import GPT, KVCache, KVCacheArgs, SamplingArgs, registry
 from litgpt_kv.generate import Request, Stats, generate, serve, stream
 from tests.oracle.reference import logits_of, tiny, tokens_of
+from tests.oracle.strategies import FEW, plain
 
 GREEDY = SamplingArgs(temperature=0)
-STRATEGIES = registry.names("strategy")
+STRATEGIES = [n for n in FEW if plain(n).needs <= {"keys"}]
 ONE_LAYER = tiny(seed=5, n_layer=1)
 
 
@@ -32,7 +33,7 @@ def requests_of(count: int, seed: int = 0, **given) -> list[Request]:
 
 
 def answers(steps) -> dict[int, tuple[list[int], str]]:
-    return {row.index: (row.tokens, row.reason) for drew in steps for row in drew if row.reason}
+    return {row.index: (row.tokens, row.reason) for step in steps for row in step if row.reason}
 
 
 @pytest.mark.parametrize("prefill", ["min-length", "full"])
@@ -106,7 +107,7 @@ def test_every_row_has_its_own_settings(model: GPT) -> None:
         )
         assert rows[n].tokens == expected.tolist(), n
         assert rows[n].logprobs == pytest.approx(alone.logprobs[0], abs=1e-5)
-        assert rows[n].began <= rows[n].first <= rows[n].ended
+        assert rows[n].start_time <= rows[n].first_token_time <= rows[n].end_time
     assert stats.prompt_tokens == sum(len(r.prompt) for r in requests)
     assert stats.new_tokens >= sum(len(row.tokens) for row in rows.values())
 
@@ -144,22 +145,22 @@ def test_what_does_not_fit_is_said(model: GPT) -> None:
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_conversation_goes_on_where_the_cache_stopped(model: GPT, name: str) -> None:
-    """Two turns on one cache equal all that was read, read again: what the cache holds is not read twice."""
+    """Two turns on one cache give the same as reading the whole text, and the second turn reads only new tokens."""
     first, second = [tokens_of(1, 9, 60), tokens_of(2, 15, 60)], [tokens_of(3, 8, 60), tokens_of(4, 3, 60)]
     cache = KVCache.build(model, args_of(name), 2, 70)
-    said = generate(model, first, cache, max_new_tokens=[6, 4], sampling=GREEDY)
+    replies = generate(model, first, cache, max_new_tokens=[6, 4], sampling=GREEDY)
     assert cache.seen == [14, 18]
-    turn = [[row[-1].item(), *more] for row, more in zip(said, second)]  # the last token was not read yet
+    turn = [[row[-1].item(), *more] for row, more in zip(replies, second)]  # the last token was not read yet
     again = generate(model, turn, cache, max_new_tokens=5, sampling=GREEDY)
     for b in range(2):
         (row,) = logits_of(
             model,
             KVCache.build(model, args_of(name), 1, 70),
-            [[*first[b], *said[b].tolist(), *second[b], *again[b].tolist()]],
+            [[*first[b], *replies[b].tolist(), *second[b], *again[b].tolist()]],
             [len(first[b])],
             "streamed",
         )
-        begin = len(first[b]) + len(said[b]) + len(second[b])
+        begin = len(first[b]) + len(replies[b]) + len(second[b])
         assert [int(row[begin + i - 1].argmax()) for i in range(5)] == again[b].tolist()
 
 
@@ -230,12 +231,12 @@ def test_statistics_of_rows_that_come_and_go(model: GPT) -> None:
     cache = KVCache.build(model, "dense", 3, 70)
     for _ in range(2):  # used again, they begin anew
         cache.reset()
-        rows = {row.index: row for drew in serve(model, requests, cache, stats=stats) for row in drew}
+        rows = {row.index: row for step in serve(model, requests, cache, stats=stats) for row in step}
         assert stats.prompt_tokens == stats.prefill_tokens == sum(len(r.prompt) for r in requests)
         assert stats.new_tokens == sum(r.max_new_tokens for r in requests) == sum(len(r.tokens) for r in rows.values())
         assert stats.decode_tokens == stats.new_tokens - 12
         assert stats.prefill_seconds > 0 and stats.decode_seconds > 0
-    spent = sum(row.first - row.began for row in rows.values())
+    spent = sum(row.first_token_time - row.start_time for row in rows.values())
     assert stats.prefill_seconds == pytest.approx(spent, rel=0.5), "all admissions are prefill"
 
 

@@ -89,7 +89,7 @@ def test_stop_texts_against_a_search_in_the_whole_text():
         for token in tokens:
             if row.reason is None:
                 row.push(token)
-                pieces += row.piece
+                pieces += row.new_text
                 steps += 1
         text, whole = decode(tokens[:steps]), decode(tokens)
         ends = [n for n in range(1, len(whole) + 1) if any(whole[:n].endswith(s) for s in stops)]
@@ -129,7 +129,7 @@ def test_a_stop_text_and_a_stop_token_together():
         ({"stop": ["ab"]}, "stop sequences of at least one token"),
         ({"stop": [[]]}, "stop sequences of at least one token"),
         ({"max_new_tokens": 2.5}, "max_new_tokens must be a whole number, got 2.5"),
-        ({"sampling": SamplingArgs(temperature=[0.0, 1.0])}, "one value of each sampling setting, got a list for temp"),
+        ({"sampling": SamplingArgs(temperature=[0.0, 1.0])}, "one value for each sampling setting, got a list for"),
     ],
 )
 def test_what_a_request_refuses(given, message):
@@ -168,7 +168,7 @@ def test_the_matcher_against_a_search_at_every_element():
             ends = [len(stop) for stop in stops if text[:n][-len(stop) :] == stop]
             assert sorted(matcher.push(element)) == sorted(ends)
             begun = [k for stop in stops for k in range(1, min(n + 1, len(stop))) if text[n - k : n] == stop[:k]]
-            assert matcher.begun == max(begun, default=0)
+            assert matcher.partial == max(begun, default=0)
             if trial % 5 == 0 and n == 30:
                 matcher.reset()
                 text[:n] = [9] * n  # what was before does not count

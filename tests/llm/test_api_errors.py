@@ -1,4 +1,4 @@
-"""Whatever is passed to the Python interface: it works, or raises TypeError or ValueError in our words, and goes on."""
+"""Random arguments of the Python interface: each call works or raises a readable TypeError or ValueError."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def llm() -> LLM:
 
 
 def calls(llm: LLM, rng: random.Random) -> dict[str, Callable[[], Any]]:
-    """One call of each kind with arguments that are drawn."""
+    """Return one call of each kind with random arguments."""
 
     def junk(names: list[str]) -> dict[str, Any]:
         return {name: rng.choice(JUNK) for name in rng.sample(names, rng.choice((1, 1, 2)))}

@@ -1,4 +1,4 @@
-"""A conversation keeps its cache: only new turns are read, and the reply is that of the whole text."""
+"""A conversation keeps its cache: only new turns are read, and replies equal those to the whole text."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from litgpt_kv.__main__ import main
 from litgpt_kv.cli.terminal import _reply
 from litgpt_kv.generate import generate
 from litgpt_kv.llm.chat import later_turn
+from tests.oracle.strategies import FEW
 
 GREEDY = SamplingArgs(temperature=0)
 TURNS = ["def fib(n):\n", "\n\nclass Parser:\n    def __init__(self):\n", "\nimport os\n"]
@@ -24,7 +25,7 @@ def llm() -> LLM:
     return LLM.load("demo", accelerator="cpu")
 
 
-@pytest.mark.parametrize("name", registry.names("strategy"))
+@pytest.mark.parametrize("name", FEW)
 def test_turns_equal_the_whole_text_read_again(llm: LLM, name: str) -> None:
     kind = registry.get("strategy", name)
     args = KVCacheArgs(name, 24 if kind.evicts and kind.recency else None)  # others keep what came to them in its order
@@ -53,13 +54,13 @@ def test_reset_begins_anew(llm: LLM) -> None:
 def test_a_reply_that_was_broken_off_stays_as_it_is(llm: LLM) -> None:
     chat = llm.chat(max_tokens=200, max_new_tokens=30, temperature=0.0)
     pieces = chat.say(TURNS[0])
-    said = [next(pieces) for _ in range(5)]
+    texts = [next(pieces) for _ in range(5)]
     pieces.close()
     seen = chat.cache.seen[0]
     assert seen == len(llm.encode(TURNS[0])) + 4
     chat.ask(TURNS[1])
     assert chat.stats.prompt_tokens == len(llm.encode(TURNS[1]))  # the last token instead of the beginning of text
-    assert "".join(said)
+    assert "".join(texts)
 
 
 def test_a_conversation_that_is_full_says_so(llm: LLM) -> None:
@@ -141,11 +142,11 @@ def test_the_repetition_penalty_remembers_earlier_turns(llm: LLM) -> None:
 
 def test_an_interrupt_ends_a_reply_and_not_the_conversation(llm: LLM, capsys: pytest.CaptureFixture) -> None:
     chat = llm.chat(max_new_tokens=200, temperature=0.0)
-    real, said = chat.say, []
+    real, texts = chat.say, []
 
     def say(text):
         for n, piece in enumerate(real(text)):
-            said.append(piece)
+            texts.append(piece)
             if n == 4:
                 signal.raise_signal(signal.SIGINT)
             yield piece
@@ -153,7 +154,7 @@ def test_an_interrupt_ends_a_reply_and_not_the_conversation(llm: LLM, capsys: py
     chat.say = say
     _reply(chat, "def f(x):")
     out = capsys.readouterr().out
-    assert out == "".join(said) + "\n" and len(said) == 5
+    assert out == "".join(texts) + "\n" and len(texts) == 5
     assert chat.cache.seen[0] == len(llm.encode("def f(x):")) + 4
     chat.say = real
     assert chat.ask("x")
@@ -177,12 +178,12 @@ def test_an_interrupt_in_a_step_is_said_and_the_conversation_starts_anew(
     try:
         with pytest.raises(KeyboardInterrupt):
             chat.ask("def f(x):")
-        with pytest.raises(ValueError, match=r"interrupted in the middle of a step.*reset\(\) starts anew"):
+        with pytest.raises(ValueError, match=r"in the middle of a step.*reset\(\) starts a new conversation"):
             chat.ask("x")
         chat.reset()
         calls.clear()
         _reply(chat, "def f(x):")
-        assert "Interrupted in the middle of a step: the conversation is forgotten." in capsys.readouterr().err
+        assert "Interrupted in the middle of a step: a new conversation starts." in capsys.readouterr().err
         assert chat.turns == 0 and chat.cache.seen == [0]
     finally:
         hook.remove()
@@ -194,7 +195,7 @@ def test_two_replies_at_once_are_refused(llm: LLM) -> None:
     first, second = chat.say("q"), chat.say("r")
     next(first)
     next(second)
-    with pytest.raises(ValueError, match="another turn began"):
+    with pytest.raises(ValueError, match="ended by a new turn"):
         next(first)
     assert len(list(second)) == 8
 
@@ -207,7 +208,7 @@ def test_two_replies_at_once_are_refused(llm: LLM) -> None:
         ({"stop": ""}, "stop must be a text of at least one character"),
         ({"temperature": -1.0}, "temperature must be 0 or greater"),
         ({"prefill": "left"}, "prefill must be one of"),
-        ({"kv_cache": "none"}, "nothing is kept between turns"),
+        ({"kv_cache": "none"}, "A chat needs a cache"),
         ({"kv_cache": "h2o", "budget": 0}, "budget must be at least 1"),
     ],
 )
@@ -223,8 +224,8 @@ def test_what_stands_between_turns() -> None:
         "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nHi?<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n"
     )
-    assert found["qwen2.5"] == "<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n"
-    assert found["gemma"] == "<start_of_turn>user\nHi?<end_of_turn>\n<start_of_turn>model\n"
+    assert found["qwen2.5"] == "<|im_end|>\n<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n"
+    assert found["gemma"] == "<end_of_turn>\n<start_of_turn>user\nHi?<end_of_turn>\n<start_of_turn>model\n"
     bar = "\uff5c"
     assert later_turn(R1Base(), "Hi?") == f"<{bar}User{bar}>Hi?<{bar}Assistant{bar}>"  # not among the named styles
 
@@ -249,7 +250,7 @@ def test_the_command(llm: LLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
                     "--kv-cache.budget", "9", **io_)  # fmt: skip
     assert "keeps 9 of 13 tokens" in err
     assert "keeps 0 of 0 tokens" in err
-    assert "There is no /nonsense" in err
+    assert "There is no command /nonsense" in err
     out, err = talk("def f(x):\n" + "y" * 2000 + "\nx\n", "--max-new-tokens", "8", **io_)
     assert "do not fit" in err
     assert out.count("\n") >= 2, "the conversation goes on after a turn that was too long"
@@ -258,4 +259,4 @@ def test_the_command(llm: LLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 def test_no_conversation_without_a_cache(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         main(["chat", "demo", "--kv-cache", "none"])
-    assert "keeps nothing between turns" in capsys.readouterr().err
+    assert "chat needs a cache" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Damaged checkpoints: whatever is in the files, the right model or one clear line, and no memory before it is sure."""
+"""A damaged checkpoint gives one line of error, or the right model; memory is allocated only after the checks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ VALUES = (0, -1, 10**9, 10**400, 1.5, "x", None, True, [1, 2], {"a": 1}, math.na
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small checkpoint with the demo's tokenizer."""
+    """Save a small checkpoint with the demo's tokenizer."""
     folder = tmp_path_factory.mktemp("sound")
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copy(DEMO / name, folder)
@@ -45,7 +45,7 @@ def damaged(sound: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def outcome(damaged: Path) -> Callable[[], str]:
-    """Runs the checkpoint: "" if it gives a text, else the message of the ValueError that refuses it."""
+    """Return a function that runs the checkpoint and returns the message of its ValueError, or ""."""
 
     def run() -> str:
         try:
@@ -154,7 +154,7 @@ def test_weights_that_are_larger_than_their_file(damaged: Path, outcome: Callabl
     }
     for value in cases.values():
         torch.save({**weights, name: value}, path)
-        assert f"{name!r} is no floating-point tensor" in outcome()
+        assert f"{name!r} is not a floating-point tensor" in outcome()
     shared = torch.zeros(10**6)
     torch.save({**weights, **{f"extra.{n}": shared for n in range(20)}}, path)
     assert "bytes of weights and has" in outcome()

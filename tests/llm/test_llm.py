@@ -24,10 +24,10 @@ def test_a_string_gives_a_string_and_a_list_a_list(llm):
 
 
 def test_the_text_that_litgpt_makes_of_the_same_checkpoint(llm):
-    theirs = LitLLM.load(str(DEMO), distribute=None)
-    theirs.distribute(accelerator="cpu", precision="32-true")
+    litgpt_llm = LitLLM.load(str(DEMO), distribute=None)
+    litgpt_llm.distribute(accelerator="cpu", precision="32-true")
     for prompt in PROMPTS:
-        expected = theirs.generate(prompt, max_new_tokens=30, top_k=1)
+        expected = litgpt_llm.generate(prompt, max_new_tokens=30, top_k=1)
         assert llm.generate(prompt, max_new_tokens=30, top_k=1, ignore_eos=True).rstrip() == expected.rstrip()
 
 

@@ -1,4 +1,4 @@
-"""Real checkpoints by litgpt's road: a Hugging Face folder, litgpt's converter, `litgpt_kv generate`; LoRA, merged.
+"""From a Hugging Face folder through litgpt's converter to `litgpt_kv generate`; LoRA, merged.
 
 The folders are made here with transformers, small and random, sharded with an index, each with its own tokenizer.
 """
@@ -32,7 +32,7 @@ SIZES |= dict(padded_vocab_size=320, vocab_size=320)
 
 
 def tokenizer_in(folder: Path) -> Tokenizer:
-    """A byte-level tokenizer of 320 tokens, saved as Hugging Face's folders have it."""
+    """Save a byte-level tokenizer of 320 tokens as in a Hugging Face folder."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -46,7 +46,7 @@ def tokenizer_in(folder: Path) -> Tokenizer:
 
 
 def hugging_face(kind: str) -> tuple[str, dict[str, Any], nn.Module]:
-    """A name for litgpt's converter to go by, litgpt's config, and transformers' model."""
+    """Return a name that litgpt's converter knows, litgpt's config, and transformers' model."""
     transformers = pytest.importorskip("transformers", minversion="4.51.3")
     given = dict(vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
     given |= dict(max_position_embeddings=64, bos_token_id=0, eos_token_id=1, attn_implementation="eager")
@@ -71,14 +71,14 @@ def hugging_face(kind: str) -> tuple[str, dict[str, Any], nn.Module]:
 
 def generated(capsys: pytest.CaptureFixture, folder: Path, *flags: str) -> str:
     capsys.readouterr()
-    asked = [part for p in PROMPTS for part in ("--prompt", p)]
-    main(["generate", str(folder), "--accelerator", "cpu", *asked, "--max-new-tokens", str(NEW), *flags])
+    prompts = [part for p in PROMPTS for part in ("--prompt", p)]
+    main(["generate", str(folder), "--accelerator", "cpu", *prompts, "--max-new-tokens", str(NEW), *flags])
     return capsys.readouterr().out
 
 
 @torch.no_grad()
 def continued(model: nn.Module, tokenizer: Tokenizer, prompt: str, start: list[int]) -> str:
-    """What transformers' model, without a cache, makes of a prompt, greedily."""
+    """Return transformers' greedy continuation of a prompt, without a cache."""
     ids = start + tokenizer.encode(prompt, add_special_tokens=False).ids
     for _ in range(NEW):
         ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
@@ -109,9 +109,9 @@ def test_a_hugging_face_folder_converts_and_generates(
 
     back = tmp_path / "back"
     main(["convert_from_litgpt", str(folder), str(back)])
-    weights, theirs = torch.load(back / "model.pth"), model.state_dict()
-    assert set(theirs) - set(weights) <= {"lm_head.weight"}  # which Gemma ties
-    assert all(torch.equal(weights[key], theirs[key]) for key in weights)
+    weights, expected = torch.load(back / "model.pth"), model.state_dict()
+    assert set(expected) - set(weights) <= {"lm_head.weight"}  # which Gemma ties
+    assert all(torch.equal(weights[key], expected[key]) for key in weights)
 
 
 @torch.no_grad()
@@ -144,9 +144,11 @@ def test_a_merged_lora_checkpoint_generates(tmp_path: Path, capsys: pytest.Captu
 def test_litgpts_commands_are_litgpts(capsys: pytest.CaptureFixture) -> None:
     from litgpt.__main__ import PARSER_DATA
 
-    theirs = {name: command for name, command in COMMANDS.items() if command.__module__.startswith("litgpt.")}
-    assert theirs == {n: PARSER_DATA[n] for n in ("download", "convert_to_litgpt", "convert_from_litgpt", "merge_lora")}
-    for name in theirs:
+    litgpt_commands = {name: command for name, command in COMMANDS.items() if command.__module__.startswith("litgpt.")}
+    assert litgpt_commands == {
+        n: PARSER_DATA[n] for n in ("download", "convert_to_litgpt", "convert_from_litgpt", "merge_lora")
+    }
+    for name in litgpt_commands:
         with pytest.raises(SystemExit) as end:
             main([name, "--help"])
         assert end.value.code == 0

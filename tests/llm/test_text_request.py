@@ -49,7 +49,7 @@ def test_every_field_is_a_key(cls: type) -> None:
 @pytest.mark.parametrize(
     ("record", "says"),
     [
-        ([1], "no object with a prompt"),
+        ([1], "it must be an object with a prompt, got"),
         ({}, "it has no prompt"),
         ({"prompt": ""}, "it has no prompt"),
         ({"prompt": 3}, "prompt must be a text, got 3"),
@@ -80,14 +80,14 @@ def chat_line(**body: object) -> dict:
 
 def test_a_line_of_openais_batch() -> None:
     line = chat_line(max_tokens=5, temperature=0, top_p=0.5, stop=["\n"], seed=3, n=1, stream=False, user="u", top_k=2)
-    asked, batch = read_batch_line(line, DEFAULTS)
+    request, batch = read_batch_line(line, DEFAULTS)
     assert (batch.custom_id, batch.model, batch.is_chat) == ("c1", "demo", True)
-    assert asked.messages == tuple(line["body"]["messages"])
-    assert asked.stopping == StoppingArgs(5, stop=["\n"])
-    assert asked.sampling == SamplingArgs(0, 2, 0.5, 3)
+    assert request.messages == tuple(line["body"]["messages"])
+    assert request.stopping == StoppingArgs(5, stop=["\n"])
+    assert request.sampling == SamplingArgs(0, 2, 0.5, 3)
     text = {"custom_id": "c2", "body": {"prompt": ["a"], "max_completion_tokens": 2}}
-    asked, batch = read_batch_line(text, DEFAULTS)
-    assert (asked.prompt, asked.stopping.max_new_tokens, batch.is_chat) == ("a", 2, False)
+    request, batch = read_batch_line(text, DEFAULTS)
+    assert (request.prompt, request.stopping.max_new_tokens, batch.is_chat) == ("a", 2, False)
 
 
 @pytest.mark.parametrize(
@@ -99,9 +99,9 @@ def test_a_line_of_openais_batch() -> None:
         ({**chat_line(), "method": "GET"}, "method must be POST"),
         ({**chat_line(), "url": "/v1/embeddings"}, "url must be one of"),
         ({**chat_line(), "url": "/v1/completions"}, "needs 'prompt'"),
-        (chat_line(n=2), "n may only be 1 here, got 2"),
-        (chat_line(n=True), "n may only be 1 here, got True"),
-        (chat_line(stream=True), "stream may only be False here"),
+        (chat_line(n=2), "n must be 1, got 2"),
+        (chat_line(n=True), "n must be 1, got True"),
+        (chat_line(stream=True), "stream must be False, got True"),
         (chat_line(tools=[]), "unknown 'tools'"),
         (chat_line(max_tokens=5, max_completion_tokens=6), "given twice"),
         (chat_line(temperature="hot"), "temperature must be a number"),

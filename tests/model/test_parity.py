@@ -19,6 +19,7 @@ from litgpt_kv.attention.yarn import is_yarn
 from litgpt_kv.cache.spec import layer_spec
 from tests.oracle.reference import Policy, compare, lift, logits_of, tokens_of
 from tests.oracle.shrink import GROUPED_MOE, LLAMA, SYNTHETIC, WINDOW, YARN, shrink, twins
+from tests.oracle.strategies import FEW, plain
 
 # sizes and names: what they do to a model of this size shows in other fields
 SIZES = {"name", "hf_config", "block_size", "vocab_size", "padding_multiple", "padded_vocab_size", "norm_eps"}
@@ -58,7 +59,7 @@ CONFIGS = {**families(), **SYNTHETIC, **MORE}
 PROMPTS = [2, 2 * WINDOW + 2]  # inside the window and far beyond it
 LENGTHS = [n + 3 * WINDOW for n in PROMPTS]  # decoded through three windows
 WAYS = ("streamed", "full")
-STRATEGIES = [(name, p) for name in registry.names("strategy") for p in ("absolute", "cache")]
+STRATEGIES = [(name, p) for name in FEW for p in ("absolute", "cache") if plain(name).needs <= {"keys"}]
 
 
 @functools.cache

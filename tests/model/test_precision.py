@@ -61,7 +61,7 @@ def test_without_a_gpu_one_line_says_what_is_missing(
         main(["generate", "demo", "--prompt", "x", "--quantize", name])
     out = capsys.readouterr()
     assert end.value.code == 2 and out.out == ""
-    assert out.err == f"litgpt_kv: error: quantize {name!r} needs an NVIDIA GPU, and there is none here.\n"
+    assert out.err == f"litgpt_kv: error: quantize {name!r} needs an NVIDIA GPU; this machine has none.\n"
 
 
 @pytest.mark.parametrize(
@@ -69,8 +69,8 @@ def test_without_a_gpu_one_line_says_what_is_missing(
     [
         (("int4", None, "auto"), "quantize must be one of bnb.nf4, .*, got 'int4'"),
         (("bnb.nf4", "bf16-mixed", "auto"), "precisions 16-true, bf16-true, 32-true, got 'bf16-mixed'"),
-        (("bnb.int8", "bf16-true", "auto"), "16-true only, got 'bf16-true'"),
-        (("bnb.nf4", None, "cpu"), "needs an NVIDIA GPU, and accelerator is 'cpu'"),
+        (("bnb.int8", "bf16-true", "auto"), "needs precision 16-true, got 'bf16-true'"),
+        (("bnb.nf4", None, "cpu"), "needs an NVIDIA GPU; accelerator is 'cpu'"),
     ],
 )
 def test_what_cannot_be_quantized(arguments: tuple, message: str) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import partial
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +19,7 @@ from litgpt.config import Config
 from litgpt_kv import GPT, KVCache, KVCacheArgs
 from tests.oracle.reference_latent import latent_attention
 from tests.oracle.reference_pool import evict_pools
+from tests.oracle.reference_scores import naive_scores
 from tests.oracle.walks import kept_of, logits_of, scores_of, slots_of, walk
 
 __all__ = ["kept_of", "logits_of", "scores_of", "slots_of", "walk"]  # for the tests, from here as well
@@ -121,13 +122,19 @@ class Policy:
     floor: float = 0.2
     pools: int = 1
     prompt: int = 0  # tokens of the prompt, for `keep_prompt`
+    options: dict = field(default_factory=dict)
+
+    @property
+    def scored(self) -> bool:
+        """Whether tokens are worth something else than their position."""
+        return self.name not in ("dense", "window", "sink")
 
     def worth(self, pos: int, now: int, score: float, window: int | None) -> float:
         if window is not None and pos <= now - window:
             return -math.inf
         if pos < self.sinks or pos > now - self.recent or (self.keep_prompt and pos < self.prompt):
             return math.inf
-        return score if self.name == "h2o" else float(pos)
+        return score if self.scored else float(pos)
 
     def leaving(self, kept: int, new: int) -> int:
         """How many of `kept` tokens make room for `new` ones: none, or at least `interval`."""
@@ -158,7 +165,9 @@ class Oracle:
     keys: list[Tensor] = field(default_factory=list)  # by layer: (n, G, D), unrotated
     values: list[Tensor] = field(default_factory=list)
     kept: list[list[list[int]]] = field(default_factory=list)
-    scores: list[list[dict[int, float]]] = field(default_factory=list)
+    mass: list[list[dict[int, float]]] = field(default_factory=list)  # attention received from all queries so far
+    last: list[list[dict[int, float]]] = field(default_factory=list)  # and from the newest one
+    queries: list[Tensor] = field(default_factory=list)  # by layer: (n, H, D), unrotated
     seen: int = 0
 
     def __post_init__(self) -> None:
@@ -169,8 +178,10 @@ class Oracle:
         L, G, widths = config.n_layer, config.n_query_groups, (config.head_size, config.head_size)
         if config.latent_attention:  # one rotary part and one latent a token
             G, widths = 1, (config.qk_rope_head_dim, config.kv_lora_rank)
-        self.kept, self.scores = [[[] for _ in range(G)] for _ in range(L)], [[{} for _ in range(G)] for _ in range(L)]
+        self.kept = [[[] for _ in range(G)] for _ in range(L)]
+        self.mass, self.last = ([[{} for _ in range(G)] for _ in range(L)] for _ in range(2))
         self.keys, self.values = ([torch.zeros(0, G, w, dtype=torch.float64) for _ in range(L)] for w in widths)
+        self.queries = [torch.zeros(0, dtype=torch.float64) for _ in range(L)]
         self.angle, self.amplitude = theta(self.model)
 
     def window(self, layer: int) -> int | None:
@@ -207,8 +218,45 @@ class Oracle:
             logits = torch.tanh(logits / config.final_logit_softcapping) * config.final_logit_softcapping
         moments = [Moment(row) for row in logits]
         moments[-1].kept = [[list(k) for k in heads] for heads in self.kept]
-        moments[-1].scores = [[{p: s[p] for p in k} for k, s in zip(*both)] for both in zip(self.kept, self.scores)]
+        moments[-1].scores = [self.scores(layer, self.seen - 1) for layer in range(config.n_layer)]
         return moments
+
+    def scores(self, layer: int, now: int, prompt: bool = False) -> list[dict[int, float]]:
+        """What each head's kept tokens are worth by the strategy alone; `prompt`: before any was evicted."""
+        policy, kept = self.policies[layer], self.kept[layer]
+        if not policy.scored:
+            return [{p: float(p) for p in head} for head in kept]
+        found = [naive_scores(self, layer, g, now, prompt) for g in range(len(kept))]
+        if policy.select == "layer" and policy.name == "random":
+            found = [found[0]] * len(kept)  # one draw for all
+        elif policy.select == "layer":
+            mean = {p: sum(s[p] for s in found) / len(found) for p in kept[0]}
+            found = [mean] * len(kept)
+        return found
+
+    def make_room(self, layer: int, start: int, m: int) -> None:
+        """Evict what m new tokens need, by scores that know nothing of them; a block makes room for all of itself."""
+        policy, kept = self.policies[layer], self.kept[layer]
+        if start == 0 or not policy.scored or policy.order == "after":
+            return
+        if policy.select == "pool":
+            return evict_pools(self, layer, start, 1)
+        if max(policy.leaving(len(head), m) for head in kept):
+            scores, last, window = self.scores(layer, start - 1), start + m - 1, self.horizon(layer)
+            for g, head in enumerate(kept):
+                kept[g] = policy.drop(head, policy.leaving(len(head), m), last, scores[g], window)
+
+    def compress(self, layer: int, start: int, m: int) -> None:
+        """Evict what a long prompt or the order "after" left over."""
+        policy, kept = self.policies[layer], self.kept[layer]
+        if policy.select == "pool":
+            return evict_pools(self, layer, m - 1, 0) if start == 0 else None
+        over = max(len(head) for head in kept) - policy.budget
+        if over > 0:
+            now = start + m - 1
+            scores = self.scores(layer, now, start == 0)
+            for g, head in enumerate(kept):
+                kept[g] = policy.drop(head, over, now, scores[g], self.horizon(layer))
 
     def attention(self, layer: int, x: Tensor, start: int) -> Tensor:
         if self.config.latent_attention:
@@ -224,15 +272,16 @@ class Oracle:
             q, k = attn.norm_q(q), attn.norm_k(k)
         self.keys[layer] = torch.cat((self.keys[layer], k))
         self.values[layer] = torch.cat((self.values[layer], v))
+        self.queries[layer] = torch.cat((self.queries[layer].reshape(-1, H, D), q))
         scale = attn.mscale**2 / math.sqrt(config.attention_scores_scalar or D)
         m, out = len(x), torch.zeros(len(x), H, D, dtype=torch.float64)
-        if policy.select == "pool" and start:
-            evict_pools(self, layer, start, 1)
+        self.make_room(layer, start, m)
         for g in range(G):
             plans = self.visible(layer, g, start, m)
             gained: dict[int, float] = {}
             for i, (seen, positions) in enumerate(plans):
-                keys = torch.stack([self.rotate(self.keys[layer][p, g], at, layer) for p, at in zip(seen, positions)])
+                newest = dict.fromkeys(seen, 0.0)
+                keys = self.rotate(self.keys[layer][seen, g], positions, layer)
                 for h in range(g * H // G, (g + 1) * H // G):
                     query = self.rotate(q[i, h], positions[-1], layer)
                     score = keys @ query * scale
@@ -243,21 +292,19 @@ class Oracle:
                     out[i, h] = probs @ self.values[layer][seen, g]
                     for p, prob in zip(seen, probs.tolist()):
                         gained[p] = gained.get(p, 0.0) + prob / (H // G)
-            self.settle(layer, g, start, m, gained if policy.prefill_scores or start else {})
-        if policy.select == "pool" and not start:
-            evict_pools(self, layer, m - 1, 0)
+                        newest[p] += prob / (H // G)
+            self.note(layer, g, gained if policy.prefill_scores or start else {}, newest)
+        self.compress(layer, start, m)
         return attn.proj(out.reshape(m, H * D))
 
     def visible(self, layer: int, g: int, start: int, m: int) -> list[tuple[list[int], list[int]]]:
         """For each new query the tokens it attends to (itself last) and the rotary positions of those tokens."""
         policy, kept = self.policies[layer], self.kept[layer][g]
         window = self.horizon(layer) if start else self.window(layer)
-        plans, last = [], start + m - 1
+        plans = []
         if start == 0:
             sets = [list(range(i + 1)) for i in range(m)]
-        elif policy.name == "h2o" and policy.order == "before":  # a block makes room for all of itself first
-            if policy.select != "pool":
-                kept = policy.drop(kept, policy.leaving(len(kept), m), last, self.scores[layer][g], window)
+        elif policy.scored and policy.order == "before":  # `make_room` did
             sets = [kept + list(range(start, start + i + 1)) for i in range(m)]
         else:
             sets = []
@@ -273,37 +320,35 @@ class Oracle:
         self.kept[layer][g] = sets[-1]
         return plans
 
-    def settle(self, layer: int, g: int, start: int, m: int, gained: dict[int, float]) -> None:
-        """Adds up attention, then evicts what a long prompt or the order "after" left over."""
-        policy, kept, scores = self.policies[layer], self.kept[layer][g], self.scores[layer][g]
+    def note(self, layer: int, g: int, gained: dict[int, float], newest: dict[int, float]) -> None:
+        """Adds up attention received, and remembers that from the newest query."""
+        mass = self.mass[layer][g]
         for p, gain in gained.items():
-            scores[p] = scores.get(p, 0.0) + gain
-        for p in kept:
-            scores.setdefault(p, 0.0)
-        now = start + m - 1
-        if policy.select != "pool":
-            kept = policy.drop(kept, len(kept) - policy.budget, now, scores, self.horizon(layer))
-        self.kept[layer][g] = kept
-        self.scores[layer][g] = {p: scores[p] for p in kept}
+            mass[p] = mass.get(p, 0.0) + gain
+        self.mass[layer][g] = {p: mass.get(p, 0.0) for p in self.kept[layer][g]}
+        self.last[layer][g] = {p: newest.get(p, 0.0) for p in self.kept[layer][g]}
 
     def arranged(self, x: Tensor) -> Tensor:
-        """x (D,) in litgpt's half-split layout: interleaved pairs are moved there."""
+        """x (..., D) in litgpt's half-split layout: interleaved pairs are moved there."""
         E = self.config.rope_n_elem
-        return torch.cat((x[0:E:2], x[1:E:2], x[E:])) if self.config.rope_interleave else x
+        return torch.cat((x[..., 0:E:2], x[..., 1:E:2], x[..., E:]), -1) if self.config.rope_interleave else x
 
-    def rotate(self, x: Tensor, pos: int, layer: int) -> Tensor:
-        """x (D,) at a position, litgpt's layout: pairs (i, i + E/2)."""
+    def rotate(self, x: Tensor, pos: int | list[int], layer: int) -> Tensor:
+        """x (..., D) at positions (...), litgpt's layout: pairs (i, i + E/2)."""
         config, E = self.config, self.config.rope_n_elem
         angle, amplitude = self.angle, self.amplitude
         if config.rope_indices is not None:
             angle, amplitude = angle[:, config.rope_indices[layer]], amplitude[:, config.rope_indices[layer]]
-        head, tail = self.arranged(x).split([E, x.numel() - E])
+        at = torch.tensor(pos, dtype=torch.float64).unsqueeze(-1)
+        head, tail = self.arranged(x).split([E, x.size(-1) - E], -1)
+        low, high = head[..., : E // 2], head[..., E // 2 :]
         if E % 2 == 0:
-            turn = torch.polar(amplitude[: E // 2], pos * angle[: E // 2])
-            z = torch.complex(head[: E // 2], head[E // 2 :]) * turn
-            return torch.cat((z.real, z.imag, tail))
-        swapped = torch.cat((-head[E // 2 :], head[: E // 2]))  # litgpt's odd sizes, which are no rotation
-        return torch.cat((head * (pos * angle).cos() * amplitude + swapped * (pos * angle).sin() * amplitude, tail))
+            turned = at * angle[: E // 2]
+            z = torch.complex(low, high) * torch.polar(amplitude[: E // 2].expand_as(turned), turned)
+            return torch.cat((z.real, z.imag, tail), -1)
+        swapped = torch.cat((-high, low), -1)  # litgpt's odd sizes, which are no rotation
+        turned = head * (at * angle).cos() * amplitude + swapped * (at * angle).sin() * amplitude
+        return torch.cat((turned, tail), -1)
 
 
 def passes(prompt: int, total: int, way: str, budget: int) -> list[int]:
@@ -333,7 +378,7 @@ def arguments(policy: Policy, **others) -> KVCacheArgs:
     budget = None if policy.budget > 10**8 else policy.budget
     given = dict(strategy=policy.name, budget=budget, sinks=policy.sinks, recent=policy.recent)
     given |= dict(interval=policy.interval, keep_prompt=policy.keep_prompt, select=policy.select)
-    given |= dict(floor=policy.floor, pools=policy.pools)
+    given |= dict(floor=policy.floor, pools=policy.pools, options=policy.options)
     return KVCacheArgs(**given, positions=policy.positions, **others)
 
 
@@ -382,13 +427,17 @@ def compare(
                     rest = i + 1 - reference.seen
                     size = rest if reference.seen == 0 and rest <= chunk else 1
                     moment = reference.feed(rows[b][reference.seen : reference.seen + size])[-1]
-            where = f"row {b}, token {i}, {policies}, {way}"
-            torch.testing.assert_close(logits[b], moment.logits, rtol=0, atol=tol, msg=lambda m, w=where: f"{w}\n{m}")
-            assert kept_of(cache, b) == moment.kept, where
+            where, held = partial("row {}, token {}, {}, {}".format, b, i, policies, way), cache.inspect(b)
+            torch.testing.assert_close(
+                logits[b], moment.logits, rtol=0, atol=tol, msg=lambda m, where=where: f"{where()}\n{m}"
+            )
+            assert [[head.positions.tolist() for head in layer.heads] for layer in held] == moment.kept, where()
             for layer, p in enumerate(policies):
-                if p.name == "h2o" and cache.layers[layer].want:
-                    for mine, theirs in zip(scores_of(cache, b)[layer], moment.scores[layer]):
-                        assert mine == pytest.approx(theirs, rel=0, abs=tol), where
+                if p.scored:
+                    for head, kept, scores in zip(held[layer].heads, moment.kept[layer], moment.scores[layer]):
+                        expected = torch.tensor([scores[p] for p in kept], dtype=torch.float64)
+                        assert len(head.scores) == len(kept), where()
+                        assert not kept or (head.scores - expected).abs().max() <= tol, where()
     for b, reference in enumerate(references):
         if cache.live[b]:
             check_stored(cache, reference, b, tol)

@@ -25,13 +25,16 @@ def latent_attention(oracle: Oracle, layer: int, x: Tensor, start: int) -> Tenso
     oracle.keys[layer] = torch.cat((oracle.keys[layer], compressed[:, None, R:]))
     oracle.values[layer] = torch.cat((oracle.values[layer], attn.kv_a_norm(compressed[:, :R])[:, None]))
     up = attn.kv_b_proj(oracle.values[layer][:, 0]).reshape(-1, H, N + W)
+    oracle.queries[layer] = torch.cat((oracle.queries[layer].reshape(-1, H, q.size(-1)), q))
     scale = attn.mscale**2 / math.sqrt(config.attention_scores_scalar or config.qk_head_dim)
     out = torch.zeros(m, H, W, dtype=torch.float64)
     gained: dict[int, float] = {}
+    oracle.make_room(layer, start, m)
     for i, (seen, positions) in enumerate(oracle.visible(layer, 0, start, m)):
-        shared = [oracle.rotate(oracle.keys[layer][p, 0], at, layer) for p, at in zip(seen, positions)]
+        newest = dict.fromkeys(seen, 0.0)
+        shared = oracle.rotate(oracle.keys[layer][seen, 0], positions, layer)
         for h in range(H):
-            keys = torch.cat((up[seen, h, :N], torch.stack(shared)), dim=-1)
+            keys = torch.cat((up[seen, h, :N], shared), dim=-1)
             query = torch.cat((q[i, h, :N], oracle.rotate(q[i, h, N:], positions[-1], layer)))
             score = keys @ query * scale
             if (cap := config.attention_logit_softcapping) is not None:
@@ -41,5 +44,7 @@ def latent_attention(oracle: Oracle, layer: int, x: Tensor, start: int) -> Tenso
             out[i, h] = probs @ up[seen, h, N:]
             for p, prob in zip(seen, probs.tolist()):
                 gained[p] = gained.get(p, 0.0) + prob / H
-    oracle.settle(layer, 0, start, m, gained if policy.prefill_scores or start else {})
+                newest[p] += prob / H
+    oracle.note(layer, 0, gained if policy.prefill_scores or start else {}, newest)
+    oracle.compress(layer, start, m)
     return attn.proj(out.reshape(m, H * W))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from litgpt_kv import GPT, KVCache
+from litgpt_kv import GPT, KVCache, registry
 
 
 @torch.no_grad()
@@ -95,3 +95,10 @@ def scores_of(cache: KVCache, b: int) -> list[list[dict[int, float]]]:
     return [
         [dict(zip(head.positions.tolist(), head.scores.tolist())) for head in layer.heads] for layer in cache.inspect(b)
     ]
+
+
+def storages_for(strategy: str) -> list[str]:
+    """The storages that take a strategy, on a model on the CPU."""
+    recency = registry.get("strategy", strategy).recency
+    classes = {name: registry.get("storage", name) for name in registry.names("storage")}
+    return [n for n, c in classes.items() if not c.needs_accelerator and (recency or not c.in_order)]

@@ -1,6 +1,6 @@
 """What each process of a launch runs for test_parallel.py: small models, whole on process 0 and in parts on all.
 
-Started once for each number of processes, by Fabric as users' scripts are; process 0 writes what it found as JSON.
+Started once for each number of processes, as torchrun starts users' scripts; process 0 writes what it found as JSON.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from litgpt_kv.parallel.launch import launch
 from litgpt_kv.parallel.tensor import load_tensor_parallel
 from tests.oracle.reference import kept_of, lift, logits_of, tokens_of
 from tests.oracle.shrink import DEEPSEEK, LLAMA, SYNTHETIC, fill, shrink
+from tests.oracle.strategies import FEW, NAMES, THREE, options_of, plain
+from tests.oracle.walks import storages_for
 
 LENGTHS, PROMPTS, BUDGET = (14, 11, 10), [10, 4, 9], 6
 
@@ -101,27 +103,27 @@ SPREAD = (
     "head-bias",
 )
 
-FEW = ("phi-2", "Gemma-2-2b", "Mixtral-8x7B-v0.1")
+SOME = ("phi-2", "Gemma-2-2b", "Mixtral-8x7B-v0.1")
 
 
 def cases(devices: int) -> Iterator[tuple[str, Config, str, str, str, str]]:
     """(name, config, strategy, storage, positions, prefill way)."""
     few = devices > 2  # a machine of few cores takes its time to switch between processes
-    strategies = sorted({*registry.names("strategy"), *OURS})
+    strategies = sorted({*THREE, *OURS})
     for name, config in GRID.items():
-        for strategy in strategies:
+        for strategy in sorted({*NAMES, *OURS}) if name == "gqa" else strategies:
             looks = strategy in ("h2o", *OURS)  # at what heads have, which may be elsewhere
             if not few or name == "gqa" or (name == "mqa" and looks):
                 yield f"{name}/{strategy}/plain/full", config, strategy, "plain", "absolute", "full"
             if name == "gqa" and strategy in ("h2o", "one-choice") if few else name in ("mha", "mqa"):
                 yield f"{name}/{strategy}/plain/streamed", config, strategy, "plain", "absolute", "streamed"
-    for storage in registry.names("storage"):
-        for strategy in strategies:
-            if storage != "plain" and not few:
+    for strategy in THREE if not few else ():
+        for storage in storages_for(strategy):
+            if storage != "plain":
                 yield f"gqa/{strategy}/{storage}/full", GRID["gqa"], strategy, storage, "absolute", "full"
     for strategy in ("sink", "h2o"):
         yield f"gqa/{strategy}/plain/streamed/cache", GRID["gqa"], strategy, "plain", "cache", "streamed"
-    for name in FEW if few else SPREAD:
+    for name in SOME if few else SPREAD:
         yield f"{name}/h2o/plain/streamed", _config(name), "h2o", "plain", "absolute", "streamed"
     yield from latent_cases(few)
     olmo = _config("OLMo-2-1124-7B", n_query_groups=1 if devices == 2 else 2)
@@ -130,7 +132,7 @@ def cases(devices: int) -> Iterator[tuple[str, Config, str, str, str, str]]:
 
 def latent_cases(few: bool) -> Iterator[tuple[str, Config, str, str, str, str]]:
     """Latent attention: heads are divided, and all devices hold the same latents and keep the same tokens."""
-    strategies = sorted({*registry.names("strategy"), *OURS})
+    strategies = sorted({*(n for n in FEW if plain(n).latent), *OURS})
     for name, config in LATENT.items():
         some = strategies if name == "latent" and not few else ("h2o", "one-choice", "queries")
         for strategy in some if name == "latent-uneven" or not few else ("h2o",):
@@ -139,7 +141,7 @@ def latent_cases(few: bool) -> Iterator[tuple[str, Config, str, str, str, str]]:
             yield f"{name}/{strategy}/plain/streamed", config, strategy, "plain", "absolute", "streamed"
             for way in ("full", "streamed") if strategy != "dense" else ():
                 yield f"{name}/{strategy}/plain/{way}/cache", config, strategy, "plain", "cache", way
-        for storage in registry.names("storage") if name == "latent" and not few else ():
+        for storage in storages_for("h2o") if name == "latent" and not few else ():
             if storage != "plain":
                 yield f"{name}/h2o/{storage}/full", config, "h2o", storage, "absolute", "full"
         if name == "latent-experts":
@@ -168,9 +170,10 @@ class Whole:
         return self.made[key][1:]
 
 
-def build(model: GPT, strategy: str, storage: str, positions: str) -> KVCache:
+def build(model: GPT, config: Config, strategy: str, storage: str, positions: str) -> KVCache:
     budget = BUDGET if registry.get("strategy", strategy).evicts else None
-    args = KVCacheArgs(strategy, budget=budget, storage=storage, positions=positions)
+    own = options_of(strategy, config) if strategy in NAMES else {}
+    args = KVCacheArgs(strategy, budget=budget, storage=storage, positions=positions, options=own)
     return KVCache.build(model, args, batch_size=len(LENGTHS), max_tokens=16)
 
 
@@ -179,7 +182,7 @@ def same_answers(collectives: Collectives, pair: Whole, case: tuple) -> dict[str
     _, config, strategy, storage, positions, way = case
     whole, part = pair(config)
     rows = [tokens_of(7 + i, n, config.vocab_size) for i, n in enumerate(LENGTHS)]
-    cache = build(part, strategy, storage, positions)
+    cache = build(part, config, strategy, storage, positions)
     mine = logits_of(part, cache, rows, PROMPTS, way)
     found: dict[str, Any] = {}
     flat = torch.cat([x for row in mine for x in row.values()])
@@ -196,7 +199,7 @@ def same_answers(collectives: Collectives, pair: Whole, case: tuple) -> dict[str
         cache.reset()
         made.append([row.tolist() for row in generate(part, prompts, cache, **options, **run)])
     if collectives.rank == 0:
-        alone = build(whole, strategy, storage, positions)
+        alone = build(whole, config, strategy, storage, positions)
         expected = logits_of(whole, alone, rows, PROMPTS, way)
         found["steps"] = sum(map(len, expected))
         found["logits"] = max(float((a[i] - b[i]).abs().max()) for a, b in zip(mine, expected) for i in b)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests import warm
 
 ROOT = Path(__file__).parents[2]
 GENERATE = ["-m", "litgpt_kv", "generate", "demo", "--accelerator", "cpu"]
@@ -30,18 +33,20 @@ def environment() -> dict[str, str]:
 
 @contextlib.contextmanager
 def started(*command: str, **variables: str) -> Iterator[subprocess.Popen]:
-    """A launch in a session of its own, which is gone afterwards whatever happened."""
+    """A launch in a session of its own, which is gone afterwards whatever happened.
+
+    The first process has its imports from `tests.warm`; those that it starts are started in full.
+    """
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen(
-        [sys.executable, *command], env=environment() | variables, start_new_session=True, **pipes
-    )
+    process = warm.Popen([sys.executable, *command], env=environment() | variables, start_new_session=True, **pipes)
     try:
         yield process
     finally:
         for pid in (*(children(process.pid) if sys.platform.startswith("linux") else ()), process.pid):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
-        process.communicate()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a worker that outlives its launcher holds the pipes
+            process.communicate(timeout=30)
 
 
 def finished(*command: str, **variables: str) -> tuple[int, str, str]:
@@ -49,6 +54,26 @@ def finished(*command: str, **variables: str) -> tuple[int, str, str]:
     with started(*command, **variables) as process:
         out, err = process.communicate(timeout=500)
         return process.returncode, out, err
+
+
+def together(count: int, *command: str) -> tuple[int, str, str]:
+    """The same of process 0, where so many processes of a run are started from outside, as torchrun starts them."""
+    port = free_port()
+    with contextlib.ExitStack() as stack:
+        processes = [
+            stack.enter_context(started(*command, LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=port))
+            for rank in range(count)
+        ]
+        (out, err), *others = [process.communicate(timeout=500) for process in processes]
+        codes = [process.returncode for process in processes]
+        assert codes == codes[:1] + [0] * (count - 1), (err, others)
+        return codes[0], out, err
+
+
+def free_port() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
 
 
 def children(pid: int) -> list[int]:

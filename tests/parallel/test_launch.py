@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import time
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from tests.parallel.processes import (
     GENERATE,
     TWO,
     finished,
+    free_port,
     is_loopback,
     linux,
     listening_addresses,
@@ -101,7 +101,7 @@ time.sleep(600)
 
 
 def test_a_script_distributes_a_model_and_fails_as_a_whole(tmp_path: Path) -> None:
-    """One that ends well, without a word about its processes, is parallel_worker.py."""
+    """One that ends well, without a word about its processes, is in test_parallel_files.py."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     expected = LLM.load("demo", accelerator="cpu").generate("def fib(", max_new_tokens=8, temperature=0.0)
@@ -117,12 +117,6 @@ def test_an_error_of_the_users_is_one_line_and_code_2() -> None:
     code, out, err = finished(*GENERATE, *TWO, "--max-new-tokens", "5000")
     assert (code, out) == (2, "")
     assert err.count("litgpt_kv: error: ") == 1 and "over the limit of 1024" in err and "Traceback" not in err
-
-
-def free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
 
 
 @linux

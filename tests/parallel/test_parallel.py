@@ -1,18 +1,19 @@
-"""Several processes on one model give what one gives; launched as users launch them, through Fabric on CPUs with gloo.
+"""Several processes on one model give what one gives; started as users start them, through Fabric on CPUs with gloo.
 
-The models of `parallel_worker.py` run in one launch of 2 and one of 4 processes; its report is judged here.
+The models of `parallel_worker.py` run in 2 and in 4 processes, started once each; their report is judged here.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
-import socket
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from litgpt.config import Config, name_to_config
 from litgpt.utils import save_config
@@ -25,7 +26,7 @@ from litgpt_kv.parallel.heads import divide_heads, split_range
 from litgpt_kv.parallel.tensor import slice_parameter
 from tests.oracle.shrink import LLAMA, shrink
 from tests.parallel.parallel_worker import GRID, LATENT, SPREAD, _config, cases
-from tests.parallel.processes import GENERATE, finished, linux, started
+from tests.parallel.processes import GENERATE, finished, free_port, linux, started, together
 
 pytestmark = pytest.mark.xdist_group("parallel")  # one at a time: each is several processes
 HERE = Path(__file__).parent
@@ -41,24 +42,19 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def reports() -> dict[int, dict]:
-    """What launches of 2 and 4 processes found: each is started once, in whatever order the tests run."""
-    return {}
-
-
-@pytest.fixture(params=[2, 4], ids="{} processes".format)
-def report(
-    request: pytest.FixtureRequest, reports: dict, tmp_path_factory: pytest.TempPathFactory, checkpoint: Path
-) -> dict:
-    devices = request.param
-    if devices not in reports:
-        out = tmp_path_factory.mktemp("report") / "report.json"
-        options = ["--devices", str(devices), "--out", str(out), "--checkpoint", str(checkpoint)]
-        code, _, err = finished(str(HERE / "parallel_worker.py"), *options)
-        assert code == 0, err[-3000:]
-        reports[devices] = {"devices": devices, **json.loads(out.read_text())}
-    return reports[devices]
+@pytest.fixture(params=[2, 4], ids="{} processes".format, scope="module")
+def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> dict:
+    """What so many processes found. They are started once, by whichever pytest-xdist worker comes first."""
+    devices, folder = request.param, tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # of all workers
+    out = folder / f"report of {devices} processes.json"
+    with FileLock(f"{out}.lock"):
+        if not out.exists():
+            options = ["--devices", str(devices), "--out", str(out), "--checkpoint", str(checkpoint)]
+            code, _, err = together(devices, str(HERE / "parallel_worker.py"), *options)
+            assert code == 0, err[-3000:]
+    return {"devices": devices, **json.loads(out.read_text())}
 
 
 def test_logits_kept_tokens_and_texts_are_those_of_one_process(report: dict) -> None:
@@ -199,12 +195,9 @@ def test_the_command_prints_what_one_process_prints(
 
 def test_two_machines(alone: list[str]) -> None:
     """As two machines start it, with Fabric's variables; both are this one."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
     options = ["--devices", "1", "--num-nodes", "2", "--generate-strategy", "tensor_parallel", "--temperature", "1.0"]
     command = [*GENERATE, *options, "--kv-cache", "h2o", *SHORT, *THREE]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     with started(*command, NODE_RANK="1", **common) as second:
         code, out, err = finished(*command, NODE_RANK="0", **common)
         assert (code, out) == (0, "\n".join(alone) + "\n"), err

@@ -13,7 +13,7 @@ import pytest
 from litgpt_kv import LLM
 from litgpt_kv.__main__ import main
 from litgpt_kv.cli.answers import Answers
-from tests.parallel.processes import GENERATE, children, finished, linux, silence, started
+from tests.parallel.processes import GENERATE, children, finished, linux, silence, started, together
 
 pytestmark = pytest.mark.xdist_group("parallel")
 TWO = ["--devices", "2", "--generate-strategy", "data_parallel", "--batch-size", "3"]
@@ -121,9 +121,9 @@ def test_a_file_over_two_processes_is_that_of_one_and_survives_a_killed_one(tmp_
     script.write_text(
         "from litgpt_kv.__main__ import main\nfrom litgpt_kv.cli import file_run\nfile_run.WINDOW = 7\nmain()"
     )
-    code, _, err = finished(str(script), *command[2:], "--resume")
+    code, _, err = together(2, str(script), *command[2:], "--resume")
     script.unlink()
-    assert code == 1 and "Line 31 was left out" in err and "30 answers" in err, err
+    assert code == 1 and "Line 31 was skipped" in err and "30 answers" in err, err
     assert answers_in(two) == answers_in(one)
     found = [json.loads(line) for line in two.read_text().splitlines()]
     assert all(record in found for record in kept), "what was finished stays as it was, its seconds too"
@@ -133,6 +133,6 @@ def test_a_file_over_two_processes_is_that_of_one_and_survives_a_killed_one(tmp_
 
 def test_standard_output_has_the_answers_of_all_processes_in_order(tmp_path: Path) -> None:
     questions = questions_in(tmp_path / "q.jsonl", 7)
-    code, out, err = finished(*GENERATE, "--prompts", str(questions), *TWO)
+    code, out, err = together(2, *GENERATE, "--prompts", str(questions), *TWO)
     assert code == 1 and [json.loads(line)["line"] for line in out.splitlines()] == list(range(1, 8)), err
     assert "made 178 in" in err, "all that was made, by both"

@@ -23,12 +23,13 @@ from litgpt_kv.generate import generate
 from litgpt_kv.parallel.sequential import SequentialGPT, layer_devices, load_sequential
 from tests.oracle.reference import kept_of, lift, logits_of, tokens_of
 from tests.oracle.shrink import LLAMA, fill, shrink
+from tests.oracle.strategies import FEW
 
-MOVES = {"to", "copy_"}  # what may see two devices
+MOVES = {"to", "copy_"}  # these may have tensors of two devices
 
 
-class Devices(TorchFunctionMode):
-    """Pretends that cpu:0, cpu:1, … are different: every tensor knows its own, operations on two of them fail."""
+class FakeDevices(TorchFunctionMode):
+    """Treat cpu:0, cpu:1, ... as different devices: each tensor has one, and operations on two devices fail."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,33 +39,40 @@ class Devices(TorchFunctionMode):
         kwargs = kwargs or {}
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if func == Tensor.device.__get__:
-            place = getattr(args[0], "place", None)
-            return torch.device("cpu") if place is None else torch.device("cpu", place)
+            index = index_of(args[0])
+            return torch.device("cpu") if index is None else torch.device("cpu", index)
         name = getattr(func, "__name__", "")
-        found = {getattr(t, "place", None) for t in tensors if t.dim() or hasattr(t, "place")}
+        found = {index_of(t) for t in tensors if t.dim() or index_of(t) is not None}
         if len(found) > 1 and name not in MOVES:
             raise RuntimeError(f"{name}: tensors of devices {found}")
-        asked = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.device)]
-        place = (
-            asked[0].index if asked else getattr(args[0], "place", None) if name in MOVES else next(iter(found), None)
-        )
+        targets = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.device)]
+        if targets:
+            index = targets[0].index
+        else:
+            index = index_of(args[0]) if name in MOVES else next(iter(found), None)
         out = func(*args, **kwargs)
-        if name == "to" and asked and place is not None and getattr(args[0], "place", None) != place:
-            self.moved.append((getattr(args[0], "place", None), place))
+        if name == "to" and targets and index is not None and index_of(args[0]) != index:
+            self.moved.append((index_of(args[0]), index))
             out = out.clone()
         for t in tree_leaves(out):
-            if isinstance(t, Tensor) and not hasattr(t, "place") and place is not None:
-                t.place = place
+            if isinstance(t, Tensor) and index_of(t) is None and index is not None:
+                t.fake_index = index
         return out
 
 
-def at(device: int, x: Tensor) -> Tensor:
-    x.place = device
+def index_of(x: Any) -> int | None:
+    """Return the fake device of a tensor, None if it has none."""
+    return getattr(x, "fake_index", None)
+
+
+def put(device: int, x: Tensor) -> Tensor:
+    """Put a tensor on a fake device."""
+    x.fake_index = device
     return x
 
 
 def on_first(x: Any) -> Any:
-    return at(0, x) if isinstance(x, Tensor) else x
+    return put(0, x) if isinstance(x, Tensor) else x
 
 
 def config_of(layers: int, name: str = LLAMA) -> Config:
@@ -77,7 +85,7 @@ def config_of(layers: int, name: str = LLAMA) -> Config:
 
 
 def pair(config: Config, devices: int, pieces: int | None = None) -> tuple[GPT, SequentialGPT]:
-    """A whole model, and the same one over pretended devices."""
+    """Return a whole model, and the same one on several fake devices."""
     whole = fill(GPT(config)).double()
     parts = load_sequential(
         config, [torch.device("cpu", i) for i in range(devices)], whole.state_dict(), dtype=torch.float64
@@ -85,8 +93,8 @@ def pair(config: Config, devices: int, pieces: int | None = None) -> tuple[GPT, 
     parts.pieces = devices if pieces is None else pieces
     lift(parts)
     for name, parameter in parts.named_parameters():
-        at(parts.device_of(name).index, parameter)
-    at(0, parts.cos), at(0, parts.sin)
+        put(parts.device_of(name).index, parameter)
+    put(0, parts.cos), put(0, parts.sin)
     return lift(whole).eval(), parts
 
 
@@ -107,7 +115,7 @@ ROWS, PROMPTS = [tokens_of(30 + i, n, 90) for i, n in enumerate((14, 11, 9))], [
 
 
 @pytest.mark.parametrize(
-    ("devices", "name", "way", "positions"),
+    ("devices", "name", "method", "positions"),
     [
         (2, LLAMA, "streamed", "cache"),  # 5 layers on 2 devices are 2 and 3: litgpt's misses a move there
         (2, "Gemma-3-1b-it", "full", "absolute"),
@@ -115,48 +123,48 @@ ROWS, PROMPTS = [tokens_of(30 + i, n, 90) for i, n in enumerate((14, 11, 9))], [
         (3, "Gemma-3-1b-it", "streamed", "absolute"),
     ],
 )
-def test_same_logits_and_tokens_kept_as_on_one_device(devices: int, name: str, way: str, positions: str) -> None:
+def test_same_logits_and_tokens_kept_as_on_one_device(devices: int, name: str, method: str, positions: str) -> None:
     whole, parts = pair(config_of(5, name), devices)
-    for strategy in registry.names("strategy"):
+    for strategy in FEW:
         budget = 6 if registry.get("strategy", strategy).evicts else None
         args = KVCacheArgs(strategy, budget=budget, positions=positions)
         alone = KVCache.build(whole, args, 3, 16)
-        expected = logits_of(whole, alone, ROWS, PROMPTS, way)
-        with Devices():
+        expected = logits_of(whole, alone, ROWS, PROMPTS, method)
+        with FakeDevices():
             cache = KVCache.build(parts, args, 3, 16)
-            found = logits_of(lambda *given: parts(*map(on_first, given)), cache, ROWS, PROMPTS, way)
-        layer_of = [next(layer.keys.buffers()).place for layer in cache.layers]
+            found = logits_of(lambda *given: parts(*map(on_first, given)), cache, ROWS, PROMPTS, method)
+        layer_of = [next(layer.keys.buffers()).fake_index for layer in cache.layers]
         assert layer_of == parts.layer_devices
-        assert {s.pos.place for s in cache.slots} == set(range(devices))
-        for mine, theirs in zip(found, expected):
-            assert mine.keys() == theirs.keys()
-            for i in theirs:
-                torch.testing.assert_close(mine[i], theirs[i], rtol=0, atol=1e-8)
+        assert {s.pos.fake_index for s in cache.slots} == set(range(devices))
+        for logits, reference in zip(found, expected):
+            assert logits.keys() == reference.keys()
+            for i in reference:
+                torch.testing.assert_close(logits[i], reference[i], rtol=0, atol=1e-8)
         assert [kept_of(cache, b) for b in range(3)] == [kept_of(alone, b) for b in range(3)]
     prompts = [row[:n] for row, n in zip(ROWS, PROMPTS)]
     options = dict(max_new_tokens=4, sampling=SamplingArgs(temperature=1.0, top_k=9, top_p=0.9, seed=2))
-    with Devices():  # sampling and stopping, too
+    with FakeDevices():  # sampling and stopping, too
         texts = generate(parts, prompts, KVCacheArgs("h2o", budget=6), **options)
-    for mine, theirs in zip(texts, generate(whole, prompts, KVCacheArgs("h2o", budget=6), **options)):
-        assert mine.tolist() == theirs.tolist()
+    for tokens, expected in zip(texts, generate(whole, prompts, KVCacheArgs("h2o", budget=6), **options)):
+        assert tokens.tolist() == expected.tolist()
 
 
 def test_a_missing_move_is_noticed() -> None:
     _, parts = pair(config_of(5), 2)
     idx = torch.tensor([[1, 2, 3]])
-    with torch.no_grad(), Devices() as devices:
-        parts(at(0, idx))
+    with torch.no_grad(), FakeDevices() as devices:
+        parts(put(0, idx))
         assert devices.moved.count((0, 1)) >= 1
     parts.transformer.h[2]._forward_pre_hooks.clear()
-    with torch.no_grad(), Devices(), pytest.raises(RuntimeError, match="tensors of devices"):
-        parts(at(0, idx))
+    with torch.no_grad(), FakeDevices(), pytest.raises(RuntimeError, match="tensors of devices"):
+        parts(put(0, idx))
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 3, 7])
 def test_pieces_of_rows_change_nothing(pieces: int) -> None:
     whole, parts = pair(config_of(4), 2, pieces)
     prompts = [tokens_of(50 + i, 3 + 2 * i, 90) for i in range(5)]
-    for strategy in registry.names("strategy"):
+    for strategy in FEW:
         for sampling in (SamplingArgs(temperature=0.0), SamplingArgs(temperature=1.0, seed=4)):
             args = KVCacheArgs(strategy, budget=None if strategy == "dense" else 8)
             runs = [generate(m, prompts, args, max_new_tokens=6, sampling=sampling) for m in (whole, parts)]

@@ -13,6 +13,7 @@ from torch import Tensor
 from litgpt_kv import GPT, KVCache, KVCacheArgs, Strategy, Tokens, registry
 from litgpt_kv.cache.plan import pattern
 from tests.oracle.reference import Policy, compare, kept_of, logits_of, scores_of, tiny, tokens_of, walk
+from tests.oracle.strategies import FEW, NAMES, options_of, plain
 
 C = 9
 LENGTHS = [1, C - 1, C, 2 * C + 1]
@@ -34,7 +35,7 @@ def rows_of(prompts: list[int], new: int = 11) -> list[list[int]]:
 @both_positions
 @pytest.mark.parametrize("interval", [2, 5])
 @pytest.mark.parametrize("policy", NAMED, ids=lambda p: f"{p.name}-{p.sinks}-{p.recent}")
-def test_26_interval_equals_the_reference_in_ragged_batches(
+def test_26_27_interval_equals_the_reference_in_ragged_batches(
     gqa: GPT, policy: Policy, interval: int, positions: str, way: str
 ) -> None:
     compare(gqa, replace(policy, interval=interval, positions=positions), rows_of(LENGTHS), LENGTHS, way)
@@ -194,7 +195,7 @@ def test_one_choice_for_a_layer_is_the_mean_over_its_heads(gqa: GPT) -> None:
 # -- budgets by pattern ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("budget", "layers"), itertools.product((20, 64, 101), (1, 2, 5, 32)))
+@pytest.mark.parametrize(("budget", "layers"), list(itertools.product((20, 64, 101), (1, 2, 5, 32))))
 def test_a_pattern_keeps_the_total(budget: int, layers: int) -> None:
     budgets = pattern("pyramid", budget, layers)
     assert sum(budgets) == budget * layers and min(budgets) >= 1 and budgets == sorted(budgets, reverse=True)
@@ -251,13 +252,24 @@ MODELS = {
 @pytest.mark.usefixtures("reading")
 @pytest.mark.parametrize("kind", MODELS)
 @both_positions
-@pytest.mark.parametrize("name", [*registry.names("strategy"), "last-queries"])
-@torch.no_grad()
+@pytest.mark.parametrize("name", [*FEW, "last-queries"])
 def test_30_pieces_equal_one_pass(name: str, positions: str, kind: str) -> None:
-    model, tokens = tiny(seed=3, **MODELS[kind]), torch.tensor([tokens_of(7, 40)])
+    pieces_equal_one_pass(name, positions, kind, ("head", "pool") if kind == "gqa" else ("head",))
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in FEW])
+def test_30_pieces_equal_one_pass_for_every_strategy(name: str) -> None:
+    pieces_equal_one_pass(name, plain(name).positions, "gqa", (plain(name).select,))
+
+
+@torch.no_grad()
+def pieces_equal_one_pass(name: str, positions: str, kind: str, selects: tuple[str, ...]) -> None:
+    """A prompt in pieces gives the logits, the kept tokens, the scores and the later logits of one pass."""
+    model, tokens = tiny(seed=3, **MODELS[kind]), torch.tensor([torch.randperm(61).tolist()[:40]])
+    own = options_of(name, model.config) if name in NAMES else {}
     keep = dict(budget=C, sinks=1, recent=2) if registry.get("strategy", name).evicts else {}
-    for select in ("head", "pool") if kind == "gqa" else ("head",):
-        args = KVCacheArgs(name, positions=positions, select=select, **keep)
+    for select in selects:
+        args = KVCacheArgs(name, positions=positions, select=select, options=own, **keep)
         whole = KVCache.build(model, args, 2)
         whole.retire([0])
         first = model(tokens[:, :25], whole.row(1), torch.tensor([25]))

@@ -1,4 +1,4 @@
-"""The cases of the semantics list, by number, against the naive reference (float64, 1e-8).
+"""The cases of README.md, by number, against the naive reference (float64, 1e-8).
 
 Cases 6, 7, 14, 15 are in test_semantics_probe.py; 18 and 22 to 25 in test_semantics_limits.py. The order "after" of
 case 10 is no mode of the library: one slot more and evicting first equals it, which is what the test holds.

@@ -17,7 +17,7 @@ import pytest
 from litgpt_kv import LLM, KVCacheArgs
 from litgpt_kv.__main__ import COMMANDS, main
 from litgpt_kv.cli.options import normalise
-from litgpt_kv.cli.parser import build_parser, call, flags_of
+from litgpt_kv.cli.parser import arguments_of, build_parser, flags_of
 from litgpt_kv.cli.serve import named_caches
 from litgpt_kv.serve import schemas
 from litgpt_kv.serve.app import build_app
@@ -42,7 +42,7 @@ def parsed(line: str) -> dict:
         given.update(arguments)
 
     note.__signature__ = inspect.signature(command, eval_str=True)  # type: ignore[attr-defined]
-    call(note, found[found.subcommand])
+    note(**arguments_of(note, found[found.subcommand]))
     return given
 
 

@@ -12,8 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from litgpt_kv import LLM, KVCacheArgs, registry
+from litgpt_kv import LLM, KVCacheArgs
 from litgpt_kv.serve.server import Server
+from tests.oracle.strategies import READY
 from tests.serve.conftest import serving
 
 TEXTS = ["def fib(n):\n", "import os, sys\n", "class A:\n    x = 1\n", "for i in range(10):\n    print(i)\n"]
@@ -22,7 +23,7 @@ TEXTS = ["def fib(n):\n", "import os, sys\n", "class A:\n    x = 1\n", "for i in
 def strategies() -> dict[str, KVCacheArgs]:
     """Every registered strategy that needs no options, with a small budget."""
     found = {}
-    for name in registry.names("strategy"):
+    for name in READY:
         args = KVCacheArgs(name, budget=None if name == "dense" else 24)
         found[name] = args
     return found

@@ -1,6 +1,6 @@
 """The base of all storages.
 
-B rows · G key/value heads (or pools of them) · S slots · T tokens · D width.
+B rows · G key/value heads (or pools of them) · P sets of slots, G or 1 · S slots · T tokens · D width.
 """
 
 from __future__ import annotations
@@ -15,26 +15,41 @@ class Storage(nn.Module):
     """A fixed buffer of slots for the keys or the values of one layer. Empty slots read as finite numbers.
 
     A subclass makes its buffers in `__init__(role, shape, dtype, device, **options)`, where `role` is "keys" or
-    "values", `shape` is (B, G, S, D) and `dtype` that of the model; it implements `write` and `read`.
+    "values", `shape` is (B, G, S, D) and `dtype` that of the model; it implements `write` and `read`. Rows are the
+    first dimension of every buffer.
+
+    A storage that can multiply what it holds without reading it first also has `products` and `sums` (see
+    `litgpt_kv.attention.eager.Factors`) and `sets`; the kernel "products" then uses them.
 
     Attributes:
         lossless: Whether what is read equals what was written to the bit.
-        bits: Bits of a stored number, scales left out; None: those of the model's dtype.
+        bits: Bits of a stored number, scales left out; None: those of the model's dtype. The mean over keys and values
+            where they differ; an instance says its own.
+        in_order: Whether tokens may only leave in the order in which they came (but for a beginning that stays), one
+            at a time. Strategies that score by recency do that; the cache refuses others by name.
+        needs_accelerator: Whether it makes sense beside a processor only, and is refused for a model on the CPU.
         options: Names of the keyword arguments that users may set.
     """
 
     row_dim: ClassVar[int] = 0
     lossless: ClassVar[bool] = True
-    bits: ClassVar[float | None] = None
+    bits: float | None = None
+    in_order: ClassVar[bool] = False
+    needs_accelerator: ClassVar[bool] = False
     options: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def device(self) -> torch.device:
+        """Where it takes tokens from and gives them to."""
+        return next(self.buffers()).device
 
     def write(self, slot: Tensor, x: Tensor, live: Tensor | None = None) -> None:
         """Put tokens into slots.
 
         Args:
-            slot: (B, P, T) int64, P being G or 1. The slots of a head must differ.
+            slot: (B, P, T) int64. The slots of a head must differ.
             x: (B, G, T, D) keys or values.
-            live: (B,) bool; rows where it is False keep what they have. None: all are written.
+            live: (B,) or (B, P, T) bool; where it is False, slots keep what they have. None: all are written.
         """
         raise NotImplementedError
 
@@ -47,10 +62,19 @@ class Storage(nn.Module):
         for buffer in self.buffers():
             buffer[rows] = 0
 
+    def before(self, following: Storage) -> None:
+        """Learn the storage of the same role of the layer that comes next; called once, when a cache is built."""
+
+    def check(self) -> None:
+        """Raise ValueError if the buffers, read from a file, hold what reading them cannot take."""
+
     @staticmethod
     def put(buffer: Tensor, slot: Tensor, x: Tensor, live: Tensor | None) -> None:
         """Write x (B, G, T, n) into the slots (B, P, T) of a buffer (B, G, S, n), in the buffer's dtype."""
         index, x = slot.unsqueeze(-1).expand(x.shape), x.to(buffer.dtype)
         if live is not None:
-            x = torch.where(live.view(-1, 1, 1, 1), x, buffer.gather(2, index))
+            live = live.view(-1, 1, 1, 1) if live.dim() == 1 else live.unsqueeze(-1)
+            x = torch.where(live, x, buffer.gather(2, index))
+        if buffer.is_floating_point() and buffer.element_size() == 2:  # torch 2.13 scatters 16-bit floats slowly (CPU)
+            buffer, x = buffer.view(torch.int16), x.contiguous().view(torch.int16)
         buffer.scatter_(2, index, x)

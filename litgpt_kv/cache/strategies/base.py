@@ -10,26 +10,54 @@ a key/value head) · N tokens of a prompt, or slots · w queries · H query head
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from litgpt_kv.attention.rope import Angles, angles_at
 from litgpt_kv.cache.spec import LayerSpec
 
 RECEIVED = ("mass", "last")
 """Statistics that the cache keeps by itself: attention received from all queries so far, and from the newest one."""
 
 
+@dataclass(eq=False)
+class LayerConstants:
+    """What strategies read of one layer of the model that no token changes.
+
+    Attributes:
+        theta: What one position turns, see `litgpt_kv.attention.rope.theta_of`.
+        dtype: Of scores and statistics: float32, or float64 for a float64 model.
+        first_head: The number of this device's first set of kept tokens; not 0 on a device that has later heads.
+        largest: From numbers (B, G, ...) of this device's query heads, the largest of all devices; None on one.
+        output_weight: (C, H, Dv) the output projection, of each query head; where "output_weight" is needed.
+        calibration: By name, what a calibration file says of this layer; where "calibration" is needed.
+    """
+
+    theta: tuple[Tensor, Tensor, Tensor]
+    dtype: torch.dtype = torch.float32
+    first_head: int = 0
+    largest: Callable[[Tensor], Tensor] | None = None
+    output_weight: Tensor | None = None
+    calibration: Mapping[str, Tensor] = field(default_factory=dict)
+
+
 class TokenReader(Protocol):
     """Where `Tokens` gets what is expensive: each is made when a strategy asks for it."""
 
+    constants: LayerConstants | None
+
+    @property
+    def sliding_window(self) -> int | None: ...
     def keys(self) -> Tensor: ...
     def unrotated_keys(self) -> Tensor: ...
     def values(self) -> Tensor: ...
     def queries(self) -> tuple[Tensor, Tensor]: ...
+    def unrotated_queries(self) -> tuple[Tensor, Tensor]: ...
+    def distance(self, pos: Tensor, now: Tensor) -> Tensor: ...
 
 
 @dataclass(eq=False)
@@ -91,16 +119,77 @@ class Tokens:
         length of the prompt where that is shorter.
         """
         queries, pos = self._reader("queries").queries()
-        return queries.to(torch.promote_types(queries.dtype, torch.float32)), pos
+        return self._exact(queries), pos
+
+    @property
+    def unrotated_queries(self) -> tuple[Tensor, Tensor]:
+        """As `queries`, before rotation."""
+        queries, pos = self._reader("queries").unrotated_queries()
+        return self._exact(queries), pos
+
+    @property
+    def distance(self) -> Tensor:
+        """(B, P, N) int64, how far the newest token is from each, as their rotations say: in the text, or in the
+        cache."""
+        return self._reader("rope").distance(self.pos, self.now)
+
+    @property
+    def sliding_window(self) -> int | None:
+        """How many tokens back a query sees, or None for all: the layer's sliding window where it is at work."""
+        return self._reader("queries").sliding_window
+
+    def angles(self, pos: Tensor) -> Angles:
+        """The angles of any positions (...), negative and beyond the model's context too: a pair of (..., E)."""
+        constants = self._constants("rope")
+        return angles_at(constants.theta, pos, constants.dtype)
+
+    @property
+    def first_head(self) -> int:
+        """The number of the first of the P sets among all devices' ones."""
+        return self._constants("keys").first_head
+
+    def largest_of_group(self, x: Tensor) -> Tensor:
+        """The largest of numbers (B, G, R, ...) of the query heads of each group: (B, G, ...)."""
+        x, constants = x.amax(dim=2), self._constants("queries")
+        return x if constants.largest is None else constants.largest(x)
+
+    @property
+    def output_norm(self) -> Tensor:
+        """(B, G, N) float32: how much a token can change the layer's output, 0 where empty.
+
+        The L1 norm of the value after the output projection, averaged over the query heads of a group.
+        """
+        v, weight = self.values, self._constants("output_weight").output_weight
+        if weight is None:
+            raise ValueError("A strategy that reads output_norm must list 'output_weight' in `needs`.")
+        heads = weight.to(v.dtype).permute(1, 2, 0).unflatten(0, (v.size(1), -1))  # (G, R, Dv, C)
+        parts = [  # few tokens at a time: (B, G, n, C) is larger than the values
+            sum((part @ heads[:, r]).abs().sum(dim=-1) for r in range(heads.size(1))) for part in v.split(1024, dim=2)
+        ]
+        return torch.cat(parts, dim=-1) / heads.size(1)
+
+    @property
+    def calibration(self) -> Mapping[str, Tensor]:
+        """By name, what the strategy's calibration file says of this layer's heads, (H, ...) each."""
+        return self._constants("calibration").calibration
+
+    def _constants(self, what: str) -> LayerConstants:
+        constants = self._reader(what).constants
+        if constants is None:
+            raise ValueError("A cache made without its model knows nothing of it: use KVCache.build.")
+        return constants
 
     def _reader(self, what: str) -> TokenReader:
         if self.reader is None:
             raise ValueError(f"A strategy that reads {what} must say so: list {what!r} in `needs`.")
         return self.reader
 
+    def _exact(self, x: Tensor) -> Tensor:
+        constants = None if self.reader is None else self.reader.constants
+        return x.to(torch.promote_types(x.dtype, torch.float32 if constants is None else constants.dtype))
+
     def _masked(self, x: Tensor) -> Tensor:
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        return x.masked_fill(~self.live.unsqueeze(-1), 0.0)
+        return self._exact(x).masked_fill(~self.live.unsqueeze(-1), 0.0)
 
 
 @dataclass(frozen=True)
@@ -109,14 +198,16 @@ class Strategy:
 
     Attributes:
         statistics: Names of what the cache keeps of every token: "mass", "last", and own names.
-        needs: What `score`, `enter` or `update` read besides: "keys", "values", "queries" (with a field or class
-            attribute `window`, how many). A strategy with needs runs a layer at a time, others all layers at once.
+        needs: What `score` or `update` read besides: "keys", "values", "queries" (with a field or class attribute
+            `window`, how many), "rope" (angles and distances); and for `enter`, too, "output_weight", "calibration".
+            A strategy with needs runs a layer at a time, others all layers at once.
         recency: Whether the score is the position alone: what stays is the sinks and an unbroken run of last tokens.
         evicts: Whether a full cache makes room; otherwise it refuses the next token.
         comparable: Whether scores of different heads can be compared; if not, `select="pool"` divides each by its
             head's sum.
         select: Who chooses unless the user says otherwise: "head", "layer" or "pool", see `KVCacheArgs`.
         positions: The positions it runs with unless the user says otherwise: "absolute" or "cache".
+        latent: Whether it is defined for multi-head latent attention.
         paper: Where it comes from.
     """
 
@@ -127,14 +218,24 @@ class Strategy:
     comparable: ClassVar[bool] = True
     select: ClassVar[str] = "head"
     positions: ClassVar[str] = "absolute"
+    latent: ClassVar[bool] = True
     paper: ClassVar[str] = ""
+
+    @property
+    def reads_on_entry(self) -> bool:
+        """Whether `enter` is called for new tokens."""
+        return type(self).enter is not Strategy.enter
 
     def protected(self, budget: int) -> tuple[int, int]:
         """The strategy's own default of (sinks, recent) for a budget."""
         return 0, 0
 
     def enter(self, tokens: Tokens) -> dict[str, Tensor]:
-        """Own statistics of tokens that enter, (B, P, N) each; a missing one starts at 0."""
+        """Own statistics of tokens that enter, (B, P, N) or (B, G, N) each; a missing one starts at 0.
+
+        It may read the keys and values of `tokens`, whatever `needs` says. Where the heads of a layer choose together,
+        a statistic is the mean over them.
+        """
         return {}
 
     def update(self, tokens: Tokens) -> dict[str, Tensor]:

@@ -1,0 +1,172 @@
+"""`litgpt_kv evaluate`: what strategies and budgets cost in quality, on any checkpoint, without a network."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+from tqdm import tqdm
+
+from litgpt_kv.arguments import DeviceArgs, Without, check_count
+from litgpt_kv.cli.loading import load
+from litgpt_kv.config import KVCacheArgs, shown
+from litgpt_kv.disk import write_text
+from litgpt_kv.evaluate import fidelity
+from litgpt_kv.evaluate.answering import answer
+from litgpt_kv.evaluate.candidates import Candidate, candidates
+from litgpt_kv.evaluate.picture import draw
+from litgpt_kv.evaluate.results import Results, standard_error
+from litgpt_kv.evaluate.tasks import check_task
+from litgpt_kv.evaluate.tasks import examples as examples_of
+from litgpt_kv.llm.llm import LLM
+
+MOST = 1_000_000  # of everything that is counted
+ONE_DEVICE = Without("devices", "num_nodes", "generate_strategy", "quantize", "compile")
+QUESTIONS = {"seen": ("seen",), "unseen": ("unseen",), "both": ("unseen", "seen")}
+
+
+def evaluate(
+    checkpoint_dir: str,
+    *,
+    strategies: list[str] | None = None,
+    budgets: list[int | str] | None = None,
+    tasks: list[str] | None = None,
+    lengths: list[int] | None = None,
+    examples: int = 30,
+    questions: str = "both",
+    haystack: str = "prose",
+    text: str | None = None,
+    text_tokens: int = 1500,
+    text_prompt: int = 500,
+    batch_size: int = 8,
+    seed: int = 1,
+    out: str | None = None,
+    resume: bool = False,
+    kv_cache: KVCacheArgs = KVCacheArgs(),
+    device: Annotated[DeviceArgs, ONE_DEVICE] = DeviceArgs(),
+) -> None:
+    """Measure what strategies and budgets cost in quality: questions about long texts, and a text read token by token.
+
+    Args:
+        checkpoint_dir: A checkpoint folder in litgpt's layout, or "demo" for the shipped model.
+        strategies: Which caches to compare (default: all that are registered): NAME, NAME:pool,
+            NAME@STORAGE, my_file.py:MyStrategy.
+        budgets: Of the strategies that evict: tokens, or shares of the longest row (default: 50% and 25%).
+        tasks: Kinds of questions (default: needle): needle, multi-key, multi-value, multi-query, variables,
+            common-words, frequent-words; an empty list asks none.
+        lengths: Tokens of the texts (default: 700).
+        examples: Questions of each kind and length.
+        questions: Whether a question is "seen" when the text is compressed, "unseen", or "both", one after the other.
+        haystack: What needles are hidden in: prose (Python's manual) or noise (a few sentences again and again).
+        text: A text file to read token by token, for perplexity and the difference from a full cache.
+        text_tokens: How much of it.
+        text_prompt: How much of that is read at once, as a prompt.
+        batch_size: Questions at a time.
+        seed: Of the questions.
+        out: A folder for results.json, results.md and quality.png and .svg.
+        resume: Go on with the results in that folder.
+        kv_cache: What all caches have in common: positions, sinks, interval, options.
+        device: Where to run.
+    """
+    counts = {"examples": examples, "text_tokens": text_tokens, "text_prompt": text_prompt, "batch_size": batch_size}
+    for name, value in counts.items():
+        check_count(name, value, 1, MOST)
+    if questions not in QUESTIONS:
+        raise ValueError(f"questions must be one of {', '.join(QUESTIONS)}, got {shown(questions)}.")
+    if resume and out is None:
+        raise ValueError("--resume goes with --out FOLDER.")
+    base = KVCacheArgs.of(kv_cache)
+    if base is None:
+        raise ValueError("kv_cache 'none' keeps nothing: choose strategies with --strategies.")
+    compared = candidates(strategies, budgets or ["50%", "25%"], base)
+    asked = ["needle"] if tasks is None else tasks
+    for name in asked:
+        check_task(name, haystack)
+    for length in lengths or ():
+        check_count("lengths", length, 1, MOST)
+    settings = {"checkpoint": checkpoint_dir, "examples": examples, "haystack": haystack, "seed": seed}
+    settings |= {"text": text, "text_tokens": text_tokens, "text_prompt": text_prompt}
+    settings["kv_cache"] = {k: v for k, v in asdict(base).items() if k not in ("strategy", "budget")}
+    results = Results(settings, None if out is None else Path(out))
+    if results.folder is not None:
+        results.folder.mkdir(parents=True, exist_ok=True)
+        if resume:
+            results.resume()
+        elif results.path is not None and results.path.exists():
+            raise ValueError(f"{results.path} exists: --resume continues it, or choose another folder.")
+    llm = load(checkpoint_dir, device)
+    ask(llm, results, compared, asked, lengths or [700], QUESTIONS[questions], batch_size)
+    if text is not None:
+        read(llm, results, compared)
+    print(results.tables())
+    if results.folder is not None:
+        write_text(results.folder / "results.md", results.tables())
+        files = ["results.json", "results.md", *(path.name for path in draw(results.cells, results.folder))]
+        print(f"Written to {out}: {', '.join(files)}.", file=sys.stderr)
+
+
+def ask(
+    llm: LLM,
+    results: Results,
+    compared: list[Candidate],
+    tasks: list[str],
+    lengths: list[int],
+    questions: tuple[str, ...],
+    batch_size: int,
+) -> None:
+    """Measure the cells of all questions that are not measured yet."""
+    settings = results.settings
+
+    def count(text: str) -> int:
+        return len(llm.tokenizer.encode(text, bos=False))
+
+    cells = [(c, t, n, q) for t in tasks for n in lengths for q in questions for c in compared]
+    with tqdm(cells, unit="cell", disable=None, file=sys.stderr) as bar:
+        for candidate, task, tokens, question in bar:
+            bar.set_description(f"{candidate.name}, {task}, {tokens}, {question}")
+            key = {"cache": candidate.spec, "budget": candidate.budget, "task": task, "tokens": tokens}
+            key |= {"question": question}
+            if results.find(**key) is not None:
+                continue
+            made = examples_of(task, settings["examples"], tokens, count, settings["seed"], settings["haystack"])
+            try:
+                found = answer(llm, made, candidate.args, question == "seen", batch_size)
+            except ValueError as error:
+                results.add({**key, "error": str(error)})
+                continue
+            score = {"score": sum(found.scores) / len(found.scores), "standard_error": standard_error(found.scores)}
+            cost = {"seconds": found.seconds, "prefill_seconds": found.prefill_seconds, "bytes": found.bytes}
+            results.add({**key, **score, "examples": len(made), **cost, "kept": found.kept})
+
+
+def read(llm: LLM, results: Results, compared: list[Candidate]) -> None:
+    """Measure the cells of the text that are not measured yet, all in one pass over it."""
+    settings = results.settings
+    try:
+        text = Path(settings["text"]).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The text {settings['text']!r} cannot be read: {error}.") from error
+    ids = llm.encode_text(text)[: settings["text_tokens"]]
+    start, tokens = settings["text_prompt"], len(ids) - settings["text_prompt"] - 1
+    key = {"task": "text", "tokens": tokens, "question": None}
+    todo, args = [], {}
+    for candidate in compared:
+        own = {"cache": candidate.spec, "budget": candidate.budget, **key}
+        if results.find(**own) is None:
+            try:
+                fidelity.check(llm, candidate.args, len(ids))
+                todo.append((own, candidate.name))
+                args[candidate.name] = candidate.args
+            except ValueError as error:
+                results.add({**own, "error": str(error)})
+    if not todo:
+        return
+    with tqdm(total=tokens, unit="token", disable=None, file=sys.stderr) as bar:
+        found = fidelity.measure(llm, ids, start, args, on_block=lambda read: bar.update(read - start - bar.n))
+    for own, name in todo:
+        one = found[name]
+        kl, top1, lost = (sum(x) / len(x) if x else None for x in (one.kl, one.agrees, one.lost))
+        what = {"perplexity": one.perplexity, "kl": kl, "kl_standard_error": standard_error(one.kl)}
+        results.add({**own, **what, "top1": top1, "lost": lost, "seconds": one.seconds, "bytes": one.bytes})

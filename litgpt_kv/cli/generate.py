@@ -1,0 +1,213 @@
+"""`litgpt_kv generate`: continue one prompt, a batch of prompts, or all prompts of a file."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections import abc
+from dataclasses import asdict
+
+from litgpt_kv import registry
+from litgpt_kv.arguments import DeviceArgs, RunArgs, StoppingArgs, check_count
+from litgpt_kv.cache.kv_cache import KVCache
+from litgpt_kv.cli.answers import MOST_SAMPLES, Answers
+from litgpt_kv.cli.file_run import answer_file
+from litgpt_kv.cli.loading import CLI_SAMPLING, load
+from litgpt_kv.cli.output import Output, report
+from litgpt_kv.cli.prompt_files import Line, PromptFile
+from litgpt_kv.config import KVCacheArgs, SamplingArgs
+from litgpt_kv.generate import Request, Sequence
+from litgpt_kv.llm import checkpoint
+from litgpt_kv.llm.llm import LLM
+from litgpt_kv.llm.text_request import TextRequest
+
+QUESTION = "What food do llamas eat?"
+MOST_BAD_LINES = 20  # as many are shown one by one, the rest as a count
+MANY_STEPS = 256  # from so many prompt tokens read one at a time, a note names the faster option
+
+
+def generate(
+    checkpoint_dir: str,
+    prompt: list[str] | str | None = None,
+    *,
+    prompts: str | None = None,
+    out: str | None = None,
+    resume: bool = False,
+    sys_prompt: str | None = None,
+    num_samples: int = 1,
+    stopping: StoppingArgs = StoppingArgs(),
+    sampling: SamplingArgs = CLI_SAMPLING,
+    kv_cache: KVCacheArgs = KVCacheArgs(),
+    run: RunArgs = RunArgs(),
+    device: DeviceArgs = DeviceArgs(),
+) -> None:
+    """Continue one prompt, several in one batch, or all of a file.
+
+    Args:
+        checkpoint_dir: A checkpoint folder in litgpt's layout, or "demo" for the shipped model.
+        prompt: The text to continue (default: "What food do llamas eat?"); give the option several times for a batch.
+        prompts: A file of prompts: .jsonl with {"prompt": ...} and optional settings on each line, or in OpenAI's batch
+            format, or text with one prompt a line; - is standard input.
+        out: Write the answers to this file, as JSON lines; by default they go to standard output.
+        resume: Continue the file of an interrupted run.
+        sys_prompt: The system prompt, for prompt styles that have one.
+        num_samples: How many texts to make of each prompt; each has the next seed.
+        stopping: When a text ends.
+        sampling: How tokens are chosen.
+        kv_cache: Which tokens the cache keeps.
+        run: How prompts are batched.
+        device: Where to run.
+    """
+    args = KVCacheArgs.of(kv_cache)
+    check_count("num_samples", num_samples, 1, MOST_SAMPLES)
+    if prompts is None and (out is not None or resume or run.logprobs):
+        raise ValueError("--out, --resume and --logprobs need a file of prompts: --prompts FILE.")
+    if prompts is not None and prompt is not None:
+        raise ValueError("Give either --prompt or --prompts.")
+    if prompts == "-" and (device.devices != 1 or device.num_nodes != 1):
+        raise ValueError("Standard input reaches one process only: give a file of prompts.")
+    sampling = sampling.resolved(checkpoint.own_temperature(checkpoint.find(checkpoint_dir)))
+    if prompts is not None:
+        defaults = TextRequest(sys_prompt=sys_prompt, stopping=stopping, sampling=sampling)
+        file = PromptFile(prompts, defaults)
+        answers = Answers(out, resume, digest_of(checkpoint_dir, defaults, args, run, device, num_samples))
+        _answer(load(checkpoint_dir, device), file, answers, args, run, num_samples)
+        return
+    prompt = QUESTION if prompt is None else prompt
+    texts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if "" in texts or not texts:
+        raise ValueError("The prompt is empty.")
+    requests = [
+        TextRequest(text, sys_prompt=sys_prompt, stopping=stopping, sampling=row_sampling)
+        for text, row_sampling in zip(texts, sampling.rows(len(texts)))
+    ]
+    llm = load(checkpoint_dir, device)
+    failed: list[Sequence] = []
+    for sample in range(num_samples):
+        batch = [llm.request(request.sample(sample), b) for b, request in enumerate(requests)]
+        steps = llm.run(batch, args, run)
+        _announce(Output.of(llm), batch, steps.cache, run)
+        continuations = Continuations(Output.of(llm), [llm.decode(request.prompt.tolist()) for request in batch])
+        for sequences in steps:
+            continuations.add(sequences)
+        sequences = continuations.end()
+        report(Output.of(llm), steps.stats, steps.cache, parallel=llm.parallel)
+        failed += [sequence for sequence in sequences if sequence.error is not None]
+    for sequence in failed:
+        Output.of(llm).note(f"Prompt {sequence.index + 1} failed: {sequence.error}")
+    if failed:
+        raise SystemExit(1)
+
+
+def digest_of(
+    checkpoint_dir: str,
+    defaults: TextRequest,
+    args: KVCacheArgs | None,
+    run: RunArgs,
+    device: DeviceArgs,
+    num_samples: int,
+) -> str:
+    """Return a digest of the settings that change answers; `--resume` needs the same digest."""
+    settings = [run.prefill, run.prefill_chunk, run.logprobs, num_samples > 1, device.precision, device.quantize]
+    files = sorted(registry.IMPORTED.values())
+    all_settings = [checkpoint_dir, asdict(defaults), None if args is None else asdict(args), *settings, files]
+    return hashlib.sha256(json.dumps(all_settings).encode()).hexdigest()[:8]
+
+
+class Continuations:
+    """Print prompts and their continuations: a single one while it is generated, several at the end, in their order."""
+
+    def __init__(self, output: Output, texts: list[str]) -> None:
+        self.output, self.texts = output, texts
+        self.ended: dict[int, Sequence] = {}
+        self._unprinted = texts[0]
+
+    def add(self, sequences: list[Sequence]) -> None:
+        """Print the new text of a step."""
+        if len(self.texts) == 1:
+            self.output.text(self._unprinted + sequences[0].new_text, end="")
+            self._unprinted = ""
+        self.ended |= {sequence.index: sequence for sequence in sequences if sequence.reason is not None}
+
+    def end(self) -> list[Sequence]:
+        """Print the rest, and return the sequences."""
+        answers = [self.ended[number] for number in range(len(self.texts))]
+        if len(self.texts) == 1:
+            self.output.text("")
+        else:
+            for text, sequence in zip(self.texts, answers):
+                self.output.text(text + sequence.text)
+        return answers
+
+
+def _answer(
+    llm: LLM, prompts: PromptFile, answers: Answers, args: KVCacheArgs | None, run: RunArgs, num_samples: int
+) -> None:
+    output = Output.of(llm)
+    notes = _FileNotes(output, run)
+    callbacks = {"on_begin": notes.begin, "on_bad": notes.bad, "on_failed": notes.failed}
+    with answers, contextlib.closing(prompts):
+        try:
+            counts = answer_file(llm, prompts, answers, args, run, num_samples=num_samples, **callbacks)
+        except KeyboardInterrupt:
+            if answers.path is not None:
+                where = f"{answers.path} and its parts" if answers.divided else answers.path
+                output.note(f"Interrupted: {len(answers):,} answers are in {where}; continue with --resume.")
+            raise
+        answers.close()
+    if counts.bad > MOST_BAD_LINES:
+        output.note(f"{counts.bad - MOST_BAD_LINES:,} more lines were skipped.")
+    if counts.failed > MOST_BAD_LINES:
+        output.note(f"{counts.failed - MOST_BAD_LINES:,} more answers failed.")
+    if llm.stats.new_tokens:
+        report(output, llm.stats, llm.cache, brief=True, parallel=llm.parallel)
+    where = "" if answers.path is None else f" in {answers.path}"
+    before = len(answers.before)
+    resumed = f", {before:,} of them from an earlier run" if before else ""
+    if orphans := before - answers.matched:
+        resumed += f", {orphans:,} for prompts that are not in this file"
+    failed = f"; {counts.failed:,} ended with an error: --resume tries them again" if counts.failed else ""
+    what = f"{counts.bad:,} of {counts.lines:,} lines could not be used"
+    output.note(f"{len(answers):,} answers{where}{resumed}{failed}; {what}.")
+    if counts.bad or counts.failed:
+        raise SystemExit(1)
+
+
+class _FileNotes:
+    """Print notes while a file of prompts is answered: bad lines, failed answers, a slow way to read prompts."""
+
+    def __init__(self, output: Output, run: RunArgs) -> None:
+        self.output, self.run, self.bad_lines, self.failed_lines, self.announced = output, run, 0, 0, False
+
+    def bad(self, line: Line) -> None:
+        self.bad_lines += 1
+        if self.bad_lines <= MOST_BAD_LINES:
+            self.output.note(f"Line {line.number} was skipped: {line.error:.300}")
+
+    def failed(self, line: Line, error: str) -> None:
+        self.failed_lines += 1
+        if self.failed_lines <= MOST_BAD_LINES:
+            self.output.note(f"Line {line.number} failed: {error:.300}")
+
+    def begin(self, requests: abc.Sequence[Request], cache: KVCache | None) -> None:
+        self.announced = self.announced or _announce(self.output, requests, cache, self.run)
+
+
+def _announce(output: Output, requests: abc.Sequence[Request], cache: KVCache | None, run: RunArgs) -> bool:
+    """Print a note if much of a prompt will be read one token at a time; return whether it was printed."""
+    if not requests or cache is None or run.prefill != "min-length" or run.prefill_chunk is not None:
+        return False
+    if cache.exact_blocks:
+        return False
+    lengths = [len(request.prompt) for request in requests]
+    longest, first = max(lengths), min(cache.first_chunk, max(lengths))
+    if longest - first >= MANY_STEPS:
+        budget = min(slots.plan.slots for slots in cache.slots)
+        what = f"{longest:,} tokens, {longest / budget:.3g} times the budget"
+        output.note(
+            f"{'A' if len(requests) == 1 else 'The longest'} prompt has {what}: {longest - first:,} will be read one "
+            "at a time; --prefill full reads all in one pass."
+        )
+        return True
+    return False

@@ -1,0 +1,40 @@
+"""Load the model of `generate` and `chat`; their sampling defaults."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from litgpt_kv.arguments import DeviceArgs
+from litgpt_kv.cli.output import Output
+from litgpt_kv.config import SamplingArgs
+from litgpt_kv.llm.llm import LLM
+
+CLI_SAMPLING = SamplingArgs(temperature=None, top_k=50, seed=1234)  # litgpt's defaults on the command line
+SMALL_MODEL = 20_000_000  # a model with fewer weights runs fastest on one CPU thread
+
+
+def load(checkpoint_dir: str, device: DeviceArgs) -> LLM:
+    """Load a model onto the devices that `device` names, and set the number of CPU threads."""
+    began = time.perf_counter()
+    llm = LLM.load(
+        checkpoint_dir,
+        precision=device.precision,
+        accelerator=device.accelerator,
+        quantize=device.quantize,
+        distribute=None if device.many else "auto",
+        check_weights=device.check_weights,
+    )
+    if device.many:
+        where = device.accelerator, device.devices, device.num_nodes, device.precision, device.generate_strategy
+        llm.distribute(*where, check_weights=device.check_weights)
+    Output.of(llm).note(f"Loaded {checkpoint_dir} on {llm.fabric.device} in {time.perf_counter() - began:.2f} s.")
+    threads = device.threads
+    if threads is None and llm.fabric.device.type == "cpu":
+        threads = 1 if sum(p.numel() for p in llm.model.parameters()) < SMALL_MODEL else None
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if device.compile:
+        llm.compile()
+    return llm

@@ -1,0 +1,141 @@
+"""What a cache changes while a text is read: its perplexity, and the difference from a full cache, token by token.
+
+T tokens of a block · V vocabulary · L layers · G key/value heads · N positions.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from litgpt_kv.cache.kv_cache import KVCache
+from litgpt_kv.cache.plan import limit_of, resolve
+from litgpt_kv.cache.strategies.base import Strategy
+from litgpt_kv.config import KVCacheArgs
+from litgpt_kv.generate import prefill
+from litgpt_kv.llm.llm import LLM
+from litgpt_kv.registry import register
+
+BLOCK = 64  # tokens between two looks at the attention that was lost
+REFERENCE = "_dense_observed"
+
+
+@register("strategy", REFERENCE)
+@dataclass(frozen=True)
+class DenseObserved(Strategy):
+    """Keep every token and note the attention that each received from the newest one: what others are measured by."""
+
+    evicts: ClassVar[bool] = False
+    statistics: ClassVar[tuple[str, ...]] = ("last",)
+
+
+@dataclass
+class Fidelity:
+    """What was measured, of each token that was read after the prompt.
+
+    Attributes:
+        nll: Negative log-likelihood of the token, in nats.
+        kl: Kullback-Leibler divergence of the distribution before it from the full cache's, in nats; empty where the
+            text is longer than a full cache can be.
+        agrees: Whether the most probable token is the full cache's.
+        lost: At the end of each block, the share of the full cache's attention that went to tokens that are not kept,
+            the mean over layers and heads.
+        seconds: Decoding took. bytes: Of the cache.
+    """
+
+    nll: list[float] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    agrees: list[bool] = field(default_factory=list)
+    lost: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    bytes: int = 0
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(sum(self.nll) / len(self.nll))
+
+
+def check(llm: LLM, args: KVCacheArgs, tokens: int) -> None:
+    """Raise ValueError if a cache for a text of so many tokens cannot be built."""
+    context, config = llm.model.max_seq_length, llm.model.config
+    limit, why = limit_of(resolve(config, args.resolved(tokens), tokens, context), context)
+    if limit is not None and tokens > limit:
+        raise ValueError(f"A text of {tokens:,} tokens is over the limit of {limit:,}: {why}.")
+
+
+@torch.inference_mode()
+def measure(
+    llm: LLM,
+    ids: Tensor,
+    start: int,
+    candidates: dict[str, KVCacheArgs],
+    on_block: Callable[[int], None] = lambda tokens: None,
+) -> dict[str, Fidelity]:
+    """Read a text token by token with several caches and, as far as it goes, with a full one beside them.
+
+    Args:
+        ids: (N,) the text. start: How many tokens are the prompt, read in one pass and then compressed.
+        candidates: Caches by name; a share is taken of the whole text.
+        on_block: Called with the number of tokens read, after each block.
+
+    Raises:
+        ValueError: If the text is too short, or a cache cannot be built.
+    """
+    if len(ids) < start + 2:
+        raise ValueError(f"The text has {len(ids)} tokens: it needs at least {start + 2}, {start} of them the prompt.")
+    model, total = llm.model, len(ids)
+    with_full = total <= model.max_seq_length
+    found = {name: Fidelity() for name in candidates}
+    caches = {name: KVCache.build(model, args.resolved(total), 1, total) for name, args in candidates.items()}
+    logits = {name: prefill(model, [ids[:start]], cache, "full")[0] for name, cache in caches.items()}  # (1, V)
+    full = KVCache.build(model, KVCacheArgs(REFERENCE), 1, total) if with_full else None
+    last = None if full is None else prefill(model, [ids[:start]], full, "full")[0].unsqueeze(1)
+    for first in range(start, total - 1, BLOCK):
+        block = ids[first : min(first + BLOCK, total - 1)]
+        expected = None
+        if full is not None and last is not None:
+            read = model(block.unsqueeze(0), full)  # (1, T, V)
+            expected = torch.cat((last, read[:, :-1]), dim=1)[0].float().log_softmax(dim=-1)  # before each token
+            last = read[:, -1:]
+        for name, cache in caches.items():
+            began = time.perf_counter()
+            seen = [logits[name]]
+            for token in block:
+                seen.append(model(token.view(1, 1), cache)[:, 0])
+            found[name].seconds += time.perf_counter() - began
+            logits[name] = seen[-1]
+            _note(found[name], torch.cat(seen[:-1]).float().log_softmax(dim=-1), block, expected)
+            if full is not None:
+                found[name].lost.append(lost_attention(full, cache))
+        on_block(first + len(block))
+    for name, cache in caches.items():
+        found[name].bytes = cache.allocated()["total"]
+    return found
+
+
+def _note(fidelity: Fidelity, logprobs: Tensor, tokens: Tensor, expected: Tensor | None) -> None:
+    """Add what the log-probabilities (T, V) before each of some tokens (T,) say, beside those of a full cache."""
+    fidelity.nll += (-logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)).tolist()
+    if expected is not None:
+        fidelity.kl += (expected.exp() * (expected - logprobs)).sum(dim=-1).tolist()
+        fidelity.agrees += (expected.argmax(dim=-1) == logprobs.argmax(dim=-1)).tolist()
+
+
+def lost_attention(full: KVCache, cache: KVCache) -> float:
+    """The share of the newest token's attention in a full cache that went to tokens that another cache has not.
+
+    Both hold one row and have seen the same tokens; the mean over layers and key/value heads.
+    """
+    lost = []
+    for whole, kept in zip(full.inspect(0), cache.inspect(0)):
+        for all_tokens, some in zip(whole.heads, kept.heads):
+            share = all_tokens.statistics["last"]
+            inside = torch.isin(all_tokens.positions, some.positions)
+            lost.append(float(share[~inside].sum() / share.sum()))
+    return sum(lost) / len(lost)

@@ -1,0 +1,147 @@
+"""What was measured: a JSON file that grows cell by cell, tables in Markdown, and a picture."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import platform
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from litgpt_kv import __version__
+from litgpt_kv.disk import write_text
+
+Cell = dict[str, Any]
+KEY = ("cache", "budget", "task", "tokens", "question")
+
+
+@dataclass
+class Results:
+    """Cells of one evaluation.
+
+    Attributes:
+        settings: What the numbers depend on besides the cells' own keys. cells: One a cache, task, length and question.
+        folder: Where files go; None: nowhere.
+    """
+
+    settings: dict[str, Any]
+    folder: Path | None = None
+    cells: list[Cell] = field(default_factory=list)
+
+    @property
+    def path(self) -> Path | None:
+        return None if self.folder is None else self.folder / "results.json"
+
+    def find(self, **key: Any) -> Cell | None:
+        """The cell with these values, if it was measured."""
+        return next((cell for cell in self.cells if all(cell.get(k) == key.get(k) for k in KEY)), None)
+
+    def add(self, cell: Cell) -> None:
+        """Take a cell, and write the file anew: a run that is stopped loses one cell at most."""
+        self.cells.append(cell)
+        if self.path is not None:
+            write_text(self.path, json.dumps(self.as_dict(), indent=1) + "\n")
+
+    def as_dict(self) -> dict[str, Any]:
+        versions = {"litgpt_kv": __version__, "torch": torch.__version__, "python": platform.python_version()}
+        machine = f"{processor()}, {torch.get_num_threads()} threads"
+        date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+        return {"settings": self.settings, "date": date, "machine": machine, "versions": versions, "cells": self.cells}
+
+    def resume(self) -> None:
+        """Take the cells of a run before.
+
+        Raises:
+            ValueError: If there is a file that cannot be read, or that was made with other settings, which are named.
+        """
+        if self.path is None or not self.path.exists():
+            return
+        try:
+            found = json.loads(self.path.read_text())
+            settings, cells = found["settings"], found["cells"]
+            if not isinstance(settings, dict) or not all(isinstance(cell, dict) for cell in cells):
+                raise ValueError("it has no settings or cells")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.path} cannot be continued: {error}.") from error
+        if differs := [k for k in {**settings, **self.settings} if settings.get(k) != self.settings.get(k)]:
+            name = differs[0]
+            raise ValueError(
+                f"{self.path} was made with another {name}: {settings.get(name)!r}, now {self.settings.get(name)!r}. "
+                "Choose another folder, or the same settings."
+            )
+        self.cells = cells
+
+    def tables(self) -> str:
+        """Two tables in Markdown: answers, and the text that was read token by token."""
+        answered = [cell for cell in self.cells if "score" in cell]
+        read = [cell for cell in self.cells if "perplexity" in cell]
+        parts = ([_answers_table(answered)] if answered else []) + ([_text_table(read)] if read else [])
+        failed = dict.fromkeys(f"{cell['cache']}: {cell['error']}" for cell in self.cells if "error" in cell)
+        return "\n".join(parts + ["Not run:\n\n" + "\n".join(f"- {line}" for line in failed)] * bool(failed))
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """The standard error of a mean; 0 for a single value."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+def processor() -> str:
+    """The processor's name, where Linux says it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _answers_table(cells: list[Cell]) -> str:
+    columns = list(dict.fromkeys((c["task"], c["tokens"], c["question"]) for c in cells))
+    rows: dict[tuple, dict[tuple, Cell]] = {}
+    for cell in cells:
+        rows.setdefault((cell["cache"], cell["budget"]), {})[cell["task"], cell["tokens"], cell["question"]] = cell
+
+    def mean(row: dict[tuple, Cell]) -> float:
+        return sum(cell["score"] for cell in row.values()) / len(row)
+
+    head = [f"{task}, {tokens:,} tokens, question {question}" for task, tokens, question in columns]
+    lines = [_row("cache", "budget", "bytes a row", *head), _row(*["---"] * (3 + len(head)))]
+    for (cache, budget), row in sorted(rows.items(), key=lambda item: -mean(item[1])):
+        size = max(cell["bytes"] for cell in row.values())
+        scores = [
+            f"{100 * row[c]['score']:.0f} ± {100 * row[c]['standard_error']:.0f}" if c in row else "" for c in columns
+        ]
+        lines.append(_row(cache, "all" if budget is None else budget, f"{size:,}", *scores))
+    return "Percent of the answers found, ± the standard error.\n\n" + "\n".join(lines) + "\n"
+
+
+def _text_table(cells: list[Cell]) -> str:
+    lines = [
+        _row(
+            "cache",
+            "budget",
+            "bytes a row",
+            "perplexity",
+            "KL to full",
+            "same top token",
+            "attention lost",
+            "ms a token",
+        ),
+        _row(*["---"] * 8),
+    ]
+    for c in sorted(cells, key=lambda c: (c["kl"] if c["kl"] is not None else math.inf, c["perplexity"])):
+        kl = "" if c["kl"] is None else f"{c['kl']:.4f} ± {c['kl_standard_error']:.4f}"
+        top, lost = ("" if c[k] is None else f"{100 * c[k]:.1f}%" for k in ("top1", "lost"))
+        budget = "all" if c["budget"] is None else c["budget"]
+        ms = 1000 * c["seconds"] / c["tokens"]
+        lines.append(_row(c["cache"], budget, f"{c['bytes']:,}", f"{c['perplexity']:.3f}", kl, top, lost, f"{ms:.1f}"))
+    return f"A text of {cells[0]['tokens']:,} tokens, read token by token.\n\n" + "\n".join(lines) + "\n"
+
+
+def _row(*cells: object) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"

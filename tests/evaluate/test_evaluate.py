@@ -1,0 +1,203 @@
+"""Questions, fidelity and results: against what can be counted by hand, and the command from end to end."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from litgpt_kv import LLM, KVCache, KVCacheArgs, registry
+from litgpt_kv.__main__ import main
+from litgpt_kv.evaluate import fidelity
+from litgpt_kv.evaluate.answering import answer, encode
+from litgpt_kv.evaluate.candidates import candidates
+from litgpt_kv.evaluate.haystack import prose
+from litgpt_kv.evaluate.results import Results, standard_error
+from litgpt_kv.evaluate.tasks import TASKS, Example, examples
+from litgpt_kv.generate import prefill
+
+
+@pytest.fixture(scope="module")
+def demo() -> LLM:
+    torch.set_num_threads(1)
+    return LLM.load("demo", accelerator="cpu")
+
+
+def words(text: str) -> int:
+    return len(text.split())
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_examples_hold_their_answers_at_their_depth_and_come_from_the_seed(task: str) -> None:
+    made = examples(task, 4, 300, words, seed=3)
+    assert made == examples(task, 4, 300, words, seed=3) != examples(task, 4, 300, words, seed=4)
+    for i, example in enumerate(made):
+        assert 200 <= words(example.context) <= 340
+        assert all(found in example.context for found in example.answers)
+        assert example.score(" and ".join(example.answers).upper()) == 1 and example.score("none") == 0
+        if example.depth is not None:
+            assert example.depth == (i + 0.5) / 4
+            at = example.context.index(example.answers[0]) / len(example.context)
+            assert abs(at - example.depth) < 0.15
+
+
+def test_variables_are_told_in_order_and_words_are_counted_right() -> None:
+    for example in examples("variables", 8, 300, words):
+        at = [example.context.index(f"The variable {name} is") for name in example.answers]
+        assert at == sorted(at)
+    for task, most in (("common-words", 5), ("frequent-words", 3)):
+        for example in examples(task, 3, 400, words):
+            text = (
+                re.sub(r"\d+\.", ",", example.context) if task == "common-words" else example.context.replace(" ", ",")
+            )
+            entries = [entry.strip() for entry in text.split(",")]
+            counts = {entry: entries.count(entry) for entry in dict.fromkeys(entries) if entry}
+            assert set(sorted(counts, key=lambda word: -counts[word])[:most]) == set(example.answers)
+
+
+def test_prose_is_prose_and_noise_repeats() -> None:
+    assert len(prose()) > 500 and len(set(prose())) == len(prose())
+    (noisy,) = examples("needle", 1, 200, words, haystack="noise")
+    sentences = noisy.context.split(". ")
+    assert len(set(sentences)) <= 7 < len(sentences)
+    for wrong in ({"task": "needles"}, {"haystack": "hay"}):
+        with pytest.raises(ValueError, match="must be"):
+            examples(**{"task": "needle", "number": 1, "tokens": 50, "count": words, **wrong})
+
+
+def test_a_question_is_cut_off_without_changing_a_token(demo: LLM) -> None:
+    example = Example("import os\nx = 1", "what = x", "x is", ("1",), 4)
+    cut = encode(demo, example)
+    whole = demo.encode_text(demo.prompt_style.apply("import os\nx = 1\n\nwhat = x") + "x is")
+    assert torch.equal(torch.cat((cut.context, cut.question)), whole)
+
+
+def test_a_full_cache_answers_the_same_whether_it_saw_the_question_or_not(demo: LLM) -> None:
+    made = examples("needle", 3, 60, words)
+    seen, unseen = (answer(demo, made, KVCacheArgs("dense"), flag, 2) for flag in (True, False))
+    assert seen.texts == unseen.texts and len(seen.texts) == 3
+    small = answer(demo, made, KVCacheArgs("window", budget="25%"), False, 2)
+    assert small.texts != seen.texts and small.bytes < 0.3 * seen.bytes and small.kept < 0.3 * seen.kept
+
+
+# -- fidelity ----------------------------------------------------------------------------------------------------------
+
+
+def test_fidelity_of_caches_equals_what_one_pass_and_a_loop_give(demo: LLM) -> None:
+    ids = demo.encode_text(Path(fidelity.__file__).read_text())[:200]
+    args = {"all": KVCacheArgs("dense"), "few": KVCacheArgs("window", budget=30)}
+    found = fidelity.measure(demo, ids, 40, args)
+    logits = demo.model(ids.unsqueeze(0))[0].detach().log_softmax(-1)
+    nll = [-float(logits[i - 1, ids[i]]) for i in range(40, 199)]
+    assert found["all"].nll == pytest.approx(nll, abs=1e-4)
+    assert max(found["all"].kl) < 1e-6 and all(found["all"].agrees) and max(found["all"].lost) == 0
+    assert found["all"].perplexity == pytest.approx(math.exp(sum(nll) / len(nll)), rel=1e-4)
+    cache, kl = KVCache.build(demo.model, args["few"], 1, 200), []
+    last = prefill(demo.model, [ids[:40]], cache, "full")[0][0]
+    for i in range(40, 199):
+        mine = last.log_softmax(-1)
+        kl.append(float((logits[i - 1].exp() * (logits[i - 1] - mine)).sum()))
+        last = demo.model(ids[i].view(1, 1), cache)[0, 0].detach()
+    assert found["few"].kl == pytest.approx(kl, abs=1e-4) and max(kl) > 0.01
+
+
+def test_lost_attention_is_what_goes_to_tokens_outside_the_window(demo: LLM) -> None:
+    ids = demo.encode_text(Path(fidelity.__file__).read_text())[:50]
+    full, cache = (KVCache.build(demo.model, a, 1, 60) for a in (fidelity.REFERENCE, KVCacheArgs("window", budget=20)))
+    for each in (full, cache):
+        prefill(demo.model, [ids], each, "full")
+    expected = [head.statistics["last"][:30].sum() for layer in full.inspect(0) for head in layer.heads]
+    assert fidelity.lost_attention(full, cache) == pytest.approx(float(sum(expected) / len(expected)), abs=1e-5)
+    assert fidelity.REFERENCE not in registry.names("strategy")
+
+
+def test_a_text_longer_than_the_context_has_no_full_cache(demo: LLM) -> None:
+    with pytest.raises(ValueError, match="over the limit of 1024"):
+        fidelity.check(demo, KVCacheArgs("dense"), 1100)
+    ids = demo.encode_text(Path(fidelity.__file__).read_text())[:100].repeat(11)
+    found = fidelity.measure(demo, ids, 1000, {"sink": KVCacheArgs("sink", budget=16)})["sink"]
+    assert len(found.nll) == 99 and not found.kl and not found.lost
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def test_names_of_caches() -> None:
+    made = candidates(["dense", "h2o:pool", "sink@plain"], ["50%", 30], KVCacheArgs())
+    assert [c.name for c in made] == ["dense", "h2o:pool 50%", "h2o:pool 30", "sink@plain 50%", "sink@plain 30"]
+    assert made[1].args.select == "pool" and made[4].args.budget == 30 and made[3].args.storage == "plain"
+    with pytest.raises(ValueError, match="Unknown strategy 'h3o'"):
+        candidates(["h3o"], ["50%"], KVCacheArgs())
+
+
+def test_standard_error() -> None:
+    assert standard_error([0, 1, 1, 0]) == pytest.approx(math.sqrt(1 / 3 / 4)) and standard_error([1]) == 0
+
+
+def run(*args: object) -> None:
+    options = ["--accelerator", "cpu", "--threads", "1", "--examples", "2", "--lengths", "[80]", "--text-tokens", "130"]
+    main(["evaluate", "demo", *options, "--text-prompt", "30", "--text", fidelity.__file__, *map(str, args)])
+
+
+def test_the_command_writes_tables_and_pictures_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "from dataclasses import dataclass\nfrom litgpt_kv import Strategy\n\n\n@dataclass(frozen=True)\n"
+        "class First(Strategy):\n    def score(self, tokens):\n        return -tokens.pos\n"
+    )
+    out = tmp_path / "out"
+    names = f"[dense, sink, {mine}:First]"
+    run("--strategies", names, "--budgets", "[40%]", "--out", out)
+    printed = capsys.readouterr().out
+    assert printed.strip() == (out / "results.md").read_text().strip()
+    found = json.loads((out / "results.json").read_text())
+    assert len(found["cells"]) == 3 * 3 and found["versions"]["torch"] == torch.__version__
+    dense = next(c for c in found["cells"] if c["cache"] == "dense" and c["task"] == "text")
+    assert dense["kl"] < 1e-5 and dense["top1"] == 1 and dense["lost"] == 0
+    assert (out / "quality.png").read_bytes()[:4] == b"\x89PNG" and "<svg" in (out / "quality.svg").read_text()
+
+    def fixed(cells: list[dict]) -> list[dict]:
+        return [{k: v for k, v in cell.items() if "seconds" not in k} for cell in cells]
+
+    whole = fixed(found["cells"])
+    found["cells"] = found["cells"][:2] + found["cells"][-1:]
+    (out / "results.json").write_text(json.dumps(found))
+    with pytest.raises(SystemExit):
+        run("--strategies", names, "--budgets", "[40%]", "--out", out)
+    assert "results.json exists: --resume continues it" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("--strategies", names, "--budgets", "[40%]", "--out", out, "--resume", "--seed", "9")
+    assert "was made with another seed: 1, now 9" in capsys.readouterr().err
+    run("--strategies", names, "--budgets", "[40%]", "--out", out, "--resume")
+    again = fixed(json.loads((out / "results.json").read_text())["cells"])
+    assert sorted(map(str, again)) == sorted(map(str, whole)), "the same numbers twice"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--tasks", "[needle, x]"], "tasks must be some of needle,"),
+        (["--questions", "no"], "questions must be one of seen, unseen, both"),
+        (["--resume"], "--resume goes with --out"),
+        (["--strategies", "[h3o]"], "Unknown strategy 'h3o'"),
+        (["--examples", "0"], "examples must be at least 1"),
+        (["--kv-cache", "none"], "keeps nothing"),
+    ],
+)
+def test_what_the_command_refuses(args: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["evaluate", "demo", *args])
+    assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_cache_that_cannot_be_built_is_a_line_of_the_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run("--strategies", "[dense]", "--tasks", "[]", "--text-tokens", "5000", "--text-prompt", "900")
+    assert "- dense: A dense cache of" in capsys.readouterr().out
+    damaged = Results({"seed": 1}, tmp_path)
+    (tmp_path / "results.json").write_text("[]")
+    with pytest.raises(ValueError, match="cannot be continued"):
+        damaged.resume()
