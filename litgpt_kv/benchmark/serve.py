@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
@@ -108,29 +108,25 @@ def benchmark_serve(
     bodies = [{"prompt": text, "max_tokens": new_tokens, "temperature": 0, "ignore_eos": True} for text in texts]
     bodies = [{**body, "stream": True, "stream_options": {"include_usage": True}} for body in bodies]
     limits = first_limit, between_limit
-    found = [best(lambda: _engine(llm, args, texts, rows, new_tokens, max_tokens, limits), repeats)]
-    starting = _started(_our_command(checkpoint_dir, kv_cache, rows, max_tokens, requests, device), "/health")
-    with contextlib.nullcontext(url) if url is not None else starting as address:
-        measure = lambda: _measured("litgpt_kv serve", f"{address}/v1/completions", bodies, clients, rate, seed, limits)  # noqa: E731
-        found.append(best(measure, repeats))
-    if against_litgpt:
-        if importlib.util.find_spec("litserve") is None:
-            raise ValueError("litgpt serve needs litserve: pip install litserve.")
-        command = ["-m", "litgpt", "serve", str(llm.checkpoint_dir), "--accelerator", "cpu", "--precision", "32-true"]
-        command += ["--max_new_tokens", str(new_tokens), "--top_k", "1", "--port"]
-        with _started(command, "/health") as address:
+    load_of = bodies, clients, rate, seed, limits
+    with contextlib.ExitStack() as servers:
+        if url is None:
+            command = _our_command(checkpoint_dir, kv_cache, rows, max_tokens, requests, device)
+            url = servers.enter_context(_started(command, "/health"))
+        ways: list[Callable[[], Measured]] = [
+            lambda: _engine(llm, args, texts, rows, new_tokens, max_tokens),
+            lambda: _measured("litgpt_kv serve", f"{url}/v1/completions", *load_of),
+        ]
+        if against_litgpt:
+            if importlib.util.find_spec("litserve") is None:
+                raise ValueError("litgpt serve needs litserve: pip install litserve.")
+            command = ["-m", "litgpt", "serve", str(llm.checkpoint_dir), "--accelerator", "cpu"]
+            command += ["--precision", "32-true", "--max_new_tokens", str(new_tokens), "--top_k", "1", "--port"]
+            other = servers.enter_context(_started(command, "/health"))
             plain = [{"prompt": text} for text in texts]
-            theirs = best(
-                lambda: _measured("litgpt serve", f"{address}/predict", plain, clients, rate, seed, limits, llm),
-                repeats,
-            )
-            found.append(theirs)
-    _show(found, clients, rate, limits)
-
-
-def best(measure: Any, repeats: int) -> Measured:
-    """The fastest of several times."""
-    return min((measure() for _ in range(repeats)), key=lambda measured: measured.seconds)
+            ways.append(lambda: _measured("litgpt serve", f"{other}/predict", plain, *load_of[1:], llm))
+        runs = [[way() for way in ways] for _ in range(repeats)]  # in turns: whatever else runs here disturbs all alike
+    _show([min(of_way, key=lambda measured: measured.seconds) for of_way in zip(*runs)], clients, rate, limits)
 
 
 def _engine(
@@ -140,7 +136,6 @@ def _engine(
     rows: int,
     new_tokens: int,
     max_tokens: int,
-    limits: tuple[float, float],
 ) -> Measured:
     """The engine alone: all requests are there from the beginning."""
     cache = None if args is None else llm.build_cache(args, rows, max_tokens)
@@ -250,10 +245,10 @@ def percentile(values: Sequence[float], percent: float) -> float:
 def _show(found: Sequence[Measured], clients: int, rate: float | None, limits: tuple[float, float]) -> None:
     how = f"{clients} clients" if rate is None else f"{rate:g} requests/s"
     print(f"\n{found[0].requests} requests, {how}; the best of the repeats")
-    print(f"{'':32}" + "".join(f"{measured.name:>20}" for measured in found))
+    print(f"{'':40}" + "".join(f"{measured.name:>32}" for measured in found))
 
     def line(name: str, values: Sequence[str]) -> None:
-        print(f"{name:32}" + "".join(f"{value:>20}" for value in values))
+        print(f"{name:40}" + "".join(f"{value:>32}" for value in values))
 
     line("new tokens/s", [f"{m.tokens / m.seconds:,.0f}" for m in found])
     line("requests/s", [f"{m.requests / m.seconds:,.2f}" for m in found])
