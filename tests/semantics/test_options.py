@@ -270,7 +270,7 @@ def test_30_prompts_that_are_read_twice_are_read_in_one_pass(gqa: GPT) -> None:
     context = gqa.max_seq_length
     with pytest.raises(ValueError, match=f"read again 30 tokens at a time, is over the limit of {context}"):
         gqa(torch.zeros(1, context - 29, dtype=torch.int64), cache, torch.tensor([context - 29]))
-    with pytest.raises(ValueError, match="Prompt 0 does not fit: A prompt of .* read again 30 tokens at a time"):
+    with pytest.raises(ValueError, match=r"Prompt 0 does not fit: A prompt of .* read again 30 tokens at a time"):
         generate(gqa, [[1] * (context - 29)], cache, max_new_tokens=2, prefill="full")
     cache.reset()
     gqa(torch.zeros(1, context - 30, dtype=torch.int64), cache, torch.tensor([context - 30]))
