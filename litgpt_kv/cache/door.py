@@ -27,6 +27,11 @@ def check_build(args: Any, batch_size: Any, max_tokens: Any) -> KVCacheArgs:
     return found
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch says that there is no memory; on a CPU it has no class of its own for that."""
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "allocate memory" in str(error)
+
+
 def check_count(name: str, value: Any, most: int = 2**31 - 1) -> None:
     """Raise ValueError if a value is not a whole number from 1 to `most`."""
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:

@@ -17,7 +17,15 @@ from litgpt_kv.attention.rope import RopeTables
 from litgpt_kv.cache import serialize
 from litgpt_kv.cache.constants import connect
 from litgpt_kv.cache.decode import begin_decode
-from litgpt_kv.cache.door import check_build, check_count, check_pieces, check_prompt, check_rows, check_step
+from litgpt_kv.cache.door import (
+    check_build,
+    check_count,
+    check_pieces,
+    check_prompt,
+    check_rows,
+    check_step,
+    is_out_of_memory,
+)
 from litgpt_kv.cache.inspection import LayerContents, inspect_row
 from litgpt_kv.cache.layer import build_layers
 from litgpt_kv.cache.pieces import PromptReader
@@ -94,7 +102,8 @@ class KVCache(nn.Module):
             static: For a compiled model: shapes and branches of a decode step never depend on the rows' counters.
 
         Raises:
-            ValueError: If the arguments contradict each other or ask for more than the model's context.
+            ValueError: If the arguments contradict each other, ask for more than the model's context, or for more
+                memory than there is.
         """
         context = model.max_seq_length
         max_tokens = context if max_tokens is None else max_tokens
@@ -102,7 +111,17 @@ class KVCache(nn.Module):
         devices = [next(block.attn.proj.parameters()).device for block in model.transformer.h]
         dtype = dtype or model.transformer.wte.weight.dtype
         with torch.inference_mode(False):  # tensors made inside could not be used outside of it
-            cache = cls(model.config, args, batch_size, max_tokens, context, dtype, devices, static)
+            try:
+                cache = cls(model.config, args, batch_size, max_tokens, context, dtype, devices, static)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                nowhere = [torch.device("meta")] * model.config.n_layer
+                size = cls(model.config, args, batch_size, max_tokens, context, dtype, nowhere).allocated()["total"]
+                raise ValueError(
+                    f"A cache of {size:,} bytes does not fit the memory: {batch_size} rows; a budget, fewer rows or "
+                    "another storage take less."
+                ) from error
             cache.fingerprint = serialize.fingerprint(model)
             connect(cache, model)
             return cache

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+FOLLOWING = {"dtype", "_device"}  # attributes of a storage that `cache.to(...)` changes besides its buffers
+
 
 class RowViews:
     """The views that were made of a cache, and what a view was made of.
@@ -103,6 +105,8 @@ def with_rows(module: nn.Module, change: Callable[[Tensor, int], Tensor]) -> Any
 def take_rows(module: nn.Module, source: nn.Module, start: int, stop: int) -> None:
     """Let a tree made by `with_rows` show the rows `start` to `stop` - 1 of the buffers that `source` has now."""
     dim = getattr(module, "row_dim", 0)
+    for name in FOLLOWING & source.__dict__.keys():
+        module.__dict__[name] = source.__dict__[name]
     for name, buffer in source._buffers.items():
         module._buffers[name] = buffer if buffer is None else buffer.narrow(dim, start, stop - start)
     for name, child in source._modules.items():

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from litgpt_kv import registry
+from litgpt_kv.cache.storage.coded import Coded
 from litgpt_kv.config import KVCacheArgs
 from litgpt_kv.disk import replacing
 
@@ -51,6 +52,7 @@ def write(cache: Any, path: str | Path, model: Any) -> None:
     cache.clock.check_whole("Saving")
     about = {"args": asdict(cache.args), "batch_size": cache.batch_size, "max_tokens": cache.max_tokens}
     about["dtype"] = str(cache.dtype).removeprefix("torch.")
+    about["read_as"] = str(_read_as(cache)).removeprefix("torch.")
     metadata = {"format": FORMAT, "cache": json.dumps(about), "model": cache.fingerprint}
     buffers = {name: buffer.detach().cpu().contiguous() for name, buffer in cache.named_buffers()}
     metadata["checksum"] = checksum(metadata, buffers)
@@ -80,6 +82,7 @@ def read(cls: Any, path: str | Path, model: Any, args: KVCacheArgs | str | None)
                 raise ValueError("its checksum is wrong: it is damaged, or was changed after it was written")
             cache = cls.build(model, about["args"], about["batch_size"], about["max_tokens"], about["dtype"])
             _check_content(cache, buffers)
+            _cast(cache, about["read_as"])
             _fill(cache, buffers)
             for layer in cache.layers:
                 layer.keys.check()
@@ -131,7 +134,8 @@ def _about(metadata: Mapping[str, str], args: KVCacheArgs | None, size: int) -> 
         for name, most in (("batch_size", size), ("max_tokens", MOST_TOKENS)):
             if type(about[name]) is not int or not 1 <= about[name] <= most:
                 raise ValueError(f"its {name} cannot be {about[name]!r:.40}")
-        return {**about, "args": KVCacheArgs(**found), "dtype": MODEL_DTYPES[about["dtype"]]}
+        dtype, read_as = (MODEL_DTYPES[about.get(name, about["dtype"])] for name in ("dtype", "read_as"))
+        return {**about, "args": KVCacheArgs(**found), "dtype": dtype, "read_as": read_as}
     except (TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"its metadata are damaged: {type(error).__name__} {error}") from error
 
@@ -152,6 +156,7 @@ def _check_shapes(cache: Any, file: Any) -> None:
     if missing := expected.keys() ^ set(file.keys()):
         raise ValueError(f"its buffers are not those of its cache: {min(missing)!r} is on one side only")
     stored = {id(b) for layer in cache.layers for part in (layer.keys, layer.values) for b in part.buffers()}
+    stored |= {id(layer.ring.data) for layer in cache.layers if layer.ring is not None}
     for name, buffer in expected.items():
         part = file.get_slice(name)
         shape, dtype = list(part.get_shape()), DTYPES.get(part.get_dtype())
@@ -200,6 +205,21 @@ def _check_content(cache: Any, buffers: Mapping[str, Tensor]) -> None:
         for name, buffer in slots.named_buffers(recurse=False):
             if one_by_one and name != "pos" and ((buffers[f"slots.{index}.{name}"] != buffer.cpu()) & ~taken).any():
                 raise ValueError(f"{name} of slots {index} has values where no token is")
+
+
+def _read_as(cache: Any) -> torch.dtype:
+    """The dtype that storages of codes read as: the cache's, or the one that it was cast to."""
+    parts = (part for layer in cache.layers for part in (layer.keys, layer.values))
+    return next((part.dtype for part in parts if isinstance(part, Coded)), cache.dtype)
+
+
+def _cast(cache: Any, dtype: torch.dtype) -> None:
+    """Let storages of codes read as a dtype, which their buffers do not say."""
+    with torch.inference_mode(False):
+        for layer in cache.layers:
+            for part in (layer.keys, layer.values):
+                if isinstance(part, Coded) and part.dtype != dtype:
+                    part.to(dtype)
 
 
 def _fill(cache: Any, buffers: Mapping[str, Tensor]) -> None:

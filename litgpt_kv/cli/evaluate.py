@@ -51,7 +51,7 @@ def evaluate(
 
     Args:
         checkpoint_dir: A checkpoint folder in litgpt's layout, or "demo" for the shipped model.
-        strategies: Which caches to compare (default: all that are registered): NAME, NAME:pool,
+        strategies: Which caches to compare (default: all that need no calibration file): NAME, NAME:pool,
             NAME@STORAGE, my_file.py:MyStrategy.
         budgets: Of the strategies that evict: tokens, or shares of the longest row (default: 50% and 25%).
         tasks: Kinds of questions (default: needle): needle, multi-key, multi-value, multi-query, variables,
@@ -86,6 +86,7 @@ def evaluate(
         check_task(name, haystack)
     for length in lengths or ():
         check_count("lengths", length, 1, MOST)
+    words = None if text is None else read_file(text)
     settings = {"checkpoint": checkpoint_dir, "examples": examples, "haystack": haystack, "seed": seed}
     settings |= {"text": text, "text_tokens": text_tokens, "text_prompt": text_prompt}
     settings["kv_cache"] = {k: v for k, v in asdict(base).items() if k not in ("strategy", "budget")}
@@ -98,8 +99,8 @@ def evaluate(
             raise ValueError(f"{results.path} exists: --resume continues it, or choose another folder.")
     llm = load(checkpoint_dir, device)
     ask(llm, results, compared, asked, lengths or [700], QUESTIONS[questions], batch_size)
-    if text is not None:
-        read(llm, results, compared)
+    if words is not None:
+        read(llm, results, compared, words)
     print(results.tables())
     if results.folder is not None:
         write_text(results.folder / "results.md", results.tables())
@@ -130,8 +131,8 @@ def ask(
             key |= {"question": question}
             if results.find(**key) is not None:
                 continue
-            made = examples_of(task, settings["examples"], tokens, count, settings["seed"], settings["haystack"])
             try:
+                made = examples_of(task, settings["examples"], tokens, count, settings["seed"], settings["haystack"])
                 found = answer(llm, made, candidate.args, question == "seen", batch_size)
             except ValueError as error:
                 results.add({**key, "error": str(error)})
@@ -141,13 +142,21 @@ def ask(
             results.add({**key, **score, "examples": len(made), **cost, "kept": found.kept})
 
 
-def read(llm: LLM, results: Results, compared: list[Candidate]) -> None:
-    """Measure the cells of the text that are not measured yet, all in one pass over it."""
-    settings = results.settings
+def read_file(path: str) -> str:
+    """A text file.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
     try:
-        text = Path(settings["text"]).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise ValueError(f"The text {settings['text']!r} cannot be read: {error}.") from error
+        raise ValueError(f"The text {path!r} cannot be read: {error}.") from error
+
+
+def read(llm: LLM, results: Results, compared: list[Candidate], text: str) -> None:
+    """Measure the cells of a text that are not measured yet, all in one pass over it."""
+    settings = results.settings
     ids = llm.encode_text(text)[: settings["text_tokens"]]
     start, tokens = settings["text_prompt"], len(ids) - settings["text_prompt"] - 1
     key = {"task": "text", "tokens": tokens, "question": None}

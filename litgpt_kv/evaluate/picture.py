@@ -14,6 +14,9 @@ def draw(cells: list[dict[str, Any]], folder: Path) -> list[Path]:
     Raises:
         ValueError: If matplotlib is not installed.
     """
+    answered = [cell for cell in cells if "score" in cell]
+    if not answered:
+        return []
     try:
         import matplotlib
 
@@ -21,9 +24,6 @@ def draw(cells: list[dict[str, Any]], folder: Path) -> list[Path]:
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise ValueError('The picture needs matplotlib: pip install "litgpt_kv[evaluate]".') from error
-    answered = [cell for cell in cells if "score" in cell]
-    if not answered:
-        return []
     panels = list(dict.fromkeys(cell["question"] for cell in answered))
     figure, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels), 4.8), sharey=True, squeeze=False)
     names = list(dict.fromkeys(cell["cache"] for cell in answered))

@@ -59,7 +59,7 @@ def examples(
         haystack: "prose" or "noise"; tasks that count words have none.
 
     Raises:
-        ValueError: If there is no such task or haystack.
+        ValueError: If there is no such task or haystack, or a task cannot make so long a text.
     """
     check_task(task, haystack)
     made = []
@@ -132,7 +132,9 @@ def _common_words(random: Random, depth: float, tokens: int, haystack: str, coun
     rare = [f"{colour} {thing}" for colour in COLOURS for thing in THINGS if thing not in common]
     random.shuffle(rare)
     words += [w for w in common for _ in range(times)]
-    while rare and count(_numbered(words)) < tokens:
+    while count(_numbered(words)) < tokens:
+        if not rare:
+            raise ValueError(f"common-words has words for {count(_numbered(words)):,} tokens, got lengths {tokens:,}.")
         words += 3 * [rare.pop()]
     random.shuffle(words)
     context = _numbered(words)

@@ -11,6 +11,7 @@ from importlib.resources import files
 from typing import Any, TypeVar
 
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -66,6 +67,7 @@ def build_app(service: Service) -> FastAPI:
     app = FastAPI(lifespan=lifespan, openapi_url=None)
     app.add_exception_handler(Refused, _on_refused)
     app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(RequestValidationError, _on_wrong_query)
     app.add_exception_handler(ClientDisconnect, _on_left)
     app.add_exception_handler(Exception, _on_fault)
     _add_completions(app, service)
@@ -284,6 +286,13 @@ async def _on_http_error(request: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     refused = Refused(str(error.detail), status=error.status_code)
     return JSONResponse(refused.body, error.status_code, dict(error.headers or {}))
+
+
+async def _on_wrong_query(request: HttpRequest, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    refused = Refused(f"{first['loc'][-1]}: {first['msg']}, got {str(first['input'])[:60]!r}.", str(first["loc"][-1]))
+    return JSONResponse(refused.body, refused.status)
 
 
 async def _on_left(request: HttpRequest, error: Exception) -> Response:

@@ -68,7 +68,7 @@ class Guard:
         request = HttpRequest(scope)
         headers = request.headers
         host = headers.get("host", "")
-        if "origin" in headers and urlsplit(headers["origin"]).netloc != host:
+        if "origin" in headers and _place_of(headers["origin"]) != host:
             return Refused("Requests of other sites' pages are not answered.", status=403)
         if self.is_local and self.key is None and _name_of(host) not in LOCAL:
             return Refused("This server answers to localhost alone.", status=403)
@@ -96,6 +96,14 @@ class Guard:
             if self.log_prompts:
                 line += f" {[(t.request.prompt, t.sequence and t.sequence.text) for t in tickets]!r}"
         log.info("%s", line)
+
+
+def _place_of(origin: str) -> str | None:
+    """Host and port of an origin, None if it is no URL."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
 
 
 def _name_of(host: str) -> str:

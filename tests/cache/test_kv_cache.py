@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from litgpt_kv import GPT, KVCache, KVCacheArgs
-from tests.oracle.reference import Policy, arguments, kept_of, logits_of, tokens_of
+from tests.oracle.reference import Policy, arguments, kept_of, logits_of, tiny, tokens_of
 from tests.semantics.test_options import LENGTHS, C, rows_of
 
 # -- views, moves and what a row holds ---------------------------------------------------------------------------------
@@ -59,3 +59,17 @@ def test_a_static_cache_counts_and_evicts_as_another(gqa: GPT) -> None:
         for cache in caches:
             cache.revive()
         torch.testing.assert_close(gqa(token, caches[1]), gqa(token, caches[0]), rtol=0, atol=1e-10)
+
+
+def test_too_large_a_cache_is_refused_with_its_size(monkeypatch):
+    plain, model = KVCache.__init__, tiny()
+    size = KVCache.nbytes(model.config, "dense", 3, 48, torch.float64)["total"]
+
+    def full(self, *args):
+        if args[6][0].type == "cpu":
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 5 bytes.")
+        plain(self, *args)
+
+    monkeypatch.setattr(KVCache, "__init__", full)
+    with pytest.raises(ValueError, match=f"A cache of {size:,} bytes does not fit the memory: 3 rows"):
+        KVCache.build(model, "dense", 3, 48)

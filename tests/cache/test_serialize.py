@@ -46,6 +46,29 @@ def test_a_saved_cache_goes_on(tmp_path, name, positions):
     assert again.pos.tolist() == cache.pos.tolist() == [31, 14]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "storage"), [("snapkv", "plain"), ("snapkv", "int4"), ("h2o", "float8"), ("sink", "kivi")]
+)
+def test_a_cache_that_was_cast_comes_back_and_its_rows_are_cast_too(tmp_path, name, storage, dtype):
+    model = tiny()
+    cache = KVCache.build(model, KVCacheArgs(name, 10, storage=storage), 2, 48)
+    with torch.inference_mode():
+        model(torch.arange(28).view(2, 14), cache, torch.tensor([14, 9]))
+    before = cache.row(0)
+    cache.to(dtype)
+    cache.save(tmp_path / "a")
+    again = KVCache.load(tmp_path / "a", model)
+    for layer, loaded, first in zip(cache.layers, again.layers, before.layers):
+        for own, other, row in ((layer.keys, loaded.keys, first.keys), (layer.values, loaded.values, first.values)):
+            before._refresh()
+            assert own.read(10).dtype == dtype
+            assert torch.equal(own.read(10), other.read(10)) and own.read(10).dtype == other.read(10).dtype
+            assert torch.equal(own.read(10)[:1], row.read(10)) and row.read(10).dtype == dtype
+    for a, b in zip(steps(model, cache, 3), steps(model, again, 3)):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize(("name", "positions"), COMBOS)
 def test_a_repeated_cache_is_each_row_several_times_and_its_own(name, positions):
     model = tiny()

@@ -59,6 +59,11 @@ def test_variables_are_told_in_order_and_words_are_counted_right() -> None:
             assert set(sorted(counts, key=lambda word: -counts[word])[:most]) == set(example.answers)
 
 
+def test_common_words_are_never_fewer_than_asked_for() -> None:
+    with pytest.raises(ValueError, match=r"has words for \d+,\d+ tokens, got lengths 32,000"):
+        examples("common-words", 1, 32_000, lambda text: len(text) // 2)
+
+
 def test_prose_is_prose_and_noise_repeats() -> None:
     assert len(prose()) > 500 and len(set(prose())) == len(prose())
     (noisy,) = examples("needle", 1, 200, words, haystack="noise")
@@ -186,6 +191,7 @@ def test_the_command_writes_tables_and_pictures_and_goes_on(tmp_path: Path, caps
         (["--strategies", "[h3o]"], "Unknown strategy 'h3o'"),
         (["--examples", "0"], "examples must be at least 1"),
         (["--kv-cache", "none"], "keeps nothing"),
+        (["--text", "no.txt"], "The text 'no.txt' cannot be read"),  # before any question is asked
     ],
 )
 def test_what_the_command_refuses(args: list[str], message: str, capsys: pytest.CaptureFixture) -> None:

@@ -116,6 +116,7 @@ def test_keys_hosts_and_origins(llm: LLM) -> None:
     with serving(llm, H2O, rows=1) as server:
         url = f"{server.url}/v1/models"
         assert httpx.get(url, headers={"Origin": "http://evil.example"}).status_code == 403
+        assert httpx.get(url, headers={"Origin": "http://["}).status_code == 403  # no URL
         assert httpx.get(url, headers={"Origin": server.url}).status_code == 200
         assert httpx.get(url, headers={"Host": "evil.example"}).status_code == 403
 
@@ -214,6 +215,8 @@ def test_metrics_and_the_view_of_the_cache(llm: LLM) -> None:
             assert f"litgpt_kv_{name}" in text
         until(lambda: server.service.loop.unfinished == 0)
         assert httpx.get(f"{server.url}/v1/cache", params={"request": id}).status_code == 404
+        wrong = httpx.get(f"{server.url}/v1/cache", params={"texts": "maybe"})
+        assert wrong.status_code == 400 and wrong.json()["error"]["param"] == "texts"
 
 
 def test_one_line_of_log_a_request_and_no_text(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
