@@ -56,6 +56,9 @@ def restore_row(cache: Any, row: int, state: Any) -> None:
         raise ValueError("A row takes the state of a row of a cache with the same settings.")
     for name, buffer in own.items():
         buffer.copy_(other[name])
+    for layer in view.layers:
+        layer.keys.changed()
+        layer.values.changed()
     number, of, host = cache.clock.rows[row], state.clock.rows[0], state.clock.host
     for name in ("seen", "prompt", "interrupted"):
         getattr(cache.clock.host, name)[number] = getattr(host, name)[of]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -18,6 +19,12 @@ def write_calibration(path: str | Path, strategy: str, tensors: Mapping[str, Ten
     Args:
         path: The file. strategy: The strategy's name.
         tensors: `layers.{i}.{name}`, whose first dimension is the query heads. model: The model's name, for people.
+
+    Raises:
+        ValueError: If the file cannot be written.
     """
-    with replacing(path) as beside:
-        save_file(dict(tensors), str(beside), {"format": FORMAT, "for": strategy, "model": model})
+    try:
+        with replacing(path) as beside:
+            save_file(dict(tensors), str(beside), {"format": FORMAT, "for": strategy, "model": model})
+    except SafetensorError as error:  # a full disk
+        raise ValueError(f"{path} cannot be written: {error}") from error

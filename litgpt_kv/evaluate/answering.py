@@ -13,6 +13,7 @@ from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.config import KVCacheArgs, SamplingArgs
 from litgpt_kv.evaluate.tasks import Example
 from litgpt_kv.generate import Stats, generate, prefill
+from litgpt_kv.llm.beginning import encode_later
 from litgpt_kv.llm.llm import LLM
 
 GREEDY = SamplingArgs(temperature=0)
@@ -53,8 +54,8 @@ def encode(llm: LLM, example: Example) -> Encoded:
     text = llm.prompt_style.apply(f"{example.context}\n\n{example.question}")
     at = text.rindex(example.question)
     ids = llm.encode_text(text[:at].rstrip("\n"))
-    rest = llm.tokenizer.encode("\n\n" + text[at:] + example.lead, bos=False, device=llm.fabric.device).long()
-    return Encoded(ids, rest)
+    rest = encode_later(llm.tokenizer, "\n\n" + text[at:] + example.lead)
+    return Encoded(ids, torch.tensor(rest, device=llm.fabric.device))
 
 
 def answer(llm: LLM, examples: Sequence[Example], args: KVCacheArgs, seen: bool, batch_size: int) -> Answered:

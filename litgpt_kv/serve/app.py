@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 
+from litgpt_kv.llm.beginning import encode_later
 from litgpt_kv.llm.llm import LLM
 from litgpt_kv.serve.asked import Asked, Reader
 from litgpt_kv.serve.bodies import Bodies
@@ -154,7 +155,7 @@ def _tokens(service: Service, data: bytes) -> list[int]:
     if body.messages is not None:
         return service.reader.chat_tokens(body.messages)
     if not body.add_special_tokens:
-        return service.llm.tokenizer.encode(body.prompt, bos=False, eos=False).tolist()
+        return encode_later(service.llm.tokenizer, body.prompt or "")
     return service.reader.text_tokens(body.prompt or "", "prompt")
 
 

@@ -11,6 +11,7 @@ from litgpt_kv.config import SamplingArgs
 from litgpt_kv.generate import Request
 from litgpt_kv.generate.limits import Limits
 from litgpt_kv.generate.request import MOST_LOGPROBS
+from litgpt_kv.llm.beginning import encode_later
 from litgpt_kv.llm.chat import conversation_text, later_turn
 from litgpt_kv.llm.llm import LLM
 from litgpt_kv.llm.text_request import check_text
@@ -144,7 +145,7 @@ class Reader:
     def _turn(self, kept: KeptState, messages: Messages) -> list[int]:
         """The tokens of a turn that goes on from a state, as in `Chat`: the last token of the reply is not read yet."""
         text = later_turn(self.llm.prompt_style, messages[-1][1])
-        ids = _said("messages", lambda: self.llm.tokenizer.encode(text, bos=False).tolist())
+        ids = _said("messages", lambda: encode_later(self.llm.tokenizer, text))
         if not ids:
             raise Refused("The last message has no tokens.", "messages")
         ends_itself = ids[0] == kept.last and [kept.last] in self.llm.ends()

@@ -137,3 +137,16 @@ def test_offload_fetches_the_next_layer_once(gqa: GPT, monkeypatch: pytest.Monke
             gqa(torch.tensor([[row[i]] for row in ROWS]), cache)
             first, second = cache.layers
             assert calls == [first.keys, second.keys, first.values, second.values]
+
+
+def test_what_is_on_its_way_is_not_believed_after_a_row_was_restored(gqa: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a step that broke off between two layers."""
+    monkeypatch.setattr(offload, "REFUSED", ())
+    cache = KVCache.build(gqa, KVCacheArgs("window", 8, storage="offload"), 1, 40)
+    with torch.no_grad():
+        gqa(torch.tensor([ROWS[0][:9]]), cache, torch.tensor([9]))
+        state = cache.repeat(1)
+        gqa(torch.tensor([[5]]), cache)
+        cache.layers[0].keys.read(8)  # fetches those of the next layer
+        cache.restore(0, state)
+        torch.testing.assert_close(gqa(torch.tensor([[7]]), cache), gqa(torch.tensor([[7]]), state))

@@ -317,6 +317,7 @@ REFUSED = {
     "must leave in order, which those of 'h2o' do not. Strategies that do: dense": dict(strategy="h2o", storage="kivi"),
     "leave one at a time: interval must be 1, got 2": dict(strategy="window", storage="kivi", budget=8, interval=2),
     "bits of the storage 'kivi' must be one of (2, 4), got 3": dict(storage="kivi", storage_options={"bits": 3}),
+    "bits of the storage 'kivi' must be one of (2, 4), got 2.0": dict(storage="kivi", storage_options={"bits": 2.0}),
     "group of the storage 'kivi' must be a whole number": dict(storage="kivi", storage_options={"group": 0}),
     "group of the storage 'int4' must be a whole number": dict(storage="int4", storage_options={"group": True}),
     "group of the storage 'k8v4' must be a whole number": dict(storage="k8v4", storage_options={"group": "x"}),

@@ -181,6 +181,7 @@ def test_tokens(server: Server, llm: LLM) -> None:
     ids = llm.encode_text(PROMPTS[0]).tolist()
     assert post("/tokenize", prompt=PROMPTS[0]) == {"count": len(ids), "max_model_len": 1024, "tokens": ids}
     assert post("/tokenize", prompt=PROMPTS[0], add_special_tokens=False)["tokens"] == ids[1:]
+    assert post("/tokenize", prompt="<|endoftext|>a", add_special_tokens=False)["tokens"] == [0, 65]
     assert post("/tokenize", messages=[{"role": "user", "content": PROMPTS[0]}])["tokens"] == ids
     assert post("/detokenize", tokens=ids) == {"prompt": PROMPTS[0]}
 

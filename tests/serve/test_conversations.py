@@ -6,6 +6,7 @@ import openai
 import pytest
 
 from litgpt_kv import LLM, KVCacheArgs
+from litgpt_kv.llm.turns import Turns
 from litgpt_kv.serve.conversations import Conversations, KeptState
 from tests.serve.conftest import CACHES, serving
 
@@ -35,6 +36,21 @@ def test_turns_are_those_of_chat(client: openai.OpenAI, llm: LLM, cache: str) ->
         kv = answer.usage.kv
         assert (kv["seen"], kv["kept"]) == (chat.cache.seen[0], chat.cache.tokens()["kept"][0])
         assert (kv["reused"] > 0) == (turn > 0)
+
+
+def test_a_turn_that_begins_with_the_beginning_of_text_token_is_that_of_chat(llm: LLM) -> None:
+    """The token is a part of the turn there, as between the turns of some chat templates."""
+    plain, llm.prompt_style = llm.prompt_style, Turns("", "\n", "<|endoftext|>", "\n")
+    try:
+        chat, messages = llm.chat(kv_cache=CACHES["h2o"], max_tokens=1024, max_new_tokens=20, temperature=0), []
+        with serving(llm, {"h2o": CACHES["h2o"]}) as server:
+            client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+            for text in TURNS:
+                answer = say(client, messages, text)
+                assert answer.choices[0].message.content == chat.ask(text)
+                assert answer.usage.kv["seen"] == chat.cache.seen[0]
+    finally:
+        llm.prompt_style = plain
 
 
 def test_other_messages_start_anew(client: openai.OpenAI) -> None:

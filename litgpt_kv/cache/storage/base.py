@@ -65,6 +65,9 @@ class Storage(nn.Module):
     def before(self, following: Storage) -> None:
         """Learn the storage of the same role of the layer that comes next; called once, when a cache is built."""
 
+    def changed(self) -> None:
+        """Learn that buffers were written from outside: nothing that was read before is true."""
+
     def check(self) -> None:
         """Raise ValueError if the buffers, read from a file, hold what reading them cannot take."""
 

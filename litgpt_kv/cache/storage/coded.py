@@ -51,7 +51,7 @@ class Coded(Storage):
 
 def check_choice(storage: str, name: str, value: Any, choices: tuple[int, ...]) -> None:
     """Raise ValueError if an option of a storage is not one of `choices`."""
-    if isinstance(value, bool) or value not in choices:
+    if isinstance(value, bool) or not isinstance(value, int) or value not in choices:
         raise ValueError(f"{name} of the storage {storage!r} must be one of {choices}, got {shown(value)}.")
 
 

@@ -73,6 +73,9 @@ class Offload(Storage):
 
     def reset(self, rows: Tensor | slice) -> None:
         super().reset(rows)
+        self.changed()
+
+    def changed(self) -> None:
         self._state.version += 1
 
     def _fetch(self, extent: int) -> _Ahead:
