@@ -46,7 +46,7 @@ DESCRIPTION = """Key/value caches for litgpt's models.
   litgpt_kv serve demo --kv-cache h2o --kv-cache.budget 25% --port 8000        an OpenAI-compatible server
   litgpt_kv generate demo --config config_hub/generate/sink.yaml               options from a file
   litgpt_kv generate demo --devices 2 --accelerator cpu --generate-strategy tensor_parallel
-  litgpt_kv evaluate demo --text README.md --tasks "[]" --out results          what caches cost in quality
+  litgpt_kv evaluate demo --text prose --tasks "[]" --out results              what caches cost in quality
   litgpt_kv plan Llama-3.1-70B --devices 8                                     memory a device, computed
   litgpt_kv strategies                                                         the strategies for --kv-cache
   litgpt_kv generate --kv-cache.help h2o                                       all about one of them

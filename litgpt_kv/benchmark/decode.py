@@ -19,9 +19,8 @@ from tqdm import tqdm
 import litgpt
 from litgpt.config import Config
 from litgpt_kv.arguments import DeviceArgs, Without, check_count
-from litgpt_kv.benchmark.parallel import cache_args, compare
+from litgpt_kv.benchmark.parallel import DEFAULT, cache_args, compare
 from litgpt_kv.cache.kv_cache import KVCache
-from litgpt_kv.cache.plan import ready_strategies
 from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.disk import check_target, write_text
 from litgpt_kv.llm import checkpoint
@@ -113,7 +112,7 @@ def benchmark(
         checkpoint_dir: A checkpoint, or "demo" for the shipped model; by default a random model of the given shape.
         shape: The sizes of the random model.
         contexts: Prompt lengths in tokens (default: 1024 and 4096; for a checkpoint, half and most of its context).
-        strategies: The strategies (default: all that are registered), with an optional `select` after a colon, as in
+        strategies: The strategies (default: dense, h2o, sink, window), with an optional `select` after a colon, as in
             h2o:pool; "none" computes the whole text at every step.
         budget: The budget of strategies that evict: tokens, or a percentage of the context.
         batch_size: The number of rows.
@@ -153,7 +152,7 @@ def benchmark(
     fabric = checkpoint.fabric_for(device.precision, device.accelerator)
     if checkpoint_dir is None:
         contexts = contexts or [1024, 4096]
-        config = shape.config(max(contexts) + steps + 1)
+        config = shape.config(2 * max(contexts) + steps + 1)  # room for strategies that read prompts twice
         check_memory(config, 4 * sum(weight.numel() for weight in full_shapes(config).values()))
         torch.manual_seed(0)
         with fabric.init_module():
@@ -211,7 +210,7 @@ def _contenders(
     decoder = torch.compile(model, dynamic=False) if compiled else model
     length = torch.full((batch_size,), context, device=device)
     made = []
-    for name in strategies or ready_strategies():
+    for name in strategies or DEFAULT:
         if name == "none":
             made.append(_none(model))
             continue

@@ -8,13 +8,14 @@ import importlib.util
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
@@ -119,29 +120,25 @@ def benchmark_serve(
     bodies = [{**body, "stream": True, "stream_options": {"include_usage": True}} for body in bodies]
     limits = first_limit, between_limit
     at_a_time = requests if rate is not None else clients
-    found = [best(lambda: _engine(llm, args, texts, rows, new_tokens, max_tokens, at_a_time, limits), repeats)]
-    starting = _started(_our_command(checkpoint_dir, kv_cache, rows, max_tokens, requests, device), "/health")
-    with contextlib.nullcontext(url) if url is not None else starting as address:
-        measure = lambda: _measured("litgpt_kv serve", f"{address}/v1/completions", bodies, clients, rate, seed, limits)  # noqa: E731
-        found.append(best(measure, repeats))
-    if against_litgpt:
-        if importlib.util.find_spec("litserve") is None:
-            raise ValueError("litgpt serve needs litserve: pip install litserve.")
-        command = ["-m", "litgpt", "serve", str(llm.checkpoint_dir), "--accelerator", "cpu", "--precision", "32-true"]
-        command += ["--max_new_tokens", str(new_tokens), "--top_k", "1", "--port"]
-        with _started(command, "/health") as address:
+    load_of = bodies, clients, rate, seed, limits
+    with contextlib.ExitStack() as servers:
+        if url is None:
+            command = _our_command(checkpoint_dir, kv_cache, rows, max_tokens, requests, device)
+            url = servers.enter_context(_started(command, "/health"))
+        ways: list[Callable[[], Measured]] = [
+            lambda: _engine(llm, args, texts, rows, new_tokens, max_tokens, at_a_time, limits),
+            lambda: _measured("litgpt_kv serve", f"{url}/v1/completions", *load_of),
+        ]
+        if against_litgpt:
+            if importlib.util.find_spec("litserve") is None:
+                raise ValueError("litgpt serve needs litserve: pip install litserve.")
+            command = ["-m", "litgpt", "serve", str(llm.checkpoint_dir), "--accelerator", "cpu"]
+            command += ["--precision", "32-true", "--max_new_tokens", str(new_tokens), "--top_k", "1", "--port"]
+            other = servers.enter_context(_started(command, "/health"))
             plain = [{"prompt": text} for text in texts]
-            theirs = best(
-                lambda: _measured("litgpt serve", f"{address}/predict", plain, clients, rate, seed, limits, llm),
-                repeats,
-            )
-            found.append(theirs)
-    _show(found, clients, rate, limits)
-
-
-def best(measure: Any, repeats: int) -> Measured:
-    """The fastest of several times."""
-    return min((measure() for _ in range(repeats)), key=lambda measured: measured.seconds)
+            ways.append(lambda: _measured("litgpt serve", f"{other}/predict", plain, *load_of[1:], llm))
+        runs = [[way() for way in ways] for _ in range(repeats)]  # in turns: whatever else runs here disturbs all alike
+    _show([min(of_way, key=lambda measured: measured.seconds) for of_way in zip(*runs)], clients, rate, limits)
 
 
 def _engine(
@@ -159,14 +156,11 @@ def _engine(
     engine = Engine(llm.model, cache, rows=rows, decoder=llm.decoder, decode_text=llm.decode)
     greedy = SamplingArgs(temperature=0)
     measured, began = Measured("engine alone"), time.perf_counter()
-    waiting = deque(texts)
-    timings: dict[int, load.Timing] = {}
+    waiting, timings = deque(texts), dict[int, load.Timing]()
     while waiting or engine.unfinished:
         while waiting and engine.unfinished < clients:
-            sent = time.perf_counter()
-            timings[engine.add(Request(llm.encode_text(waiting.popleft()), new_tokens, sampling=greedy))] = load.Timing(
-                sent
-            )
+            timing = load.Timing(time.perf_counter())
+            timings[engine.add(Request(llm.encode_text(waiting.popleft()), new_tokens, sampling=greedy))] = timing
         outputs = engine.step()
         now = time.perf_counter()
         for output in outputs:
@@ -224,9 +218,8 @@ def _started(command: Sequence[str], health: str) -> Iterator[str]:
         port = free.getsockname()[1]
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     environment.pop("LITGPT_KV_API_KEY", None)  # our clients send none
-    process = subprocess.Popen(
-        [sys.executable, *command, str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
-    )
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
+    process = subprocess.Popen([sys.executable, *command, str(port)], start_new_session=True, **quiet)
     url, end = f"http://127.0.0.1:{port}", time.monotonic() + START_SECONDS
     try:
         while not _answers(url + health):
@@ -236,11 +229,11 @@ def _started(command: Sequence[str], health: str) -> Iterator[str]:
         yield url
     finally:
         process.terminate()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        with contextlib.suppress(ProcessLookupError):  # litserve's workers outlive their parent
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _answers(url: str) -> bool:
@@ -260,10 +253,10 @@ def percentile(values: Sequence[float], percent: float) -> float:
 def _show(found: Sequence[Measured], clients: int, rate: float | None, limits: tuple[float, float]) -> None:
     how = f"{clients} clients" if rate is None else f"{rate:g} requests/s"
     print(f"\n{found[0].requests} requests, {how}; the best of the repeats")
-    print(f"{'':32}" + "".join(f"{measured.name:>26}" for measured in found))
+    print(f"{'':40}" + "".join(f"{measured.name:>32}" for measured in found))
 
     def line(name: str, values: Sequence[str]) -> None:
-        print(f"{name:32}" + "".join(f"{value:>26}" for value in values))
+        print(f"{name:40}" + "".join(f"{value:>32}" for value in values))
 
     line("new tokens/s", [f"{m.tokens / m.seconds:,.0f}" for m in found])
     line("requests/s", [f"{m.requests / m.seconds:,.2f}" for m in found])

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from litgpt_kv.cache.plan import LayerPlan, check_prompt_kept
-from litgpt_kv.cache.row_clock import RowClock
+from litgpt_kv.cache.plan import check_prompt_kept, check_reread
 from litgpt_kv.config import KVCacheArgs, shown
 
 
@@ -27,9 +27,18 @@ def check_build(args: Any, batch_size: Any, max_tokens: Any) -> KVCacheArgs:
     return found
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch says that there is no memory; on a CPU it has no class of its own for that."""
-    return isinstance(error, torch.cuda.OutOfMemoryError) or "allocate memory" in str(error)
+@contextlib.contextmanager
+def refused_without_memory(size: Callable[[], dict[str, int]], batch_size: int) -> Iterator[None]:
+    """Around the making of a cache: raise ValueError, with its `size` in bytes, if there is no memory for it."""
+    try:
+        yield
+    except RuntimeError as error:  # on a CPU torch has no class of its own for that
+        if not isinstance(error, torch.cuda.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise ValueError(
+            f"A cache of {size()['total']:,} bytes does not fit the memory: {batch_size} rows; a budget, fewer rows or "
+            "another storage take less."
+        ) from error
 
 
 def check_count(name: str, value: Any, most: int = 2**31 - 1) -> None:
@@ -60,8 +69,10 @@ def check_rows(rows: Iterable[int] | Tensor, batch_size: int) -> list[int]:
     return rows
 
 
-def check_context(length: int, context: int) -> None:
-    """Raise ValueError if a prompt that is to be read in pieces is longer than the model's context."""
+def check_pieces(length: int, context: int, rereads: bool) -> None:
+    """Raise ValueError if a prompt cannot be read in pieces: longer than the model's context, or to be read twice."""
+    if rereads:
+        raise ValueError("A strategy that reads prompts twice reads them in one pass, not in pieces.")
     if length > context:
         raise ValueError(
             f"A prompt of {length} tokens is over the limit of {context}: the model's context. "
@@ -69,18 +80,16 @@ def check_context(length: int, context: int) -> None:
         )
 
 
-def check_prompt(
-    clock: RowClock, plans: Sequence[LayerPlan], limit: int | None, why: str, T: int, length: Tensor
-) -> list[int]:
-    """The lengths of prompts that are to seed rows.
+def check_prompt(cache: Any, T: int, length: Tensor) -> list[int]:
+    """The lengths of prompts that are to seed the rows of a `KVCache`.
 
     Args:
-        clock: The rows'. plans: The layers'. limit, why: Of the cache.
         T: Tokens of the padded prompts. length: (B,).
 
     Raises:
         ValueError: If a row is not empty, or a prompt does not fit.
     """
+    clock, plans, limit, why = cache.clock, cache.plans, cache.limit, cache.why
     batch_size = clock.pos.size(0)
     if not isinstance(length, Tensor) or tuple(length.shape) != (batch_size,):
         raise ValueError(f"length must have shape ({batch_size},), one a row, got {getattr(length, 'shape', length)}.")
@@ -96,15 +105,17 @@ def check_prompt(
     if limit is not None and max(lengths) > limit:
         raise ValueError(f"A prompt of {max(lengths)} tokens is over the limit of {limit}: {why}.")
     check_prompt_kept(plans, max(lengths))
+    check_reread(plans, max(lengths), cache.context)
     return lengths
 
 
-def check_step(clock: RowClock, longest_block: int, limit: int | None, why: str, T: int) -> None:
-    """Refuse T more tokens a row that do not fit.
+def check_step(cache: Any, T: int) -> None:
+    """Refuse T more tokens a row of a `KVCache` that do not fit, or a row that a step left half-way.
 
     Raises:
         ValueError: With the row and the limit. In static mode a row over the limit is an assertion on the device.
     """
+    clock, longest_block, limit, why = cache.clock, cache.longest_block, cache.limit, cache.why
     if T < 1:
         raise ValueError("A step needs at least one token a row, got none.")
     if T > longest_block:

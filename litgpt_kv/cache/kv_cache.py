@@ -14,18 +14,9 @@ from torch import Tensor, nn
 
 from litgpt.config import Config
 from litgpt_kv.attention.rope import RopeTables
-from litgpt_kv.cache import serialize
+from litgpt_kv.cache import door, serialize
 from litgpt_kv.cache.constants import connect
 from litgpt_kv.cache.decode import begin_decode
-from litgpt_kv.cache.door import (
-    check_build,
-    check_context,
-    check_count,
-    check_prompt,
-    check_rows,
-    check_step,
-    is_out_of_memory,
-)
 from litgpt_kv.cache.inspection import LayerContents, inspect_row
 from litgpt_kv.cache.layer import build_layers
 from litgpt_kv.cache.pieces import PromptReader
@@ -48,6 +39,7 @@ class KVCache(nn.Module):
         limit: The most tokens a row may see, None without an end; why: The reason.
         longest_block: The most tokens of one decode step. first_chunk: The most prompt tokens that every layer keeps.
         exact_blocks: Whether a block of tokens gives what they give one at a time, whatever attention they pay.
+        rereads: Whether prompts may be read twice, in one pass then.
         evicting: In static mode, whether the next step may find a row full; False saves it the search for victims.
     """
 
@@ -76,6 +68,7 @@ class KVCache(nn.Module):
         self.longest_block = max(1, min(plan.slots - plan.sinks for plan in plans))
         self.first_chunk = min(plan.slots for plan in plans)
         self.exact_blocks = all(plan.exact_blocks for plan in plans)
+        self.rereads = any(plan.strategy.rereads for plan in plans)
         self._views = RowViews()
 
     @classmethod
@@ -100,26 +93,18 @@ class KVCache(nn.Module):
             static: For a compiled model: shapes and branches of a decode step never depend on the rows' counters.
 
         Raises:
-            ValueError: If the arguments contradict each other, ask for more than the model's context, or for more
-                memory than there is.
+            ValueError: If the arguments contradict each other, or ask for more context or memory than there is.
         """
         context = model.max_seq_length
         max_tokens = context if max_tokens is None else max_tokens
-        args = check_build("dense" if args is None else args, batch_size, max_tokens)
+        args = door.check_build("dense" if args is None else args, batch_size, max_tokens)
         devices = [next(block.attn.proj.parameters()).device for block in model.transformer.h]
         dtype = dtype or model.transformer.wte.weight.dtype
         with torch.inference_mode(False):  # tensors made inside could not be used outside of it
-            try:
+            with door.refused_without_memory(
+                lambda: cls.nbytes(model.config, args, batch_size, max_tokens, dtype), batch_size
+            ):
                 cache = cls(model.config, args, batch_size, max_tokens, context, dtype, devices, static)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                nowhere = [torch.device("meta")] * model.config.n_layer
-                size = cls(model.config, args, batch_size, max_tokens, context, dtype, nowhere).allocated()["total"]
-                raise ValueError(
-                    f"A cache of {size:,} bytes does not fit the memory: {batch_size} rows; a budget, fewer rows or "
-                    "another storage take less."
-                ) from error
             cache.fingerprint = serialize.fingerprint(model)
             connect(cache, model)
             return cache
@@ -134,7 +119,7 @@ class KVCache(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> dict[str, int]:
         """Exact bytes of a cache before anything is allocated: keys, values, positions, statistics and total."""
-        args = check_build(args, batch_size, max_tokens)
+        args = door.check_build(args, batch_size, max_tokens)
         nowhere = [torch.device("meta")] * config.n_layer
         return cls(config, args, batch_size, max_tokens, config.block_size, dtype, nowhere).allocated()
 
@@ -217,7 +202,7 @@ class KVCache(nn.Module):
     def reset(self, rows: Sequence[int] | Tensor | None = None) -> None:
         """Empty all rows, or some; they may then be seeded again."""
         self._refresh()
-        chosen = check_rows(range(self.batch_size) if rows is None else rows, self.batch_size)
+        chosen = door.check_rows(range(self.batch_size) if rows is None else rows, self.batch_size)
         reset_rows((*self.slots, *self.layers), None if rows is None else self.clock.index(chosen))
         self.clock.reset(chosen)
 
@@ -225,7 +210,7 @@ class KVCache(nn.Module):
     def retire(self, rows: Sequence[int] | Tensor) -> None:
         """Stop rows: later steps neither advance their counter nor change what they keep."""
         self._refresh()
-        self.clock.set_live(check_rows(rows, self.batch_size), False)
+        self.clock.set_live(door.check_rows(rows, self.batch_size), False)
 
     @torch.no_grad()
     def revive(self) -> None:
@@ -241,18 +226,18 @@ class KVCache(nn.Module):
             ValueError: If a prompt is to be kept and does not fit the budget.
         """
         self._refresh()
-        check_rows(list(lengths), self.batch_size)
+        door.check_rows(list(lengths), self.batch_size)
         check_prompt_kept(self.plans, max(lengths.values(), default=0))
         self.clock.set_prompt_lengths(lengths)
 
     def row(self, b: int) -> KVCache:
         """A cache of one row that shares this one's memory: seed it to admit a request without touching the others."""
-        (b,) = check_rows([b], self.batch_size)
+        (b,) = door.check_rows([b], self.batch_size)
         return self.rows(b, b + 1)
 
     def rows(self, start: int, stop: int) -> KVCache:
         """As `row`, of the rows `start` to `stop` - 1."""
-        check_rows([start, stop - 1 if isinstance(stop, int) else stop], self.batch_size)
+        door.check_rows([start, stop - 1 if isinstance(stop, int) else stop], self.batch_size)
         if start >= stop:
             raise ValueError(f"rows must start before they stop, got {start} and {stop}.")
         self._refresh()
@@ -260,7 +245,7 @@ class KVCache(nn.Module):
 
     def repeat(self, count: int) -> KVCache:
         """A cache of its own in which every row stands `count` times, side by side: one context, many questions."""
-        check_count("count", count, most=2**20)
+        door.check_count("count", count, most=2**20)
         self.clock.check_whole("Repeating")
         self._refresh()
         with torch.inference_mode(False), torch.no_grad():  # see `build`
@@ -268,14 +253,10 @@ class KVCache(nn.Module):
 
     @torch.no_grad()
     def restore(self, row: int, state: KVCache) -> None:
-        """Let a row hold what a state holds: a copy that `cache.row(b).repeat(1)` made, of this or a like cache.
-
-        Raises:
-            ValueError: If the state is of another model, has other settings, or a step of it broke off.
-        """
+        """Let a row hold what a copy of a row, `cache.row(b).repeat(1)`, holds; ValueError if they do not match."""
         state.clock.check_whole("Restoring")
         self._refresh()
-        check_rows([row], self.batch_size)
+        door.check_rows([row], self.batch_size)
         restore_row(self, row, state)
 
     def recount(self) -> None:
@@ -292,8 +273,8 @@ class KVCache(nn.Module):
             ValueError: If the row is not empty or the prompt of `length` tokens does not fit.
         """
         view = self.row(row)
-        check_context(length, self.context)
-        view.check_prompt(length, torch.tensor([length], device=view.pos.device))
+        door.check_pieces(length, self.context, self.rereads)
+        door.check_prompt(view, length, torch.tensor([length], device=view.pos.device))
         return PromptReader(view.clock, view.slots, view.layers, view.group_of, length)
 
     # -- one pass: begin works out slots, masks and angles once for all layers; commit counts ------------------------
@@ -301,22 +282,14 @@ class KVCache(nn.Module):
     def begin_prefill(self, T: int, length: Tensor, rope: RopeTables) -> Pass:
         """Prepare to seed empty rows with prompts of `length` (B,) tokens, padded on the right to T."""
         self._refresh()
-        lengths = self.check_prompt(T, length)
+        lengths = door.check_prompt(self, T, length)
         return begin_prefill(self.clock, self.slots, self.layers, self.group_of, T, length, lengths, rope)
 
     def begin_decode(self, T: int, rope: RopeTables) -> Pass:
         """Prepare to decode T tokens a row; more than one is a block, causal inside."""
         self._refresh()
-        self.check_step(T)
+        door.check_step(self, T)
         return begin_decode(self.clock, self.slots, self.layers, self.group_of, self.theta, T, rope, self.evicting)
-
-    def check_prompt(self, T: int, length: Tensor) -> list[int]:
-        """The lengths (B,) of prompts (B, T), or ValueError if they cannot seed these rows."""
-        return check_prompt(self.clock, self.plans, self.limit, self.why, T, length)
-
-    def check_step(self, T: int) -> None:
-        """Raise ValueError if T more tokens do not fit, or a row is in the middle of a step that failed."""
-        check_step(self.clock, self.longest_block, self.limit, self.why, T)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KVCache:
         self.clock.host.moves += 1  # views take the new buffers when they are used next

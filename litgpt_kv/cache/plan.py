@@ -260,3 +260,19 @@ def check_prompt_kept(plans: list[LayerPlan], length: int) -> None:
                 f"keep_prompt needs a budget of at least {max(length, plan.sinks) + plan.recent + plan.interval}: "
                 f"prompt {length} + recent {plan.recent} + interval {plan.interval}; the budget is {plan.slots}."
             )
+
+
+def check_reread(plans: list[LayerPlan], length: int, context: int) -> None:
+    """Refuse a prompt that must be read twice and leaves no room for its second reading.
+
+    Raises:
+        ValueError: With the numbers.
+    """
+    for plan in plans:
+        if plan.strategy.rereads and length > plan.slots:
+            chunk = plan.strategy.chunk  # type: ignore[attr-defined]
+            if length + min(chunk, length) > context:
+                raise ValueError(
+                    f"A prompt of {length} tokens, read again {min(chunk, length)} tokens at a time, is over the limit "
+                    f"of {context}: the model's context. A smaller `chunk` needs less."
+                )

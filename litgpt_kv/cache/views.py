@@ -9,7 +9,7 @@ Dv width of a value · C embedding size · E rotated elements.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -20,6 +20,7 @@ from litgpt_kv.attention.eager import CausalMasks, causal_attention, queries_at
 from litgpt_kv.attention.rope import Angles, RopeTables, rotate, rows_at
 from litgpt_kv.cache.layer import LayerCache, PrefillMetadata, prompt_statistics
 from litgpt_kv.cache.readers import FreshTokens
+from litgpt_kv.cache.reread import HeldPrompt, Rereading
 from litgpt_kv.cache.row_clock import RowClock
 from litgpt_kv.cache.slots import Slots
 from litgpt_kv.cache.spec import LayerSpec
@@ -73,6 +74,7 @@ class SequenceView:
         spec: The layer. angles: Of the positions from 0 on. masks: Shared by the layers of the pass.
         last, observer: See `LayerView`.
         layer, step: Of a prefill: the layer's cache, and what its group shares.
+        rereading: Of a prefill whose prompts are read twice.
     """
 
     spec: LayerSpec
@@ -82,6 +84,7 @@ class SequenceView:
     observer: Callable[[Tensor], None] | None = None
     layer: LayerCache | None = None
     step: PrefillMetadata | None = None
+    rereading: Rereading | None = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, latent: LatentProjection | None = None) -> Tensor:
         spec = self.spec
@@ -100,7 +103,10 @@ class SequenceView:
             # detached: the cache must not keep the autograd graph alive
             tensors = (x.detach() for x in (rotated_k, k, v, rotated_q, q))
             fresh = FreshTokens(spec, *tensors, length, self.layer.window, constants=self.layer.constants)
-            self.layer.seed(self.step, fresh, received)
+            if self.rereading is None:
+                self.layer.seed(self.step, fresh, received)
+            else:
+                self.rereading.hold(self.layer, self.step, HeldPrompt(keys.detach(), values.detach(), fresh, received))
         return y.transpose(1, 2)  # (B, T, H, Dv)
 
 
@@ -267,6 +273,10 @@ class Pass:
     views: list
     last_only: bool
 
+    def again(self, idx: Tensor) -> Iterable[tuple[Tensor, list]]:
+        """For each part of the tokens idx (B, T) that must be read once more: the part (B, c) and the layers' views."""
+        return ()
+
     def commit(self) -> None:
         """Note a pass that went well; called once, after the last layer."""
 
@@ -290,6 +300,10 @@ class PrefillPass(Pass):
     length: Tensor
     lengths: list[int]
     groups: list[Slots]
+    rereading: Rereading | None = None
+
+    def again(self, idx: Tensor) -> Iterable[tuple[Tensor, list]]:
+        return () if self.rereading is None else self.rereading.parts(idx)
 
     def commit(self) -> None:
         self.clock.pos.copy_(self.length)
@@ -316,5 +330,10 @@ def begin_prefill(
         SequenceView(layer.spec, angles[t], masks, layer=layer, step=steps[g])
         for layer, g, t in zip(layers, group_of, rope.which)
     ]
+    own, longest = [steps[g] for g in group_of], max(lengths)
+    chunks = [s.slots.strategy.chunk for s in own if s.slots.strategy.rereads and longest > s.slots.plan.slots]
+    rereading = Rereading(layers, own, rope, length, longest, max(chunks)) if chunks else None
+    for view in views:
+        view.rereading = rereading
     views[-1].last = length.to(layers[-1].device) - 1  # all the others' outputs make keys and values
-    return PrefillPass(views, True, clock, length, lengths, list(groups))
+    return PrefillPass(views, True, clock, length, lengths, list(groups), rereading)

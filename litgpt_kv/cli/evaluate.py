@@ -16,6 +16,7 @@ from litgpt_kv.disk import write_text
 from litgpt_kv.evaluate import fidelity
 from litgpt_kv.evaluate.answering import answer
 from litgpt_kv.evaluate.candidates import Candidate, candidates
+from litgpt_kv.evaluate.haystack import prose
 from litgpt_kv.evaluate.picture import draw
 from litgpt_kv.evaluate.results import Results, standard_error
 from litgpt_kv.evaluate.tasks import check_task
@@ -60,7 +61,8 @@ def evaluate(
         examples: Questions of each kind and length.
         questions: Whether a question is "seen" when the text is compressed, "unseen", or "both", one after the other.
         haystack: What needles are hidden in: prose (Python's manual) or noise (a few sentences again and again).
-        text: A text file to read token by token, for perplexity and the difference from a full cache.
+        text: A text file to read token by token, for perplexity and the difference from a full cache; "prose" is
+            Python's manual.
         text_tokens: How much of it.
         text_prompt: How much of that is read at once, as a prompt.
         batch_size: Questions at a time.
@@ -86,7 +88,7 @@ def evaluate(
         check_task(name, haystack)
     for length in lengths or ():
         check_count("lengths", length, 1, MOST)
-    words = None if text is None else read_file(text)
+    words = None if text is None else " ".join(prose()) if text == "prose" else read_file(text)
     settings = {"checkpoint": checkpoint_dir, "examples": examples, "haystack": haystack, "seed": seed}
     settings |= {"text": text, "text_tokens": text_tokens, "text_prompt": text_prompt}
     settings["kv_cache"] = {k: v for k, v in asdict(base).items() if k not in ("strategy", "budget")}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from litgpt_kv.arguments import PREFILLS
 from litgpt_kv.cache.kv_cache import KVCache
-from litgpt_kv.cache.plan import LayerPlan, check_prompt_kept, limit_of, resolve
+from litgpt_kv.cache.plan import LayerPlan, check_prompt_kept, check_reread, limit_of, resolve
 from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.config import KVCacheArgs, shown
 from litgpt_kv.generate.request import Request
@@ -77,6 +77,8 @@ class Limits:
         if not seen:
             try:
                 check_prompt_kept(self.plans, len(prompt))
+                if self.one_pass is not None:
+                    check_reread(self.plans, len(prompt), self.one_pass)
             except ValueError as error:
                 raise ValueError(f"{name} does not fit: {error}") from error
 

@@ -93,6 +93,8 @@ class CacheRunner:
         if prefill == "full" and chunk is not None:
             check_count("prefill_chunk", chunk, 1, 2**31 - 1)
             piece, chunk = min(chunk, piece or chunk), None
+        if cache.rereads:
+            piece = None
         if chunk is not None and not (isinstance(chunk, int) and 1 <= chunk <= cache.longest_block):
             most = cache.longest_block
             raise ValueError(f"prefill_chunk must be 1 to {most} (budget less sinks), got {shown(chunk)}.")

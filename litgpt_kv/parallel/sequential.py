@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from litgpt.config import Config
 from litgpt_kv.attention.rope import RopeTables
+from litgpt_kv.cache.door import check_prompt, check_step
 from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.generate import Request, Sequence, Stats
 from litgpt_kv.model.gpt import GPT
@@ -101,9 +102,9 @@ class SequentialGPT(GPT):
         if not isinstance(cache, KVCache) or count < 2 or cache.batch_size != len(idx):
             return super().forward(idx, cache, length, **options)
         if length is None:  # check the whole batch before the first piece changes the cache
-            cache.check_step(idx.size(1))
+            check_step(cache, idx.size(1))
         else:
-            cache.check_prompt(idx.size(1), length)
+            check_prompt(cache, idx.size(1), length)
         rows = [slice(*split_range(len(idx), count, i)) for i in range(count)]
         lengths = [None if length is None else length[part] for part in rows]
         views = [cache.rows(part.start, part.stop) for part in rows]

@@ -6,9 +6,11 @@ A field that is not here is refused by its name; so is one of OpenAI's that asks
 from __future__ import annotations
 
 import json
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+from litgpt_kv.config import SamplingArgs
 
 B = TypeVar("B", bound="Body")
 MOST_STOPS = 16
@@ -87,7 +89,16 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool = False  # random padding of OpenAI's: there is none here
 
 
-class Sampled(Body):
+def scalar(hint: Any) -> Any:
+    """The type of one value, of a setting that may also have one a row."""
+    return next(kind for kind in (float, int, bool, str) if kind in (hint, *get_args(hint)))
+
+
+HINTS = get_type_hints(SamplingArgs)  # a new field is a field of requests, too
+Sampling = create_model("Sampling", __base__=Body, **{name: (scalar(HINTS[name]) | None, None) for name in HINTS})
+
+
+class Sampled(Sampling):  # type: ignore[valid-type,misc]
     """What both kinds of completions take. Without a value, the server's own setting counts."""
 
     model: str | None = None
@@ -96,14 +107,6 @@ class Sampled(Body):
     min_tokens: int | None = None
     stop: str | list[str] | None = None
     ignore_eos: bool = False
-    seed: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     kv_cache: str | None = None

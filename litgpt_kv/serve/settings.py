@@ -30,7 +30,7 @@ class ServeArgs:
         conversation_bytes: Memory for the states of conversations; the least recently used one leaves.
         max_body: The most bytes of a request's body.
         body_timeout: Seconds in which a body must arrive.
-        connections: The most open connections.
+        connections: The most open connections; times `max_body`, it bounds the memory of bodies.
         drain: Seconds that running answers get to end after SIGTERM.
         log_prompts: Also log prompts and answers.
     """
@@ -46,7 +46,7 @@ class ServeArgs:
     conversation_bytes: int = 2**30
     max_body: int = 4 * 2**20
     body_timeout: float = 30.0
-    connections: int = 1024
+    connections: int = 256
     drain: float = 30.0
     log_prompts: bool = False
 

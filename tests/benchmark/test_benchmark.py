@@ -6,7 +6,7 @@ import re
 import pytest
 
 from litgpt_kv.__main__ import main
-from tests.oracle.strategies import READY
+from litgpt_kv.benchmark.parallel import DEFAULT
 
 SMALL = ["--shape.n_layer", "2", "--shape.n_embd", "96", "--contexts", "[96, 48]", "--steps", "3", "--repeats", "2"]
 
@@ -16,7 +16,7 @@ def test_table_and_json(capsys, tmp_path):
     table = capsys.readouterr().out
     report = json.loads((tmp_path / "out.json").read_text())
     rows = {(r["cache"], r["context"]): r for r in report["rows"]}
-    assert set(rows) == {(c, n) for c in (*READY, "litgpt") for n in (48, 96)}
+    assert set(rows) == {(c, n) for c in (*DEFAULT, "litgpt") for n in (48, 96)}
     for (name, context), row in rows.items():
         assert re.search(rf"^{name} .*\d", table, re.MULTILINE)
         assert row["cache_bytes"] == row["cache_bytes_formula"]

@@ -168,6 +168,8 @@ class Oracle:
     mass: list[list[dict[int, float]]] = field(default_factory=list)  # attention received from all queries so far
     last: list[list[dict[int, float]]] = field(default_factory=list)  # and from the newest one
     queries: list[Tensor] = field(default_factory=list)  # by layer: (n, H, D), unrotated
+    tokens: list[int] = field(default_factory=list)
+    first: int = 0  # tokens of the first pass
     seen: int = 0
 
     def __post_init__(self) -> None:
@@ -201,6 +203,8 @@ class Oracle:
     def feed(self, tokens: list[int]) -> list[Moment]:
         """One pass of the model over new tokens."""
         config, start, m = self.config, self.seen, len(tokens)
+        self.tokens += tokens
+        self.first = self.first or m
         x = self.model.transformer.wte(torch.tensor(tokens))  # (m, C)
         if config.scale_embeddings:
             x = x * config.n_embd**0.5

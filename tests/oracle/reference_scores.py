@@ -136,6 +136,41 @@ def softmax(scores: Scores) -> Scores:
     return {p: math.exp(s - top) / total for p, s in scores.items()}
 
 
+def kvzip(view: View) -> Scores:
+    """The largest attention of the tokens read again after the prompt; later ones are worth more than any."""
+    oracle, first = view.oracle, view.oracle.first
+    compressed = first > oracle.policies[view.layer].budget
+
+    def worth(own: View, p: int) -> float:
+        if not compressed or p >= first:
+            return 1.0 + p * 2.0**-23
+        return reread(own)[p]
+
+    return {p: view.statistic(p, worth) for p in view.held}
+
+
+def reread(view: View) -> Scores:
+    oracle, first, size = view.oracle, view.oracle.first, view.option("chunk", 2048)
+    prompt, best = oracle.tokens[:first], dict.fromkeys(range(first), 0.0)
+    memory = oracle.__dict__.setdefault("reread", {})  # by start the second reading, by layer and head what came out
+    if (view.layer, view.g) in memory:
+        return memory[view.layer, view.g]
+    for start in range(0, first, size):
+        part = prompt[start : start + size]
+        if start not in memory:
+            memory[start] = type(oracle)(oracle.model, type(oracle.policies[0])())
+            memory[start].feed(prompt + part)
+        again, held = memory[start], list(range(first + len(part)))
+        whole = replace(view, oracle=again, held=held, now=held[-1], prompt=True, known={})
+        for query in range(first, first + len(part)):
+            for h in view.heads:
+                for p, share in whole.attention(h, query).items():
+                    if p < first:
+                        best[p] = max(best[p], share)
+    memory[view.layer, view.g] = best
+    return best
+
+
 def h2o(view: View) -> Scores:
     scores = {p: view.statistic(p, lambda v, p: v.oracle.mass[v.layer][v.g][p]) for p in view.held}
     for p in view.held:
@@ -329,5 +364,6 @@ NAIVE: dict[str, Callable[[View], Scores]] = {
         expected_attention,
         triattention,
         criticalkv,
+        kvzip,
     )
 }

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from litgpt_kv import GPT, KVCache, KVCacheArgs, Strategy, Tokens, registry
 from litgpt_kv.cache.plan import pattern
+from litgpt_kv.generate import generate
 from tests.oracle.reference import Policy, compare, kept_of, logits_of, scores_of, tiny, tokens_of, walk
 from tests.oracle.strategies import FEW, NAMES, options_of, plain
 
@@ -257,9 +258,22 @@ def test_30_pieces_equal_one_pass(name: str, positions: str, kind: str) -> None:
     pieces_equal_one_pass(name, positions, kind, ("head", "pool") if kind == "gqa" else ("head",))
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in FEW])
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in FEW and not plain(n).rereads])
 def test_30_pieces_equal_one_pass_for_every_strategy(name: str) -> None:
     pieces_equal_one_pass(name, plain(name).positions, "gqa", (plain(name).select,))
+
+
+def test_30_prompts_that_are_read_twice_are_read_in_one_pass(gqa: GPT) -> None:
+    cache = KVCache.build(gqa, KVCacheArgs("kvzip", budget=C, options={"chunk": 30}))
+    with pytest.raises(ValueError, match="reads them in one pass, not in pieces"):
+        cache.read_in_pieces(0, 20)
+    context = gqa.max_seq_length
+    with pytest.raises(ValueError, match=f"read again 30 tokens at a time, is over the limit of {context}"):
+        gqa(torch.zeros(1, context - 29, dtype=torch.int64), cache, torch.tensor([context - 29]))
+    with pytest.raises(ValueError, match=r"Prompt 0 does not fit: A prompt of .* read again 30 tokens at a time"):
+        generate(gqa, [[1] * (context - 29)], cache, max_new_tokens=2, prefill="full")
+    cache.reset()
+    gqa(torch.zeros(1, context - 30, dtype=torch.int64), cache, torch.tensor([context - 30]))
 
 
 @torch.no_grad()

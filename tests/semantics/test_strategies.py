@@ -30,6 +30,7 @@ OPTIONS = {  # small enough for the budget
     "expected_attention": [dict(window=6, future=3), dict(window=40, future=1, epsilon=0.01)],
     "triattention": [dict(farthest=5)],
     "criticalkv": [dict(base="h2o"), dict(base="keydiff")],
+    "kvzip": [dict(chunk=5), {}],
 }
 CASES = [(name, options) for name, every in OPTIONS.items() for options in every]
 LATENT = dict(q_lora_rank=12, kv_lora_rank=10, qk_rope_head_dim=4, qk_nope_head_dim=6, v_head_dim=5)

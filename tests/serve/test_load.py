@@ -107,7 +107,13 @@ def malformed(rng: random.Random) -> bytes:
             {**good, "prompt": rng.choice([-1, 1e300, {}, [], [[]], [-1], [2**70], [1.5], [True]])}
         ).encode()
     name = rng.choice(["max_tokens", "n", "temperature", "top_p", "seed", "stop", "stream", "kv_cache", "model"])
-    wrong = {"stop": [1, {}, [1], [""], ""], "model": [1, "other"], "kv_cache": [1, "other"], "stream": ["x", 2]}
+    wrong = {
+        "temperature": [-1, "x", [], {}, 1e31, "1"],
+        "stop": [1, {}, [1], [""], ""],
+        "model": [1, "other"],
+        "kv_cache": [1, "other"],
+        "stream": ["x", 2],
+    }
     return json.dumps({**good, name: rng.choice(wrong.get(name, [-1, "x", [], {}, 2**70, "1"]))}).encode()
 
 

@@ -132,6 +132,7 @@ class Kivi(Coded):
 
     def read(self, extent: int) -> Tensor:
         """The first `extent` slots, dequantised, but those of the open group as they are, (B, G, extent, D)."""
+        extent = min(extent, self.codes.size(2) - 1)
         n = extent + 1  # one more, for what is not read
         codes = unpack(self.codes[:, :, :n], self.bits)[..., : self.count * self.size].to(self.exact)
         known = self.group_of[:, :, :n].unsqueeze(-1)

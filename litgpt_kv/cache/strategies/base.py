@@ -202,6 +202,9 @@ class Strategy:
             `window`, how many), "rope" (angles and distances); and for `enter`, too, "output_weight", "calibration".
             A strategy with needs runs a layer at a time, others all layers at once.
         recency: Whether the score is the position alone: what stays is the sinks and an unbroken run of last tokens.
+        rereads: Whether prompts that must be compressed are read a second time, right after they were read: the
+            statistic "reread" is then the largest attention that the second reading paid to a token, over the query
+            heads of a group; 0 where nothing was read again. `chunk` says how many tokens are read again at once.
         evicts: Whether a full cache makes room; otherwise it refuses the next token.
         comparable: Whether scores of different heads can be compared; if not, `select="pool"` divides each by its
             head's sum.
@@ -214,6 +217,7 @@ class Strategy:
     statistics: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[frozenset[str]] = frozenset()
     recency: ClassVar[bool] = False
+    rereads: ClassVar[bool] = False
     evicts: ClassVar[bool] = True
     comparable: ClassVar[bool] = True
     select: ClassVar[str] = "head"
