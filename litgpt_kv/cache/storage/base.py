@@ -49,7 +49,8 @@ class Storage(nn.Module):
         Args:
             slot: (B, P, T) int64. The slots of a head must differ.
             x: (B, G, T, D) keys or values.
-            live: (B,) or (B, P, T) bool; where it is False, slots keep what they have. None: all are written.
+            live: (B,) bool, False for rows that keep what they have; or, for prompts, (B, P, T) bool, False for pads,
+                whose slots are empty and stay so. None: all are written.
         """
         raise NotImplementedError
 
@@ -75,9 +76,10 @@ class Storage(nn.Module):
     def put(buffer: Tensor, slot: Tensor, x: Tensor, live: Tensor | None) -> None:
         """Write x (B, G, T, n) into the slots (B, P, T) of a buffer (B, G, S, n), in the buffer's dtype."""
         index, x = slot.unsqueeze(-1).expand(x.shape), x.to(buffer.dtype)
-        if live is not None:
-            live = live.view(-1, 1, 1, 1) if live.dim() == 1 else live.unsqueeze(-1)
-            x = torch.where(live, x, buffer.gather(2, index))
+        if live is not None and live.dim() == 3:  # of a prompt, whose pads leave their slots as they are: empty
+            x = x.masked_fill(~live.unsqueeze(-1), 0)
+        elif live is not None:
+            x = torch.where(live.view(-1, 1, 1, 1), x, buffer.gather(2, index))
         if buffer.is_floating_point() and buffer.element_size() == 2:  # torch 2.13 scatters 16-bit floats slowly (CPU)
             buffer, x = buffer.view(torch.int16), x.contiguous().view(torch.int16)
         buffer.scatter_(2, index, x)
