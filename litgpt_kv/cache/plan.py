@@ -186,9 +186,10 @@ def check_in_order(storage: str, name: str, strategy: Strategy, interval: int) -
     """
     if not strategy.recency:
         able = ", ".join(n for n in registry.names("strategy") if registry.get("strategy", n).recency)
+        free = [n for n in registry.names("storage") if not registry.get("storage", n).in_order]
         raise ValueError(
             f"The storage {storage!r} quantises neighbouring tokens together, so they must leave in order, which those "
-            f"of {name!r} do not. Strategies that do: {able}; storages that take any strategy: int8, int4, k8v4."
+            f"of {name!r} do not. Strategies that do: {able}; storages that take any strategy: {', '.join(free)}."
         )
     if strategy.evicts and interval > 1:
         raise ValueError(

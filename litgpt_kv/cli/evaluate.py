@@ -100,9 +100,9 @@ def evaluate(
         elif results.path is not None and results.path.exists():
             raise ValueError(f"{results.path} exists: --resume continues it, or choose another folder.")
     llm = load(checkpoint_dir, device)
-    ask(llm, results, compared, asked, lengths or [700], QUESTIONS[questions], batch_size)
-    if words is not None:
+    if words is not None:  # first: a text that is too short is noticed at once
         read(llm, results, compared, words)
+    ask(llm, results, compared, asked, lengths or [700], QUESTIONS[questions], batch_size)
     print(results.tables())
     if results.folder is not None:
         write_text(results.folder / "results.md", results.tables())

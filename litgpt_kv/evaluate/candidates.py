@@ -41,7 +41,7 @@ def candidates(specs: list[str] | None, budgets: list[int | str], base: KVCacheA
         ValueError: For an unknown name or a value out of range.
     """
     made = []
-    for spec in specs or ready_strategies():
+    for spec in dict.fromkeys(specs or ready_strategies()):
         name, _, storage = spec.partition("@")
         select = name.rpartition(":")[2] if name.endswith(SELECTS) else ""
         name = registry.import_named(name.removesuffix(f":{select}") if select else name)
@@ -50,5 +50,5 @@ def candidates(specs: list[str] | None, budgets: list[int | str], base: KVCacheA
         if not registry.get("strategy", name).evicts:
             made.append(Candidate(spec, None, args))
             continue
-        made += [Candidate(spec, budget, replace(args, budget=budget)) for budget in budgets]
+        made += [Candidate(spec, budget, replace(args, budget=budget)) for budget in dict.fromkeys(budgets)]
     return made

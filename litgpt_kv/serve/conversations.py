@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 from litgpt_kv.cache.kv_cache import KVCache
 
+TOKEN_BYTES = 36  # of a Python integer in a tuple
 Messages = tuple[tuple[str, str], ...]  # roles and texts
 
 
@@ -19,7 +21,7 @@ class KeptState:
     Attributes:
         cache: The name of the server's cache. messages: All that was said, the last reply included.
         state: A cache of one row. last: The last token drawn, which the state has not read yet.
-        text: All tokens of the conversation, for the repetition penalty. nbytes: Memory of the state.
+        text: All tokens of the conversation, for the repetition penalty. state_bytes: Memory of the state.
     """
 
     cache: str
@@ -27,7 +29,13 @@ class KeptState:
     state: KVCache
     last: int
     text: tuple[int, ...]
-    nbytes: int
+    state_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the state, the messages and the tokens."""
+        words = sum(sys.getsizeof(part) for message in self.messages for part in message)
+        return self.state_bytes + words + TOKEN_BYTES * len(self.text)
 
 
 class Conversations:

@@ -67,14 +67,15 @@ def test_other_messages_start_anew(client: openai.OpenAI) -> None:
 
 def test_memory_is_bounded_and_the_least_recently_used_leaves(llm: LLM) -> None:
     one = llm.build_cache(KVCacheArgs("h2o", budget=24), 1, 1024).allocated()["total"]
-    with serving(llm, {"h2o": KVCacheArgs("h2o", budget=24)}, conversation_bytes=2 * one) as server:
+    with serving(llm, {"h2o": KVCacheArgs("h2o", budget=24)}, conversation_bytes=5 * one // 2) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
         talks = {id: [] for id in "abc"}
         for id in "ab":
             say(client, talks[id], TURNS[0], id)
         assert say(client, talks["a"], TURNS[1], "a").usage.kv["reused"] > 0
         say(client, talks["c"], TURNS[0], "c")  # b is the oldest now
-        assert len(server.service.conversations) == 2 and server.service.conversations.nbytes == 2 * one
+        kept = server.service.conversations
+        assert len(kept) == 2 and 2 * one < kept.nbytes < 5 * one // 2, "messages and tokens count, too"
         assert say(client, talks["a"], TURNS[1], "a").usage.kv["reused"] > 0
         assert say(client, talks["b"], TURNS[1], "b").usage.kv["reused"] == 0
 
