@@ -9,7 +9,7 @@ Dv width of a value · C embedding size · E rotated elements.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -268,14 +268,12 @@ class Pass:
     Attributes:
         views: One a layer.
         last_only: Whether only the last token of each row has an output.
+        rereading: The second reading of the tokens, before `commit`; None: there is none.
     """
 
     views: list
     last_only: bool
-
-    def again(self, idx: Tensor) -> Iterable[tuple[Tensor, list]]:
-        """For each part of the tokens idx (B, T) that must be read once more: the part (B, c) and the layers' views."""
-        return ()
+    rereading = None  # no field: only a prefill has one
 
     def commit(self) -> None:
         """Note a pass that went well; called once, after the last layer."""
@@ -301,9 +299,6 @@ class PrefillPass(Pass):
     lengths: list[int]
     groups: list[Slots]
     rereading: Rereading | None = None
-
-    def again(self, idx: Tensor) -> Iterable[tuple[Tensor, list]]:
-        return () if self.rereading is None else self.rereading.parts(idx)
 
     def commit(self) -> None:
         self.clock.pos.copy_(self.length)

@@ -102,10 +102,11 @@ class GPT(base.GPT):
         for block, view in zip(self.transformer.h, step.views):
             x = block(x, view)
         x = self.transformer.ln_f(x)  # (B, T, C), or (B, 1, C) where only the last tokens are wanted
-        for part, views in step.again(idx):  # for what attention to it says of the tokens, not for its output
-            read = self.embed(part)
-            for block, view in zip(self.transformer.h, views):
-                read = block(read, view)
+        if step.rereading is not None:  # for the attention that it pays to the tokens, not for its output
+            for part, views in step.rereading.parts(idx):
+                read = self.embed(part)
+                for block, view in zip(self.transformer.h, views):
+                    read = block(read, view)
         step.commit()
         if step.last_only:
             x = x.squeeze(1)  # (B, C)

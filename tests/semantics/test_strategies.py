@@ -74,7 +74,7 @@ def check(model: GPT, policy: Policy, way: str = "full", new: int = 7, prompts: 
 
 
 def test_every_shipped_strategy_has_a_naive_form_and_is_tried() -> None:
-    shipped = {n for n in registry.names("strategy") if registry.get("strategy", n).__module__.startswith("litgpt_kv")}
+    shipped = {n for n in registry.names("strategy") if registry.get("strategy", n).__module__.startswith("litgpt_kv.")}
     scored = {n for n in shipped if not registry.get("strategy", n).recency}
     assert scored == set(NAIVE) == set(OPTIONS)
 
