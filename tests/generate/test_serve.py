@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -226,18 +228,30 @@ def test_a_row_that_fills_the_context_without_a_cache(model: GPT) -> None:
     assert answers(serve(model, requests, None, rows=4)) == cached
 
 
-def test_statistics_of_rows_that_come_and_go(model: GPT) -> None:
+def test_statistics_of_rows_that_come_and_go(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, passes = [0.0], []
+
+    def timed(*args):
+        """A clock that only the model moves: a second for a prompt, a thousandth for a decode step."""
+        passes.append(len(args) == 3)
+        now[0] += 1.0 if len(args) == 3 else 0.001
+        return model(*args)
+
+    timed.lm_head, timed.max_seq_length = model.lm_head, model.max_seq_length
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     requests, stats = requests_of(12), Stats()
     cache = KVCache.build(model, "dense", 3, 70)
     for _ in range(2):  # used again, they begin anew
         cache.reset()
-        rows = {row.index: row for step in serve(model, requests, cache, stats=stats) for row in step}
+        passes.clear()
+        rows = {row.index: row for step in serve(timed, requests, cache, stats=stats) for row in step}
         assert stats.prompt_tokens == stats.prefill_tokens == sum(len(r.prompt) for r in requests)
         assert stats.new_tokens == sum(r.max_new_tokens for r in requests) == sum(len(r.tokens) for r in rows.values())
         assert stats.decode_tokens == stats.new_tokens - 12
-        assert stats.prefill_seconds > 0 and stats.decode_seconds > 0
-    spent = sum(row.first_token_time - row.start_time for row in rows.values())
-    assert stats.prefill_seconds == pytest.approx(spent, rel=0.5), "all admissions are prefill"
+        assert stats.prefill_seconds == pytest.approx(passes.count(True))
+        assert stats.decode_seconds == pytest.approx(0.001 * passes.count(False))
+    spent = [row.first_token_time - row.start_time for row in rows.values()]
+    assert all(1 <= seconds <= 3 for seconds in spent), "from its admission to its first token: at most three prompts"
 
 
 def test_long_first_prompts_are_read_in_blocks_beside_short_ones(model: GPT) -> None:

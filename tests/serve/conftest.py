@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -21,6 +23,13 @@ CACHES = {
     "none": None,
 }
 Serve = Callable[..., AbstractContextManager[Server]]
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests without a limit of their own wait for a minute, also on a busy machine."""
+    for name in ("get", "post", "stream"):
+        monkeypatch.setattr(httpx, name, functools.partial(getattr(httpx, name), timeout=60))
 
 
 @pytest.fixture(scope="session")

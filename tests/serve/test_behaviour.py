@@ -231,7 +231,7 @@ def test_one_line_of_log_a_request_and_no_text(llm: LLM, caplog: pytest.LogCaptu
 
 def test_sigterm_ends_what_runs_and_refuses_what_is_new() -> None:
     """Answers that end within `--drain` seconds do; one that does not is told so. The exit code is 0."""
-    command = [sys.executable, "-m", "litgpt_kv", "serve", "demo", "--port", "0", "--rows", "2", "--drain", "2"]
+    command = [sys.executable, "-m", "litgpt_kv", "serve", "demo", "--port", "0", "--rows", "2", "--drain", "4"]
     command += ["--kv-cache", "window", "--kv-cache.budget", "64", "--kv-cache.positions", "cache"]  # without an end
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
