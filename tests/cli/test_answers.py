@@ -33,7 +33,7 @@ def texts(path: Path) -> list[tuple]:
 def test_two_runs_on_one_file_are_refused_and_the_first_ones_answers_stay(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    lines = [{"prompt": f"def f{n}(x):", "max_new_tokens": 60, "min_new_tokens": 60} for n in range(6)]
+    lines = [{"prompt": f"def f{n}(x):", "max_new_tokens": 300, "min_new_tokens": 300} for n in range(6)]
     questions, out = write(tmp_path / "q.jsonl", lines), tmp_path / "a.jsonl"
     options = ("--prompts", questions, "--batch-size", 2, "--temperature", 0)
     with warm.Popen([*COMMAND, "--prompts", questions, "--out", out], stderr=subprocess.DEVNULL) as first:
