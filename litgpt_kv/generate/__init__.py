@@ -242,7 +242,7 @@ def serve(
     options = dict(prefill=prefill, prefill_chunk=prefill_chunk, decoder=decoder, logprobs=logprobs)
     engine = Engine(model, cache, rows=rows, pieces=None, decode_text=decode_text, stats=_reset(stats), **options)
     check_type("requests", None if isinstance(requests, Tensor) else requests, Iterable, "an iterable of Requests")
-    return _serve(engine, begin(engine, cache, requests))
+    return serve_steps(engine, begin(engine, cache, requests))
 
 
 def begin(engine: Engine, cache: KVCache | None, requests: Iterable[Request]) -> Iterator[Request]:
@@ -266,7 +266,8 @@ def fill(engine: Engine, waiting: Iterator[Request]) -> None:
         engine.add(request)
 
 
-def _serve(engine: Engine, waiting: Iterator[Request]) -> Iterator[list[Sequence]]:
+def serve_steps(engine: Engine, waiting: Iterator[Request]) -> Iterator[list[Sequence]]:
+    """Yield the sequences of each step, and offer free rows to the waiting requests after it."""
     while engine.unfinished:
         if outputs := engine.step():
             yield [output.sequence for output in outputs]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from litgpt_kv.arguments import RunArgs
 from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.config import KVCacheArgs, check_type
-from litgpt_kv.generate import Engine, Request, Sequence, Stats, begin, fill, raise_failed
+from litgpt_kv.generate import Engine, Request, Sequence, Stats, begin, fill, raise_failed, serve_steps
 from litgpt_kv.generate.limits import Limits
 from litgpt_kv.llm.text_model import TextModel
 
@@ -176,7 +176,7 @@ class OpenRun:
             requests = (request for request in requests for request in llm.parallel.own_requests([request]))
         engine = build_engine(llm, self.cache, rows, batching, self.stats)
         waiting = begin(engine, self.cache, requests)
-        self._steps = _steps(llm, RunResult(self.stats, self.cache), engine, waiting)
+        self._steps = _noted_at_the_end(llm, RunResult(self.stats, self.cache), serve_steps(engine, waiting))
 
     def __iter__(self) -> Iterator[list[Sequence]]:
         return self._steps
@@ -186,12 +186,9 @@ class OpenRun:
         self._steps.close()
 
 
-def _steps(llm: TextModel, result: RunResult, engine: Engine, waiting: Iterator[Request]) -> Iterator[list[Sequence]]:
+def _noted_at_the_end(llm: TextModel, result: RunResult, steps: Iterator[list[Sequence]]) -> Iterator[list[Sequence]]:
     try:
-        while engine.unfinished:
-            if outputs := engine.step():
-                yield [output.sequence for output in outputs]
-            fill(engine, waiting)
+        yield from steps
     finally:
         llm.last_run = result
 

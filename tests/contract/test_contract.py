@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -76,10 +76,24 @@ COMBOS = PLAIN + [Combo(n, s, plain(n).positions) for n, s in STORED]
 every = pytest.mark.parametrize("combo", COMBOS, ids="-".join)
 
 
-def in_ways(name: str, ways: tuple[str, ...]) -> pytest.MarkDecorator:
-    """Every combination in the last way; one strategy of each sort, and every storage, in all of them."""
+def loss(storage: str) -> float:
+    """The largest error of storing and reading, relative to the largest element of a token's vector."""
+    x = torch.randn(1, 1, 64, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    errors = []
+    for role in ("keys", "values"):
+        buffer = registry.build("storage", storage, role, (1, 1, 64, 6), torch.float64, torch.device("cpu"))
+        buffer.write(torch.arange(64).view(1, 1, 64), x)
+        errors.append(float(((buffer.read(64) - x).abs().amax(-1) / x.abs().amax(-1)).max()))
+    return max(errors)
+
+
+def in_ways(
+    name: str, ways: tuple[str, ...], holds: Callable[[Combo, str], bool] = lambda combo, way: True
+) -> pytest.MarkDecorator:
+    """Every combination in the last way; one strategy of each sort, and every storage, in all of them that `holds`."""
     some = [c for c in COMBOS if c.strategy in FEW]
     cases = [(c, w) for c in some for w in ways[:-1]] + [(c, ways[-1]) for c in COMBOS]
+    cases = [case for case in cases if holds(*case)]
     return pytest.mark.parametrize(("combo", name), cases, ids=lambda x: x if isinstance(x, str) else "-".join(x))
 
 
@@ -102,17 +116,6 @@ def references(model: GPT) -> list[Oracle]:
 def row_of(seed: int, n: int) -> list[int]:
     """No token comes twice: of two, some strategies would have scores that only rounding tells apart."""
     return torch.randperm(60, generator=torch.Generator().manual_seed(seed)).tolist()[:n]
-
-
-def loss(storage: str) -> float:
-    """The largest error of storing and reading, relative to the largest element of a token's vector."""
-    x = torch.randn(1, 1, 64, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    errors = []
-    for role in ("keys", "values"):
-        buffer = registry.build("storage", storage, role, (1, 1, 64, 6), torch.float64, torch.device("cpu"))
-        buffer.write(torch.arange(64).view(1, 1, 64), x)
-        errors.append(float(((buffer.read(64) - x).abs().amax(-1) / x.abs().amax(-1)).max()))
-    return max(errors)
 
 
 def close(a: torch.Tensor, b: torch.Tensor, tol: float = 1e-8) -> None:
@@ -152,10 +155,10 @@ def test_budget_of_the_whole_sequence_equals_no_cache(combo: Combo, rope: dict) 
         same(logits_of(model, combo.build(model, budget=20), [tokens], [prompt], "full")[0], full, tol)
 
 
-@in_ways("way", WAYS)
+# Storages that lose digits are not "streamed" here: a first pass sees its own keys as they are, and all rows' first
+# passes are as long as the shortest prompt. The engine reads each prompt by itself, and is held with them below.
+@in_ways("way", WAYS, lambda combo, way: way != "streamed" or not loss(combo.storage))
 def test_row_of_a_ragged_batch_equals_the_prompt_alone(model: GPT, combo: Combo, way: str) -> None:
-    if way == "streamed" and loss(combo.storage):
-        return  # the first pass sees its own keys as they are, and its length is that of the shortest prompt
     rows, prompts = (
         [row_of(b, n + 12) for b, n in enumerate((1, C + 1, C - 2, 2 * C + 3))],
         [1, C + 1, C - 2, 2 * C + 3],
