@@ -51,7 +51,8 @@ def prefill(model: Model, prompts: Prompts, cache: KVCache, method: str = "min-l
         cache: An empty cache with one row for each prompt.
         method: "min-length" reads the same number of tokens in every row: as many as the shortest prompt has and every
             layer can keep. Feed the rest token by token to `decode`. "full" reads all prompts, padded on the right, and
-            then evicts each row down to its budget.
+            then evicts each row down to its budget. With a storage that loses digits, such as int8, a "min-length" row
+            equals its prompt alone only up to that loss; the engine reads each prompt by itself, so its rows equal it.
 
     Returns:
         The logits (B, V) after the last token read in each row, and the number of tokens read in each row.
