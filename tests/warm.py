@@ -8,11 +8,13 @@ sees a new process: its own standard streams, environment, folder, signals, `__m
 2. For each `Popen` it gets a line of JSON and the three standard streams, forks, and says the process id.
 3. The child runs the command, as Python does. When it has ended, its wait status is sent.
 
-Processes that a command starts itself, such as the workers of a launch, are started in full.
+The workers of a launch are forked from their launcher in the same manner, because `torch.distributed.elastic` starts
+them by `Popen` too. `FULL` in the environment of a launch starts them in full, as users do.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import importlib
@@ -24,11 +26,16 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import traceback
 import types
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
 ROOT = Path(__file__).parents[1]
+FULL = "LITGPT_KV_TESTS_START_WORKERS_IN_FULL"
 IMPORTED = ("litgpt_kv.__main__", "litgpt_kv.parallel", "tokenizers", "tests.oracle.reference", "tests.oracle.shrink")
 
 
@@ -93,6 +100,48 @@ class _Forked(subprocess.Popen):
             self.returncode = os.waitstatus_to_exitcode(int(self._lines.readline()))
             self._lines.close(), self._channel.close()
         return self.returncode
+
+
+class _Worker(subprocess.Popen):
+    """subprocess.Popen whose process is forked from this one, and so has the imports of this one."""
+
+    def _execute_child(self, args: Any, executable: Any, preexec_fn: Any, close: Any, fds: Any, cwd: Any, *more: Any):
+        env, pipes, new_session = more[0], more[4:10], more[15]
+        if args[0] != sys.executable or len(os.listdir("/proc/self/task")) > 1 or set(pipes) != {-1}:
+            raise ValueError(f"Only a Python command can be forked, by a process of one thread, got {args}.")
+        self.pid = os.fork()
+        self._child_created = True
+        if self.pid == 0:
+            _be_new()
+            _end(dict(args=args, env=env, session=new_session, cwd=cwd or os.getcwd()))
+
+
+def _be_new() -> None:
+    """Forgets what the process from which this one was forked would do with signals and at its end."""
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    atexit._clear()
+
+
+def _end(request: dict[str, Any]) -> NoReturn:
+    """Runs a command and ends this process as Python does, without going back to what called it."""
+    code = 0
+    try:
+        execute(request)
+    except SystemExit as asked:
+        code = asked.code if isinstance(asked.code, int) else int(asked.code is not None)
+        print(*[asked.code] if isinstance(asked.code, str) else [], file=sys.stderr, end="")
+    except BaseException as error:
+        sys.last_exc = sys.last_value = error
+        traceback.print_exception(error)
+        code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 stop = _Server.stop  # when the tests end
@@ -160,7 +209,8 @@ def execute(request: dict[str, Any]) -> None:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
-    sys.orig_argv = request["args"]
+    subprocess_handler.Popen = subprocess.Popen if FULL in os.environ else _Worker
+    sys.orig_argv = [*request["args"]]
     sys.path[1:1] = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and p not in sys.path]
     _, first, *rest = request["args"]
     if first == "-m":

@@ -35,7 +35,7 @@ def environment() -> dict[str, str]:
 def started(*command: str, **variables: str) -> Iterator[subprocess.Popen]:
     """A launch in a session of its own, which is gone afterwards whatever happened.
 
-    The first process has its imports from `tests.warm`; those that it starts are started in full.
+    All its processes have their imports from `tests.warm`; with the variable `warm.FULL` its workers import themselves.
     """
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process = warm.Popen([sys.executable, *command], env=environment() | variables, start_new_session=True, **pipes)

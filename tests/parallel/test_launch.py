@@ -30,6 +30,7 @@ from tests.parallel.processes import (
     wait_for_line,
     wait_until_gone,
 )
+from tests.warm import FULL
 
 pytestmark = pytest.mark.xdist_group("parallel")
 LIMIT = 30  # seconds
@@ -39,7 +40,8 @@ VICTIMS = ["launcher", "first", "second", pytest.param("stopped", marks=silence)
 @linux
 @pytest.mark.parametrize("victim", VICTIMS)
 def test_a_killed_process_takes_the_others_along(victim: str, tmp_path: Path) -> None:
-    with started(*GENERATE, *ENDLESS, *TWO, TMPDIR=str(tmp_path)) as process:
+    full = {FULL: "1"} if victim == "interrupt" else {}
+    with started(*GENERATE, *ENDLESS, *TWO, TMPDIR=str(tmp_path), **full) as process:
         wait_for_line(process, "Loaded")
         time.sleep(1.0)  # in the middle of decoding
         first, second = workers = wait_for_children(process.pid, 2)
@@ -105,7 +107,7 @@ def test_a_script_distributes_a_model_and_fails_as_a_whole(tmp_path: Path) -> No
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     expected = LLM.load("demo", accelerator="cpu").generate("def fib(", max_new_tokens=8, temperature=0.0)
-    code, out, err = finished(str(script))
+    code, out, err = finished(str(script), **{FULL: "1"})
     assert (code, out) == (1, repr(expected) + "\n"), err
     assert "RuntimeError: only here" in err, err  # Python's own traceback
     last = err.splitlines()[-1]

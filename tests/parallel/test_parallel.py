@@ -73,7 +73,7 @@ def test_other_ways_through_a_divided_model(report: dict) -> None:
     found = report["extras"]
     for kind, name in itertools.product(
         ("gqa", "latent"), ("training_pass", "uncut_head", "first", "block", "last")
-    ):  # `last` in one traced graph, too
+    ):  # `last` in one traced graph, too, but latent on 4 devices
         assert found[kind][name] <= 1e-8, f"{kind}: {name}"
     assert found["unseeded"] == {"alike": True, "fresh": True, "by_row": True}
 
