@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-SELECTS = (None, "head", "layer", "pool")
+SELECTS = (None, "head", "layer", "pool", "model")
 PATTERNS = (None, "pyramid", "funnel")
 OptionValue = bool | int | float | str | None  # a strategy's option; with Any, a YAML file could name code to run
 MAX_TEMPERATURE = 1e30  # logits divided by it are still normal float32 numbers
@@ -51,8 +51,10 @@ class KVCacheArgs:
             many steps; a full row holds between `budget - interval + 1` and `budget` tokens.
         keep_prompt: Never evict a row's prompt. The prompt must leave room in the budget.
         select: Where scores are compared: "head" (each key/value head evicts for itself), "layer" (all heads of a layer
-            keep the same tokens) or "pool" (the heads of a layer share their slots). None: the strategy's own default.
-        floor: With select "pool", the share of the budget that every head keeps in any case.
+            keep the same tokens), "pool" (the heads of a layer share their slots) or "model" (all heads of all layers
+            share the slots: a prompt longer than the budget deals them out, afterwards each layer is a pool of what it
+            got). None: the strategy's own default.
+        floor: With select "pool" or "model", the share of the budget that every head keeps in any case.
         pools: With select "pool", the number of pools in a layer; each has the same number of neighbouring heads.
         budget_pattern: Give layers different budgets with the same total: "pyramid" (most to the first layers) or
             "funnel" (most to the last ones). None: the same for all.
@@ -125,7 +127,7 @@ class KVCacheArgs:
         if not isinstance(self.keep_prompt, bool):
             raise ValueError(f"keep_prompt must be true or false, got {shown(self.keep_prompt)}.")
         if self.select not in SELECTS:
-            raise ValueError(f"select must be 'head', 'layer' or 'pool', got {shown(self.select)}.")
+            raise ValueError(f"select must be 'head', 'layer', 'pool' or 'model', got {shown(self.select)}.")
         if isinstance(self.floor, bool) or not isinstance(self.floor, (int, float)) or not 0 <= self.floor <= 1:
             raise ValueError(f"floor must be between 0 and 1, got {shown(self.floor)}.")
         if self.budget_pattern not in PATTERNS:

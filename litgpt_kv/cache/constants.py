@@ -31,6 +31,12 @@ def connect(cache: Any, model: Any) -> None:
         cache.theta = model.theta()
     for slots in cache.slots:
         slots.sharing = model.sharing
+        if model.sharing is not None and slots.plan.select == "model":
+            heads = model.sharing.heads
+            raise ValueError(
+                f"select 'model' deals out the slots of all heads, which must be on one device: this one has "
+                f"{len(heads.groups)} of {heads.all_groups} key/value heads. select 'head' needs no other device's."
+            )
     if reading:
         cache.rope = model.rope()
         exact = torch.promote_types(cache.dtype, torch.float32)

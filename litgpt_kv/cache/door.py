@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from litgpt_kv.cache.plan import check_prompt_kept, check_reread
+from litgpt_kv.cache.plan import LayerPlan, check_prompt_kept, check_reread
 from litgpt_kv.config import KVCacheArgs, shown
 
 
@@ -39,6 +39,15 @@ def refused_without_memory(size: Callable[[], dict[str, int]], batch_size: int) 
             f"A cache of {size()['total']:,} bytes does not fit the memory: {batch_size} rows; a budget, fewer rows or "
             "another storage take less."
         ) from error
+
+
+def check_static(plans: Iterable[LayerPlan], static: bool) -> None:
+    """Raise ValueError if a static cache has layers whose sizes depend on the text."""
+    if static and any(plan.select == "model" for plan in plans):
+        raise ValueError(
+            "select 'model' gives layers sizes that depend on the text: a compiled model, whose shapes are fixed, takes "
+            "'head', 'layer' or 'pool'."
+        )
 
 
 def check_count(name: str, value: Any, most: int = 2**31 - 1) -> None:

@@ -21,7 +21,8 @@ class LayerPlan:
         spec: The layer. strategy: What is kept. slots: Tokens a set keeps, the budget.
         sinks, recent: First positions and last tokens that are never evicted.
         interval: Tokens that leave together. keep_prompt: Whether prompts are never evicted.
-        select: "head", "layer" or "pool". pools: Pools of a layer, 0 without any. floor: Tokens a head of a pool keeps.
+        select: "head", "layer", "pool" or "model". pools: Pools of a layer, 0 without any.
+        floor: Tokens a head of a pool keeps.
         storage: Name of the storage. positions: "absolute" or "cache". window: Sliding window of the layer, or None.
     """
 
@@ -56,8 +57,19 @@ class LayerPlan:
 
     @property
     def stack_key(self) -> tuple:
-        """Layers with the same key keep their books together."""
-        return (replace(self, spec=replace(self.spec, index=0), storage=""),)
+        """Layers with the same key keep their books together, and with `select` "model" their tokens."""
+        storage = self.storage if self.select == "model" else ""
+        return (replace(self, spec=replace(self.spec, index=0), storage=storage),)
+
+    @property
+    def sure(self) -> int:
+        """With `select` "model": tokens of a long prompt that every head keeps, so that its layer can go on evicting."""
+        return max(self.floor, self.sinks + self.recent) + self.interval
+
+    @property
+    def longest_block(self) -> int:
+        """The most tokens of one decode step."""
+        return max(1, (self.sure if self.select == "model" else self.slots) - self.sinks)
 
 
 def resolve(config: Config, args: KVCacheArgs, max_tokens: int, context: int) -> list[LayerPlan]:
@@ -74,6 +86,8 @@ def resolve(config: Config, args: KVCacheArgs, max_tokens: int, context: int) ->
     values = [per_layer(name, getattr(args, name), n) for name in ("strategy", "budget", "sinks", "recent", "storage")]
     values[1] = [percent(b, max_tokens) if isinstance(b, str) else b for b in values[1]]
     if args.budget_pattern is not None:
+        if args.select == "model":
+            raise ValueError(f"select 'model' deals out the budget itself, not by a pattern: {args.budget_pattern!r}.")
         values[1] = pattern(args.budget_pattern, values[1][0], n)
     options = {name: registry.options("strategy", name) for name in dict.fromkeys(values[0])}
     if unknown := [k for k in args.options if not any(k in own for own in options.values())]:
@@ -147,6 +161,12 @@ def _resolve_layer(spec: LayerSpec, args: KVCacheArgs, layer: _LayerArgs, max_to
     if registry.get("storage", layer.storage).in_order:
         check_in_order(layer.storage, layer.name, strategy, interval)
     select, pools, floor = _resolve_select(spec, args, layer.name, strategy, slots, interval)
+    if select == "model" and not registry.get("storage", layer.storage).divisible:
+        able = [n for n in registry.names("storage") if registry.get("storage", n).divisible]
+        raise ValueError(
+            f"select 'model' divides a storage among the layers, which {layer.storage!r} does not allow; storages that "
+            f"do: {', '.join(able)}."
+        )
     keep_prompt = keep_prompt and strategy.evicts
     return LayerPlan(
         spec,
@@ -204,8 +224,9 @@ def _resolve_select(
     select = args.select or strategy.select
     if args.pools > 1 and select != "pool":
         raise ValueError(f"pools {args.pools} goes with select 'pool' only, not {select!r}.")
-    if select != "pool" or strategy.recency or spec.groups == 1:  # recency: the same for all heads anyway
-        return ("head" if select == "pool" else select), 0, 0
+    shared = select == "model" or (select == "pool" and spec.groups > 1)
+    if not shared or strategy.recency:  # recency: the same for all heads anyway
+        return ("head" if select in ("pool", "model") else select), 0, 0
     if spec.groups % args.pools:
         raise ValueError(f"pools must divide the {spec.groups} key/value heads, got {args.pools} ({name}).")
     floor = int(args.floor * slots)
@@ -214,7 +235,7 @@ def _resolve_select(
             f"floor {args.floor:g} keeps {floor} tokens a head: with interval {interval} that is over the budget of "
             f"{slots} ({name})."
         )
-    return "pool", args.pools, floor
+    return select, args.pools, floor
 
 
 def pattern(name: str, budget: int, layers: int) -> list[int]:
