@@ -45,8 +45,8 @@ def check_static(plans: Iterable[LayerPlan], static: bool) -> None:
     """Raise ValueError if a static cache has layers whose sizes depend on the text."""
     if static and any(plan.select == "model" for plan in plans):
         raise ValueError(
-            "select 'model' gives layers sizes that depend on the text: a compiled model, whose shapes are fixed, takes "
-            "'head', 'layer' or 'pool'."
+            "select 'model' gives layers sizes that depend on the text: a compiled model, whose shapes are fixed, "
+            "takes 'head', 'layer' or 'pool'."
         )
 
 

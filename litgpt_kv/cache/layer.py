@@ -22,7 +22,6 @@ from litgpt_kv.cache.strategies.base import RECEIVED, LayerConstants, Tokens
 from litgpt_kv.cache.table import Table, build_storages
 from litgpt_kv.config import KVCacheArgs
 
-
 Kept = tuple[Tensor, Tensor, Tensor | None]
 """Indices, positions and owners of what stays of prompts, see `Slots.select_prompt`."""
 

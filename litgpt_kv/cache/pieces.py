@@ -95,7 +95,8 @@ class PromptReader:
             for layer, prompt, g, t in zip(self.layers, self._prompts, self.group_of, rope.which)
         ]
         views[-1].last = torch.tensor([T - 1], device=views[-1].layer.device)
-        return PiecePass(views, True, self, end, [step for step in steps if step is not None], length if final else None)
+        own = [step for step in steps if step is not None]
+        return PiecePass(views, True, self, end, own, length if final else None)
 
 
 @dataclass(eq=False)

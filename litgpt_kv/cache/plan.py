@@ -63,7 +63,7 @@ class LayerPlan:
 
     @property
     def sure(self) -> int:
-        """With `select` "model": tokens of a long prompt that every head keeps, so that its layer can go on evicting."""
+        """With `select` "model": tokens of a long prompt that every head keeps, so that its layer can evict later."""
         return max(self.floor, self.sinks + self.recent) + self.interval
 
     @property

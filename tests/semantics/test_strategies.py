@@ -95,6 +95,12 @@ def test_pools_and_one_choice_for_a_layer(calibration: str, name: str, options: 
         check(model, policy_of(name, options, calibration, positions, select=select, pools=pools), prompts=[C + 5])
 
 
+@pytest.mark.parametrize(("name", "options"), list(dict(CASES).items()), ids=ids)
+def test_one_budget_for_all_layers(gqa: GPT, calibration: str, name: str, options: dict) -> None:
+    policy = policy_of(name, options, calibration, select="model", interval=2)
+    check(gqa, policy, prompts=[C + 6, C - 2], new=4)
+
+
 @pytest.mark.parametrize(("name", "options"), CASES, ids=ids)
 def test_the_models_own_scale_caps_windows_and_rotations(calibration: str, name: str, options: dict) -> None:
     """Gemma's attention: a layer with a sliding window, a cap, a scale of its own; then YaRN, and keys part rotated."""
