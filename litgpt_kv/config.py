@@ -56,8 +56,9 @@ class KVCacheArgs:
             got). None: the strategy's own default.
         floor: With select "pool" or "model", the share of the budget that every head keeps in any case.
         pools: With select "pool", the number of pools in a layer; each has the same number of neighbouring heads.
-        budget_pattern: Give layers different budgets with the same total: "pyramid" (most to the first layers) or
-            "funnel" (most to the last ones). None: the same for all.
+        budget_pattern: Give layers different budgets with the same total: "pyramid" (most to the first layers),
+            "funnel" (most to the last ones), or a file that `litgpt_kv calibrate --for budgets` made, FILE.safetensors
+            (what each layer deserves). None: the same for all.
         attention: The kernel for decode steps: a registered name. None: the best one for the device and the storage.
         positions: "absolute" (a token keeps its position in the text) or "cache" (positions count the kept tokens, so
             that a text may be longer than the model's context). None: the strategy's own default.
@@ -130,8 +131,12 @@ class KVCacheArgs:
             raise ValueError(f"select must be 'head', 'layer', 'pool' or 'model', got {shown(self.select)}.")
         if isinstance(self.floor, bool) or not isinstance(self.floor, (int, float)) or not 0 <= self.floor <= 1:
             raise ValueError(f"floor must be between 0 and 1, got {shown(self.floor)}.")
-        if self.budget_pattern not in PATTERNS:
-            raise ValueError(f"budget_pattern must be 'pyramid' or 'funnel', got {shown(self.budget_pattern)}.")
+        file = isinstance(self.budget_pattern, str) and self.budget_pattern.endswith(".safetensors")
+        if self.budget_pattern not in PATTERNS and not file:
+            raise ValueError(
+                "budget_pattern must be 'pyramid', 'funnel' or a file FILE.safetensors, got "
+                f"{shown(self.budget_pattern)}."
+            )
         if self.budget_pattern is not None and (self.budget is None or _each(self.budget) is self.budget):
             raise ValueError(f"A budget_pattern spreads one budget over the layers, got budget {shown(self.budget)}.")
         if not (self.attention is None or isinstance(self.attention, str)):

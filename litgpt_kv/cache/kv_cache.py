@@ -100,13 +100,15 @@ class KVCache(nn.Module):
         context = model.max_seq_length
         max_tokens = context if max_tokens is None else max_tokens
         args = door.check_build("dense" if args is None else args, batch_size, max_tokens)
+        own = args if model.sharing is None else door.own_pools(args, *model.sharing.groups_and_devices)
         devices = [next(block.attn.proj.parameters()).device for block in model.transformer.h]
         dtype = dtype or model.transformer.wte.weight.dtype
         with torch.inference_mode(False):  # tensors made inside could not be used outside of it
             with door.refused_without_memory(
-                lambda: cls.nbytes(model.config, args, batch_size, max_tokens, dtype), batch_size
+                lambda: cls.nbytes(model.config, own, batch_size, max_tokens, dtype), batch_size
             ):
-                cache = cls(model.config, args, batch_size, max_tokens, context, dtype, devices, static)
+                cache = cls(model.config, own, batch_size, max_tokens, context, dtype, devices, static)
+            cache.args = args
             cache.fingerprint = serialize.fingerprint(model)
             connect(cache, model)
             return cache

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from litgpt_kv import registry
+from litgpt_kv.cache.door import own_pools
 from litgpt_kv.cache.rows import storages_of
 from litgpt_kv.cache.storage.coded import Coded
 from litgpt_kv.cache.table import Table
@@ -147,7 +148,9 @@ def _on_meta(cls: Any, model: Any, about: dict[str, Any]) -> Any:
     devices = [torch.device("meta")] * model.config.n_layer
     size, dtype = (about["batch_size"], about["max_tokens"]), about["dtype"]
     try:
-        return cls(model.config, about["args"], *size, model.max_seq_length, dtype, devices)
+        sharing = model.sharing
+        args = about["args"] if sharing is None else own_pools(about["args"], *sharing.groups_and_devices)
+        return cls(model.config, args, *size, model.max_seq_length, dtype, devices)
     except (TypeError, KeyError, AttributeError, OverflowError, RuntimeError) as error:  # of values that nobody checks
         raise ValueError(f"its arguments fit no cache: {error}") from error
 

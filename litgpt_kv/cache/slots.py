@@ -30,6 +30,10 @@ class Sharing(Protocol):
 
     heads: Any
 
+    @property
+    def groups_and_devices(self) -> tuple[int, int]:
+        """Key/value heads of the whole model, and devices."""
+
     def mass(self, mass: Tensor, per_head: bool) -> Tensor:
         """Attention (..., G, S) that this device's query heads paid, to that of all: (..., G, S), or for one choice
         for all heads (..., 1, S)."""
