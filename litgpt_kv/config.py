@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-SELECTS = (None, "head", "layer", "pool")
+SELECTS = (None, "head", "layer", "pool", "model")
 PATTERNS = (None, "pyramid", "funnel")
 OptionValue = bool | int | float | str | None  # a strategy's option; with Any, a YAML file could name code to run
 MAX_TEMPERATURE = 1e30  # logits divided by it are still normal float32 numbers
@@ -51,11 +51,14 @@ class KVCacheArgs:
             many steps; a full row holds between `budget - interval + 1` and `budget` tokens.
         keep_prompt: Never evict a row's prompt. The prompt must leave room in the budget.
         select: Where scores are compared: "head" (each key/value head evicts for itself), "layer" (all heads of a layer
-            keep the same tokens) or "pool" (the heads of a layer share their slots). None: the strategy's own default.
-        floor: With select "pool", the share of the budget that every head keeps in any case.
+            keep the same tokens), "pool" (the heads of a layer share their slots) or "model" (all heads of all layers
+            share the slots: a prompt longer than the budget deals them out, afterwards each layer is a pool of what it
+            got). None: the strategy's own default.
+        floor: With select "pool" or "model", the share of the budget that every head keeps in any case.
         pools: With select "pool", the number of pools in a layer; each has the same number of neighbouring heads.
-        budget_pattern: Give layers different budgets with the same total: "pyramid" (most to the first layers) or
-            "funnel" (most to the last ones). None: the same for all.
+        budget_pattern: Give layers different budgets with the same total: "pyramid" (most to the first layers),
+            "funnel" (most to the last ones), or a file that `litgpt_kv calibrate --for budgets` made, FILE.safetensors
+            (what each layer deserves). None: the same for all.
         attention: The kernel for decode steps: a registered name. None: the best one for the device and the storage.
         positions: "absolute" (a token keeps its position in the text) or "cache" (positions count the kept tokens, so
             that a text may be longer than the model's context). None: the strategy's own default.
@@ -125,11 +128,15 @@ class KVCacheArgs:
         if not isinstance(self.keep_prompt, bool):
             raise ValueError(f"keep_prompt must be true or false, got {shown(self.keep_prompt)}.")
         if self.select not in SELECTS:
-            raise ValueError(f"select must be 'head', 'layer' or 'pool', got {shown(self.select)}.")
+            raise ValueError(f"select must be 'head', 'layer', 'pool' or 'model', got {shown(self.select)}.")
         if isinstance(self.floor, bool) or not isinstance(self.floor, (int, float)) or not 0 <= self.floor <= 1:
             raise ValueError(f"floor must be between 0 and 1, got {shown(self.floor)}.")
-        if self.budget_pattern not in PATTERNS:
-            raise ValueError(f"budget_pattern must be 'pyramid' or 'funnel', got {shown(self.budget_pattern)}.")
+        file = isinstance(self.budget_pattern, str) and self.budget_pattern.endswith(".safetensors")
+        if self.budget_pattern not in PATTERNS and not file:
+            raise ValueError(
+                "budget_pattern must be 'pyramid', 'funnel' or a file FILE.safetensors, got "
+                f"{shown(self.budget_pattern)}."
+            )
         if self.budget_pattern is not None and (self.budget is None or _each(self.budget) is self.budget):
             raise ValueError(f"A budget_pattern spreads one budget over the layers, got budget {shown(self.budget)}.")
         if not (self.attention is None or isinstance(self.attention, str)):

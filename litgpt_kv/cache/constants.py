@@ -1,8 +1,4 @@
-"""What strategies read of the model itself, gathered when a cache is built: angles, output weights, calibration files.
-
-A calibration file is in safetensors' format. Its metadata have "format" (`FORMAT`) and "for", the strategy's name; its
-tensors are `layers.{i}.{name}`, float32, and their first dimension is the query heads H of the whole model.
-"""
+"""What strategies read of the model itself, gathered when a cache is built: angles, output weights, calibration."""
 
 from __future__ import annotations
 
@@ -10,14 +6,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from litgpt_kv.cache.calibration import read_tensors
 from litgpt_kv.cache.plan import LayerPlan
 from litgpt_kv.cache.spec import LayerSpec
 from litgpt_kv.cache.strategies.base import LayerConstants, Strategy
-
-FORMAT = "litgpt_kv calibration 1"
 
 
 def connect(cache: Any, model: Any) -> None:
@@ -31,6 +26,12 @@ def connect(cache: Any, model: Any) -> None:
         cache.theta = model.theta()
     for slots in cache.slots:
         slots.sharing = model.sharing
+        if model.sharing is not None and slots.plan.select == "model":
+            heads = model.sharing.heads
+            raise ValueError(
+                f"select 'model' deals out the slots of all heads, which must be on one device: this one has "
+                f"{len(heads.groups)} of {heads.all_groups} key/value heads. select 'head' needs no other device's."
+            )
     if reading:
         cache.rope = model.rope()
         exact = torch.promote_types(cache.dtype, torch.float32)
@@ -101,22 +102,14 @@ def read_calibration(strategy: Strategy, spec: LayerSpec, heads: int) -> dict[st
         ValueError: If the file cannot be read, or has not what the strategy needs of this model.
     """
     path = strategy.calibration  # type: ignore[attr-defined]
+    shapes = strategy.calibration_shapes(spec)  # type: ignore[attr-defined]
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"it was not written by this version ({FORMAT!r})")
-            found = {}
-            for name, shape in strategy.calibration_shapes(spec).items():  # type: ignore[attr-defined]
-                key = f"layers.{spec.index}.{name}"
-                if key not in file.keys():  # noqa: SIM118
-                    raise ValueError(f"it has no {key}: it was made for {metadata.get('for')!r} or another model")
-                tensor = file.get_tensor(key)
-                if list(tensor.shape) != [heads, *shape] or not tensor.is_floating_point():
-                    raise ValueError(f"{key} must be {[heads, *shape]} numbers, got {list(tensor.shape)}")
-                if not tensor.isfinite().all():
-                    raise ValueError(f"{key} has values that are not finite")
-                found[name] = tensor
-            return found
+        found = {}
+        for key, tensor in read_tensors(path, [f"layers.{spec.index}.{name}" for name in shapes]).items():
+            name = key.rpartition(".")[2]
+            if list(tensor.shape) != [heads, *shapes[name]]:
+                raise ValueError(f"{key} must be {[heads, *shapes[name]]} numbers, got {list(tensor.shape)}")
+            found[name] = tensor
+        return found
     except (ValueError, OSError, SafetensorError) as error:
         raise ValueError(f"{path} is no calibration for this model: {error}.") from error

@@ -6,7 +6,7 @@ N keys attended to (S, or S + T for a block) · H query heads · R query heads a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from litgpt_kv.cache.layer import LayerCache
 from litgpt_kv.cache.readers import StoredTokens
 from litgpt_kv.cache.row_clock import RowClock
 from litgpt_kv.cache.slots import Slots
-from litgpt_kv.cache.views import DecodeMetadata, DecodeView, Pass
+from litgpt_kv.cache.views import DecodeMetadata, DecodeView, LatentProjection, Pass
 
 
 @dataclass(eq=False)
@@ -58,6 +58,43 @@ class DecodePass(Pass):
             self.clock.end(self.seen, self.fills)
 
 
+@dataclass(eq=False)
+class RowsPass(Pass):
+    """A decode step of rows that are stepped one by one: their layers have different sizes."""
+
+    passes: list[Pass]
+
+    @classmethod
+    def of(cls, passes: list[Pass]) -> Pass:
+        """The passes of single rows as one; of a single row its own."""
+        if len(passes) == 1:
+            return passes[0]
+        return cls([RowsView(list(views)) for views in zip(*(one.views for one in passes))], False, passes)
+
+    def commit(self) -> None:
+        for one in self.passes:
+            one.commit()
+
+
+@dataclass(eq=False)
+class RowsView:
+    """One layer of all rows; `views` has that of each row."""
+
+    views: list[DecodeView]
+    last: Tensor | None = None
+    observer: Callable[[Tensor], None] | None = None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, latent: LatentProjection | None = None) -> Tensor:
+        seen: list[Tensor] = []
+        out = []
+        for b, view in enumerate(self.views):
+            view.observer = None if self.observer is None else seen.append
+            out.append(view.attend(*(x[b : b + 1] for x in (q, k, v)), latent))
+        if self.observer is not None:
+            self.observer(torch.cat(seen))
+        return torch.cat(out)
+
+
 def begin_decode(
     clock: RowClock,
     groups: Sequence[Slots],
@@ -67,11 +104,13 @@ def begin_decode(
     T: int,
     rope: RopeTables,
     evicting: bool,
+    fill_of: Sequence[int] | None = None,
 ) -> DecodePass:
     """Make room for T new tokens a row, and work out slots, masks and angles.
 
     Args:
         clock: The rows' counters. groups: The slots of each group of layers.
+        fill_of: Of each group, the number of the group by which the clock knows how full it is; None: its own.
         layers: Of the model. group_of: The group of each. theta: Of each rope base, for positions beyond the tables.
         rope: The model's tables. evicting: In static mode, whether rows may be full.
     """
@@ -85,12 +124,13 @@ def begin_decode(
         tables[g] = rope.tables[t]
     if not clock.static:
         clock.begin(row for row, alive in enumerate(clock.alive) if alive)
-    steps, fills = [], []
+    steps, fills = [], {}
     for g, slots in enumerate(groups):
-        fill = [] if clock.static else clock.fill(g)
+        known_as = g if fill_of is None else fill_of[g]
+        fill = [] if clock.static else clock.fill(known_as)
         after = [] if clock.static else fill_after(slots, fill, clock.alive, T)
         steps.append(_group_step(clock, slots, members[g], tables[g], pos, fill, after, evicting))
-        fills.append(after)
+        fills[known_as] = after
     angles: dict[tuple[int, int], dict] = {}
     views = []
     for layer, g, t in zip(layers, group_of, rope.which):
@@ -101,7 +141,7 @@ def begin_decode(
             shared = shared | _pool_angles(steps[g], layer, rope.tables[t], T)
         views.append(DecodeView(layer, steps[g], **shared))
     seen = {} if clock.static else {row: n + T for row, n in enumerate(clock.seen) if clock.alive[row]}
-    return DecodePass(views, False, clock, T, steps, members, tables, seen, fills)
+    return DecodePass(views, False, clock, T, steps, members, tables, seen, list(fills.values()))
 
 
 def fill_after(slots: Slots, fill: Sequence[int], alive: Sequence[bool], T: int) -> list[int]:
@@ -188,7 +228,7 @@ def _extent(slots: Slots, seen: Sequence[int], fill: Sequence[int], new: int) ->
     """Slots that may be filled: the first ones, but where several tokens left at once anywhere."""
     size = slots.plan.slots
     most = max(n if n in (tokens + new, size) or slots.plan.interval == 1 else size for n, tokens in zip(fill, seen))
-    return max(1, most) * slots.heads
+    return slots.size - (size - max(1, most)) * slots.heads
 
 
 def _angles(step: DecodeMetadata, tables: Angles, theta: tuple[Tensor, Tensor, Tensor] | None, T: int) -> dict:

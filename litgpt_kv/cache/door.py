@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from litgpt_kv.cache.plan import check_prompt_kept, check_reread
+from litgpt_kv import registry
+from litgpt_kv.cache.plan import LayerPlan, check_prompt_kept, check_reread
 from litgpt_kv.config import KVCacheArgs, shown
 
 
@@ -39,6 +41,37 @@ def refused_without_memory(size: Callable[[], dict[str, int]], batch_size: int) 
             f"A cache of {size()['total']:,} bytes does not fit the memory: {batch_size} rows; a budget, fewer rows or "
             "another storage take less."
         ) from error
+
+
+def own_pools(args: KVCacheArgs, groups: int, devices: int) -> KVCacheArgs:
+    """The arguments of one device's part of a cache: pools lie within devices, which have equal parts of them.
+
+    Args:
+        args: Of the whole cache. groups: Key/value heads of the whole model, divided among `devices`.
+
+    Raises:
+        ValueError: If a pool would cross devices.
+    """
+    names = args.strategy if isinstance(args.strategy, (list, tuple)) else [args.strategy]
+    selects = {args.select or registry.build("strategy", n).select for n in names if n in registry.names("strategy")}
+    parts = min(groups, devices)  # more devices: each has one key/value head, and others have it, too
+    if "pool" not in selects or groups == 1:
+        return args
+    if args.pools % parts or groups % parts:
+        raise ValueError(
+            f"pools {args.pools} would cross devices: the {groups} key/value heads of a layer are divided among "
+            f"{devices}. pools must be a multiple of {parts} that divides the heads; select 'head' needs none."
+        )
+    return replace(args, pools=args.pools // parts)
+
+
+def check_static(plans: Iterable[LayerPlan], static: bool) -> None:
+    """Raise ValueError if a static cache has layers whose sizes depend on the text."""
+    if static and any(plan.select == "model" for plan in plans):
+        raise ValueError(
+            "select 'model' gives layers sizes that depend on the text: a compiled model, whose shapes are fixed, "
+            "takes 'head', 'layer' or 'pool'."
+        )
 
 
 def check_count(name: str, value: Any, most: int = 2**31 - 1) -> None:

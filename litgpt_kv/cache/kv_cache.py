@@ -16,13 +16,14 @@ from litgpt.config import Config
 from litgpt_kv.attention.rope import RopeTables
 from litgpt_kv.cache import door, serialize
 from litgpt_kv.cache.constants import connect
-from litgpt_kv.cache.decode import begin_decode
+from litgpt_kv.cache.decode import RowsPass, begin_decode
 from litgpt_kv.cache.inspection import LayerContents, inspect_row
 from litgpt_kv.cache.layer import build_layers
 from litgpt_kv.cache.pieces import PromptReader
 from litgpt_kv.cache.plan import check_prompt_kept, limit_of, resolve
 from litgpt_kv.cache.row_clock import RowClock
-from litgpt_kv.cache.rows import RowViews, allocated, refresh, repeated, reset_rows, restore_row, view_of
+from litgpt_kv.cache.rows import RowViews, allocated, parts_of, refresh, repeated, reset_rows, restore_row, view_of
+from litgpt_kv.cache.table import Table
 from litgpt_kv.cache.views import Pass, begin_prefill
 from litgpt_kv.config import KVCacheArgs
 
@@ -61,11 +62,12 @@ class KVCache(nn.Module):
         self.theta: list[tuple[Tensor, Tensor, Tensor]] = []  # of each rope base, for angles beyond the tables
         devices = devices or [torch.device("cpu")] * config.n_layer
         plans = self.plans = resolve(config, args, max_tokens, context)
+        door.check_static(plans, static)
         slots, layers, self.group_of = build_layers(plans, args, batch_size, dtype, devices)
         self.slots, self.layers = nn.ModuleList(slots), nn.ModuleList(layers)
         self.clock = RowClock(batch_size, len(slots), devices[0], static)
         self.limit, self.why = limit_of(plans, context)
-        self.longest_block = max(1, min(plan.slots - plan.sinks for plan in plans))
+        self.longest_block = min(plan.longest_block for plan in plans)
         self.first_chunk = min(plan.slots for plan in plans)
         self.exact_blocks = all(plan.exact_blocks for plan in plans)
         self.rereads = any(plan.strategy.rereads for plan in plans)
@@ -98,13 +100,15 @@ class KVCache(nn.Module):
         context = model.max_seq_length
         max_tokens = context if max_tokens is None else max_tokens
         args = door.check_build("dense" if args is None else args, batch_size, max_tokens)
+        own = args if model.sharing is None else door.own_pools(args, *model.sharing.groups_and_devices)
         devices = [next(block.attn.proj.parameters()).device for block in model.transformer.h]
         dtype = dtype or model.transformer.wte.weight.dtype
         with torch.inference_mode(False):  # tensors made inside could not be used outside of it
             with door.refused_without_memory(
-                lambda: cls.nbytes(model.config, args, batch_size, max_tokens, dtype), batch_size
+                lambda: cls.nbytes(model.config, own, batch_size, max_tokens, dtype), batch_size
             ):
-                cache = cls(model.config, args, batch_size, max_tokens, context, dtype, devices, static)
+                cache = cls(model.config, own, batch_size, max_tokens, context, dtype, devices, static)
+            cache.args = args
             cache.fingerprint = serialize.fingerprint(model)
             connect(cache, model)
             return cache
@@ -182,6 +186,7 @@ class KVCache(nn.Module):
 
     @static.setter
     def static(self, value: bool) -> None:
+        door.check_static(self.plans, value)
         if self.clock.static and not value:
             self.recount()
         self.clock.host.static = value
@@ -194,7 +199,8 @@ class KVCache(nn.Module):
     def inspect(self, row: int) -> list[LayerContents]:
         """What a row holds, of each layer and head: the tokens' positions, statistics, scores, keys and values."""
         view = self.row(row)
-        return inspect_row(view.clock, view.slots, view.layers, view.group_of, self.rope)
+        groups, layers, group_of, _ = parts_of(view)
+        return inspect_row(view.clock, groups, layers, group_of, self.rope)
 
     # -- rows --------------------------------------------------------------------------------------------------------
 
@@ -262,6 +268,10 @@ class KVCache(nn.Module):
     def recount(self) -> None:
         """Read the counters off the buffers, after these were written from outside (a device sync)."""
         self.clock.recount([slots.count() for slots in self.slots])
+        for g, slots in enumerate(self.slots):
+            if isinstance(slots, Table):
+                for row, sizes in enumerate(slots.read_sizes()):
+                    self.clock.set_sizes(g, row, sizes)
 
     def read_in_pieces(self, row: int, length: int) -> PromptReader:
         """Read the prompt of an empty row in several passes that give what one pass gives.
@@ -289,7 +299,15 @@ class KVCache(nn.Module):
         """Prepare to decode T tokens a row; more than one is a block, causal inside."""
         self._refresh()
         door.check_step(self, T)
+        if any(isinstance(slots, Table) for slots in self.slots):
+            views = [self.row(b) for b in range(self.batch_size)] if self.batch_size > 1 else [self]
+            return RowsPass.of([self._begin_row(view, T, rope) for view in views])
         return begin_decode(self.clock, self.slots, self.layers, self.group_of, self.theta, T, rope, self.evicting)
+
+    def _begin_row(self, view: KVCache, T: int, rope: RopeTables) -> Pass:
+        """A decode step of a view of one row, whose layers are parts of a table."""
+        groups, layers, group_of, fill_of = parts_of(view)
+        return begin_decode(view.clock, groups, layers, group_of, self.theta, T, rope, True, fill_of)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KVCache:
         self.clock.host.moves += 1  # views take the new buffers when they are used next

@@ -6,21 +6,24 @@ of a pool · H query heads · G key/value heads · D head size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from litgpt_kv import registry
 from litgpt_kv.attention.eager import received_attention
 from litgpt_kv.attention.kernels import choose_kernel
 from litgpt_kv.cache.plan import LayerPlan
 from litgpt_kv.cache.readers import FreshTokens, QueryRing
 from litgpt_kv.cache.slots import Slots
 from litgpt_kv.cache.strategies.base import RECEIVED, LayerConstants, Tokens
+from litgpt_kv.cache.table import Table, build_storages
 from litgpt_kv.config import KVCacheArgs
+
+Kept = tuple[Tensor, Tensor, Tensor | None]
+"""Indices, positions and owners of what stays of prompts, see `Slots.select_prompt`."""
 
 
 @dataclass(eq=False)
@@ -31,11 +34,13 @@ class PrefillMetadata:
         slots: The group's.
         length: (B,) real tokens of each row.
         kept: Indices, positions and owners of what stays (`Slots.select_prompt`); None: each layer chooses.
+        held: Where layers choose together (`Table`): each one's cache, prompts and attention received, until all have.
     """
 
     slots: Slots
     length: Tensor
-    kept: tuple[Tensor, Tensor, Tensor | None] | None
+    kept: Kept | None
+    held: list[tuple[LayerCache, FreshTokens, Mapping[str, Tensor]]] = field(default_factory=list)
 
     @classmethod
     def of(cls, slots: Slots, length: Tensor, T: int) -> PrefillMetadata:
@@ -49,7 +54,8 @@ class LayerCache(nn.Module):
 
     Attributes:
         spec: The layer. stack_index: Its number in the slots' stack.
-        keys, values: Storages. ring: The last queries, for a strategy that reads them.
+        keys, values: Storages; of a layer of a `Table` only in what `Table.part` makes of it.
+        ring: The last queries, for a strategy that reads them.
         stores_unrotated: Whether keys are stored unrotated.
         kernel: Decode attention. want: The statistics that it returns.
         constants: What the strategy reads of the model; `KVCache.build` sets it where the strategy needs any.
@@ -67,31 +73,26 @@ class LayerCache(nn.Module):
     ) -> None:
         super().__init__()
         spec = self.spec = plan.spec
-        self.stack_index, self.stores_unrotated = stack_index, plan.stores_unrotated
-        sets, size = plan.pools or spec.groups, slots.size
-        known = registry.options("storage", plan.storage)
-        options = {name: value for name, value in args.storage_options.items() if name in known}
+        self.device, self.stack_index, self.stores_unrotated = device, stack_index, plan.stores_unrotated
         self.heads = slots.heads
-        self.keys, self.values = (
-            # latent attention without rotation has keys of no width, which nothing can make smaller
-            registry.build("storage", plan.storage, role, (batch_size, sets, size, width), dtype, device, **options)
-            if width
-            else registry.build("storage", "plain", role, (batch_size, sets, size, 0), dtype, device)
-            for role, width in (("keys", spec.key_size), ("values", spec.value_size))
-        )
+        if isinstance(slots, Table):
+            keys, values, self.heads = slots.keys, slots.values, spec.groups
+        else:
+            shape = batch_size, plan.pools or spec.groups, slots.size
+            self.keys, self.values = keys, values = build_storages(plan, args, shape, dtype, device)
         self.constants: LayerConstants | None = None
         self.window, self.ring = 0, None
         if "queries" in plan.strategy.needs:
             self.window = plan.strategy.window  # type: ignore[attr-defined]
             width = spec.key_size + (spec.value_size if spec.latent else 0)
             self.ring = QueryRing(batch_size, spec.heads, self.window, width, dtype, device)
-        self.kernel = choose_kernel(args.attention, self.keys, self.values, device)
+        self.kernel = choose_kernel(args.attention, keys, values, device)
         self.reads_tokens = bool(plan.strategy.needs) or slots.enters
         self.want = tuple(name for name in RECEIVED if name in plan.strategy.statistics)
 
-    @property
-    def device(self) -> torch.device:
-        return self.keys.device
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LayerCache:
+        self.device = fn(torch.empty(0, device=self.device)).device
+        return super()._apply(fn, recurse)
 
     def by_set(self, x: Tensor) -> Tensor:
         """Tokens of all heads (B, G, T, D) as the storages hold them: (B, P, g * T, D) with pools, head by head."""
@@ -106,10 +107,16 @@ class LayerCache(nn.Module):
             received: Attention that each token received, by name, (B, G, T).
         """
         slots, kept, statistics = step.slots, step.kept, {}
+        if isinstance(slots, Table):
+            step.held.append((self, fresh.held(self.stores_unrotated or self.reads_tokens), received))
+            return
         if kept is None:
-            statistics = {name: slots.per_set(mass) for name, mass in received.items()}
-            kept, own = self._choose(step, fresh, statistics)
-            statistics |= own
+            score, statistics = self.score_prompt(slots, step.length, fresh, received)
+            kept = slots.select_prompt(score, step.length, fresh.v.size(2))
+        self.fill(slots, kept, fresh, statistics)
+
+    def fill(self, slots: Slots, kept: Kept, fresh: FreshTokens, statistics: Mapping[str, Tensor]) -> None:
+        """Write what stays of prompts, with its statistics, and note their last queries."""
         index, pos, owner = kept
         slots.seed(self.stack_index, index, pos, owner, statistics)
         target = torch.arange(index.size(-1), device=index.device).expand(index.shape)
@@ -122,21 +129,20 @@ class LayerCache(nn.Module):
         if self.ring is not None:
             self.ring.write(*fresh.last(fresh.raw_q if self.stores_unrotated else fresh.q), None)
 
-    def _choose(
-        self, step: PrefillMetadata, fresh: FreshTokens, statistics: Mapping[str, Tensor]
-    ) -> tuple[tuple[Tensor, Tensor, Tensor | None], dict[str, Tensor]]:
-        """What this layer keeps of prompts, and the strategy's own statistics."""
-        slots, T = step.slots, fresh.v.size(2)
-        sets = slots.pos.size(2) * self.heads
+    def score_prompt(
+        self, slots: Slots, length: Tensor, fresh: FreshTokens, received: Mapping[str, Tensor]
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """What the tokens of prompts are worth, (B, P, T) or (B, G, T), None if all fit; and their statistics."""
+        T, sets = fresh.v.size(2), slots.pos.size(2) * self.heads
+        statistics = {name: slots.per_set(mass) for name, mass in received.items()}
         pos = torch.arange(T, device=fresh.v.device).expand(fresh.v.size(0), sets, T)
-        pos = pos.masked_fill(pos >= step.length.view(-1, 1, 1), -1)
+        pos = pos.masked_fill(pos >= length.view(-1, 1, 1), -1)
         zeros = dict.fromkeys(slots.names, torch.zeros_like(pos, dtype=slots.dtype))
-        tokens = Tokens(pos, step.length - 1, step.length, self.spec, {**zeros, **statistics}, fresh)
+        tokens = Tokens(pos, length - 1, length, self.spec, {**zeros, **statistics}, fresh)
         own = slots.strategy.enter(tokens) if slots.enters else {}
         own = {name: slots.own(x) for name, x in own.items()}
         tokens.statistics = {**tokens.statistics, **own}
-        score = slots.prompt_score(tokens) if T > slots.plan.slots else None
-        return slots.select_prompt(score, step.length, T), own
+        return (slots.prompt_score(tokens) if T > slots.plan.slots else None), {**statistics, **own}
 
 
 def build_layers(
@@ -154,13 +160,22 @@ def build_layers(
     for number, group in enumerate(groups.values()):
         device = devices[group[0].spec.index]
         exact = torch.promote_types(dtype, torch.float32)
-        slots = Slots(group[0], tuple(plan.spec for plan in group), batch_size, exact, device)
+        specs = tuple(plan.spec for plan in group)
+        if group[0].select == "model":
+            slots: Slots = Table(group[0], specs, args, batch_size, exact, dtype, device)
+        else:
+            slots = Slots(group[0], specs, batch_size, exact, device)
         every.append(slots)
         for i, plan in enumerate(group):
             layers[plan.spec.index] = LayerCache(plan, args, slots, slots.stack_index(i), batch_size, dtype, device)
             group_of[plan.spec.index] = number
+    if len({devices[plan.spec.index] for plan in plans if plan.select == "model"}) > 1:
+        raise ValueError(
+            f"select 'model' deals out the slots of all layers, which must be on one device: they are on "
+            f"{len(set(devices))}. select 'pool' shares those of each layer."
+        )
     in_order = [layers[i] for i in range(len(plans))]
-    for layer, following in pairwise(in_order):
+    for layer, following in pairwise(layer for layer in in_order if hasattr(layer, "keys")):
         layer.keys.before(following.keys)
         layer.values.before(following.values)
     return every, in_order, group_of

@@ -21,7 +21,7 @@ from litgpt_kv.cache.layer import LayerCache, PrefillMetadata, prompt_statistics
 from litgpt_kv.cache.readers import FreshTokens
 from litgpt_kv.cache.row_clock import RowClock
 from litgpt_kv.cache.slots import Slots
-from litgpt_kv.cache.views import LatentProjection, Pass
+from litgpt_kv.cache.views import LatentProjection, Pass, end_prefill
 
 
 @dataclass(eq=False)
@@ -95,7 +95,8 @@ class PromptReader:
             for layer, prompt, g, t in zip(self.layers, self._prompts, self.group_of, rope.which)
         ]
         views[-1].last = torch.tensor([T - 1], device=views[-1].layer.device)
-        return PiecePass(views, True, self, end, length if final else None)
+        own = [step for step in steps if step is not None]
+        return PiecePass(views, True, self, end, own, length if final else None)
 
 
 @dataclass(eq=False)
@@ -104,6 +105,7 @@ class PiecePass(Pass):
 
     reader: PromptReader
     end: int
+    steps: list[PrefillMetadata]  # of each group of layers, if this piece is the last one
     length: Tensor | None  # (1,) of the whole prompt, if this piece is the last one
 
     def commit(self) -> None:
@@ -112,9 +114,7 @@ class PiecePass(Pass):
         reader.read, reader._failed = self.end, False
         if self.length is not None:
             reader._prompts = []
-            reader.clock.pos.copy_(self.length)
-            fills = [[min(reader.length, slots.plan.slots)] for slots in reader.groups]
-            reader.clock.end({0: reader.length}, fills)
+            end_prefill(reader.clock, self.steps, self.length, [reader.length])
 
 
 @dataclass(eq=False)

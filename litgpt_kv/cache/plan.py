@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from safetensors import SafetensorError
+
 from litgpt.config import Config
 from litgpt_kv import registry
+from litgpt_kv.cache.calibration import read_tensors
 from litgpt_kv.cache.spec import LayerSpec, layer_spec
 from litgpt_kv.cache.strategies.base import Strategy
-from litgpt_kv.config import KVCacheArgs, per_layer, percent
+from litgpt_kv.config import PATTERNS, KVCacheArgs, per_layer, percent
 
 STEEPNESS = 20  # of a pyramid: the layer with least has the mean divided by this (PyramidKV's beta, arXiv 2406.02069)
 
@@ -21,7 +24,8 @@ class LayerPlan:
         spec: The layer. strategy: What is kept. slots: Tokens a set keeps, the budget.
         sinks, recent: First positions and last tokens that are never evicted.
         interval: Tokens that leave together. keep_prompt: Whether prompts are never evicted.
-        select: "head", "layer" or "pool". pools: Pools of a layer, 0 without any. floor: Tokens a head of a pool keeps.
+        select: "head", "layer", "pool" or "model". pools: Pools of a layer, 0 without any.
+        floor: Tokens a head of a pool keeps.
         storage: Name of the storage. positions: "absolute" or "cache". window: Sliding window of the layer, or None.
     """
 
@@ -56,8 +60,19 @@ class LayerPlan:
 
     @property
     def stack_key(self) -> tuple:
-        """Layers with the same key keep their books together."""
-        return (replace(self, spec=replace(self.spec, index=0), storage=""),)
+        """Layers with the same key keep their books together, and with `select` "model" their tokens."""
+        storage = self.storage if self.select == "model" else ""
+        return (replace(self, spec=replace(self.spec, index=0), storage=storage),)
+
+    @property
+    def sure(self) -> int:
+        """With `select` "model": tokens of a long prompt that every head keeps, so that its layer can evict later."""
+        return max(self.floor, self.sinks + self.recent) + self.interval
+
+    @property
+    def longest_block(self) -> int:
+        """The most tokens of one decode step."""
+        return max(1, (self.sure if self.select == "model" else self.slots) - self.sinks)
 
 
 def resolve(config: Config, args: KVCacheArgs, max_tokens: int, context: int) -> list[LayerPlan]:
@@ -74,7 +89,9 @@ def resolve(config: Config, args: KVCacheArgs, max_tokens: int, context: int) ->
     values = [per_layer(name, getattr(args, name), n) for name in ("strategy", "budget", "sinks", "recent", "storage")]
     values[1] = [percent(b, max_tokens) if isinstance(b, str) else b for b in values[1]]
     if args.budget_pattern is not None:
-        values[1] = pattern(args.budget_pattern, values[1][0], n)
+        if args.select == "model":
+            raise ValueError(f"select 'model' deals out the budget itself, not by a pattern: {args.budget_pattern!r}.")
+        values[1] = pattern(args.budget_pattern, values[1][0], n, max_tokens)
     options = {name: registry.options("strategy", name) for name in dict.fromkeys(values[0])}
     if unknown := [k for k in args.options if not any(k in own for own in options.values())]:
         registry.build("strategy", values[0][0], **{unknown[0]: None})  # says what there is
@@ -147,6 +164,12 @@ def _resolve_layer(spec: LayerSpec, args: KVCacheArgs, layer: _LayerArgs, max_to
     if registry.get("storage", layer.storage).in_order:
         check_in_order(layer.storage, layer.name, strategy, interval)
     select, pools, floor = _resolve_select(spec, args, layer.name, strategy, slots, interval)
+    if select == "model" and not registry.get("storage", layer.storage).divisible:
+        able = [n for n in registry.names("storage") if registry.get("storage", n).divisible]
+        raise ValueError(
+            f"select 'model' divides a storage among the layers, which {layer.storage!r} does not allow; storages that "
+            f"do: {', '.join(able)}."
+        )
     keep_prompt = keep_prompt and strategy.evicts
     return LayerPlan(
         spec,
@@ -204,8 +227,9 @@ def _resolve_select(
     select = args.select or strategy.select
     if args.pools > 1 and select != "pool":
         raise ValueError(f"pools {args.pools} goes with select 'pool' only, not {select!r}.")
-    if select != "pool" or strategy.recency or spec.groups == 1:  # recency: the same for all heads anyway
-        return ("head" if select == "pool" else select), 0, 0
+    shared = select == "model" or (select == "pool" and spec.groups > 1)
+    if not shared or strategy.recency:  # recency: the same for all heads anyway
+        return ("head" if select in ("pool", "model") else select), 0, 0
     if spec.groups % args.pools:
         raise ValueError(f"pools must divide the {spec.groups} key/value heads, got {args.pools} ({name}).")
     floor = int(args.floor * slots)
@@ -214,24 +238,63 @@ def _resolve_select(
             f"floor {args.floor:g} keeps {floor} tokens a head: with interval {interval} that is over the budget of "
             f"{slots} ({name})."
         )
-    return "pool", args.pools, floor
+    return select, args.pools, floor
 
 
-def pattern(name: str, budget: int, layers: int) -> list[int]:
-    """Budgets of the layers, `layers` times `budget` in sum: a straight line from most to least.
+def pattern(name: str, budget: int, layers: int, most_tokens: int) -> list[int]:
+    """Budgets of the layers, `layers` times `budget` in sum: a straight line from most to least, or what a file says.
 
     "pyramid" has most in the first layer, as PyramidKV (arXiv 2406.02069, Zefan-Cai/KVCache-Factory), "funnel" in the
     last one. The layer with least has `budget / 20`, and all have at least 1; PyramidKV adds its window on top and goes
-    back to equal budgets for short prompts, which a cache of a fixed size cannot.
+    back to equal budgets for short prompts, which a cache of a fixed size cannot. A file has the share of each layer
+    relative to the mean, of which at least `1 / 20` is given; no layer gets more than `most_tokens`.
     """
     if layers == 1:
         return [budget]
+    if name not in PATTERNS:
+        return spread_budget(budget_shares(name, layers), budget, most_tokens)
     least = budget / STEEPNESS
     most = 2 * budget - least
     line = [most - (most - least) * layer / (layers - 1) for layer in range(layers)]
     budgets = [max(1, round(x)) for x in line]
     budgets[0] += layers * budget - sum(budgets)  # what rounding lost or won
     return budgets if name == "pyramid" else budgets[::-1]
+
+
+def budget_shares(path: str, layers: int) -> list[float]:
+    """The share of each layer that a calibration file for budgets says, the mean over its heads.
+
+    Raises:
+        ValueError: If the file is missing or is not one of a model with so many layers.
+    """
+    try:
+        found = read_tensors(path, [f"layers.{i}.share" for i in range(layers)])
+        if any(x.dim() != 1 or not x.numel() or (x < 0).any() for x in found.values()):
+            raise ValueError("its shares must be numbers of 0 or more, one a head")
+        shares = [float(share.mean()) for share in found.values()]
+        if not sum(shares) > 0:
+            raise ValueError("its shares are all 0")
+        return shares
+    except (ValueError, OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{path} has no budgets for {layers} layers: {error}. `litgpt_kv calibrate CHECKPOINT --text FILE --for "
+            "budgets --out FILE.safetensors` makes it."
+        ) from error
+
+
+def spread_budget(shares: list[float], budget: int, most: int) -> list[int]:
+    """Whole budgets in proportion to shares, `len(shares)` times `budget` in sum, each from 1 to `most`."""
+    total, least = len(shares) * budget, max(1, round(budget / STEEPNESS))
+    most = max(most, budget)
+    mean = sum(shares) / len(shares)
+    budgets = [min(most, max(least, round(budget * share / mean))) for share in shares]
+    by_share = sorted(range(len(shares)), key=lambda i: -shares[i])
+    while missing := total - sum(budgets):  # what rounding and the limits lost or won
+        step = 1 if missing > 0 else -1
+        open_ = [i for i in by_share if least <= budgets[i] + step <= most]
+        for i in open_[: abs(missing)]:
+            budgets[i] += step
+    return budgets
 
 
 def limit_of(plans: list[LayerPlan], context: int) -> tuple[int | None, str]:

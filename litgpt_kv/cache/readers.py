@@ -6,7 +6,7 @@ E rotated elements.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -49,6 +49,19 @@ class FreshTokens:
     def sliding_window(self) -> int | None:
         return self.spec.window
 
+    def held(self, unrotated: bool) -> FreshTokens:
+        """The same to be kept for a while: of the queries only those of interest, unrotated keys where they matter."""
+        (q, _), (raw_q, _) = self.last(self.q), self.last(self.raw_q)
+        return replace(self, unrotated=self.unrotated if unrotated else self.rotated, q=q, raw_q=raw_q)
+
+    def row(self, b: int, n: int) -> FreshTokens:
+        """One row of `held` ones, of `n` tokens, without pads."""
+        count = min(n, self.q.size(2))
+        rotated, unrotated, v = (x[b : b + 1, :, :n] for x in (self.rotated, self.unrotated, self.v))
+        q, raw_q = (x[b : b + 1, :, x.size(2) - count :] for x in (self.q, self.raw_q))
+        tensors = dict(rotated=rotated, unrotated=unrotated, v=v, q=q, raw_q=raw_q)
+        return replace(self, **tensors, length=self.length[b : b + 1], first_query=n - count)
+
     def keys(self) -> Tensor:
         return torch.cat((self.rotated, self.v), dim=-1) if self.spec.latent else self.rotated
 
@@ -71,7 +84,8 @@ class FreshTokens:
         """The last `window` queries of each row and their positions, -1 where there are fewer."""
         n = min(self.window, q.size(2))
         pos = self.length.unsqueeze(1) - n + torch.arange(n, device=q.device)  # (B, n)
-        index = (pos - self.first_query).clamp(0, q.size(2) - 1).view(-1, 1, n, 1).expand(-1, q.size(1), -1, q.size(3))
+        index = (pos - self.first_query).clamp(0, max(0, q.size(2) - 1))
+        index = index.view(pos.size(0), 1, n, 1).expand(-1, q.size(1), -1, q.size(3))
         return q.gather(2, index), pos.clamp(min=-1)
 
 

@@ -20,7 +20,9 @@ class HostRows:
     Attributes:
         seen: Tokens each row has seen. alive: False for retired rows. prompt: Length of each row's prompt.
         interrupted: Rows in the middle of a step: set when it begins, cleared when it ends well.
-        fill: Of each group of layers, the tokens that a set of each row holds.
+        fill: Of each group of layers, the tokens that a set of each row holds; of a `Table` the budget less the free
+            slots of a head.
+        sizes: Of each group of layers, for each row the slots that each layer of a `Table` has; None: all the same.
         static: Whether shapes and branches of a step never depend on the counters, for a compiled model: a step counts
             on the device alone, and the host reads the counters from there when it is asked.
         moves: How often the buffers were replaced, as `cache.to(...)` does: views then take the new ones.
@@ -31,13 +33,15 @@ class HostRows:
     prompt: list[int]
     interrupted: list[bool]
     fill: list[list[int]] = field(default_factory=list)
+    sizes: list[list[tuple[int, ...] | None]] = field(default_factory=list)
     moves: int = 0
     static: bool = False
 
     @classmethod
     def empty(cls, rows: int, groups: int) -> HostRows:
         """Rows that have seen nothing, of a cache with so many groups of layers."""
-        return cls([0] * rows, [True] * rows, [0] * rows, [False] * rows, [[0] * rows for _ in range(groups)])
+        fill, sizes = [[0] * rows for _ in range(groups)], [[None] * rows for _ in range(groups)]
+        return cls([0] * rows, [True] * rows, [0] * rows, [False] * rows, fill, sizes)
 
     def repeated(self, rows: range, count: int) -> HostRows:
         """Some rows, each so many times, side by side."""
@@ -46,7 +50,8 @@ class HostRows:
             return [values[b] for b in rows for _ in range(count)]
 
         lists = (self.seen, self.alive, self.prompt, self.interrupted)
-        return HostRows(*map(many, lists), fill=[many(fill) for fill in self.fill], static=self.static)
+        fill, sizes = ([many(x) for x in group] for group in (self.fill, self.sizes))
+        return HostRows(*map(many, lists), fill=fill, sizes=sizes, static=self.static)
 
 
 class RowClock(nn.Module):
@@ -102,6 +107,14 @@ class RowClock(nn.Module):
         fill = self.host.fill[group]
         return [fill[b] for b in self.rows]
 
+    def sizes(self, group: int, row: int) -> tuple[int, ...] | None:
+        """The slots of each layer of a group that is a `Table`, of one row; None: all the same."""
+        return self.host.sizes[group][self.rows[row]]
+
+    def set_sizes(self, group: int, row: int, sizes: tuple[int, ...] | None) -> None:
+        """Note how a row's slots were dealt out."""
+        self.host.sizes[group][self.rows[row]] = sizes
+
     def index(self, rows: Iterable[int]) -> Tensor:
         """Row numbers on the device."""
         return torch.tensor(list(rows), dtype=torch.int64, device=self.pos.device)
@@ -112,8 +125,8 @@ class RowClock(nn.Module):
         self.pos[index], self.live[index], self.prompt_length[index] = 0, True, 0
         for b in (self.rows[row] for row in rows):
             self.host.seen[b], self.host.alive[b], self.host.prompt[b], self.host.interrupted[b] = 0, True, 0, False
-            for fill in self.host.fill:
-                fill[b] = 0
+            for fill, sizes in zip(self.host.fill, self.host.sizes):
+                fill[b], sizes[b] = 0, None
 
     def set_live(self, rows: Sequence[int], live: bool) -> None:
         """Retire rows, or let them go on."""

@@ -10,7 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-FOLLOWING = {"dtype", "_device"}  # attributes of a storage that `cache.to(...)` changes besides its buffers
+from litgpt_kv.cache.table import Table
+
+FOLLOWING = {"dtype", "_device", "device"}  # attributes that `cache.to(...)` changes besides buffers
 
 
 class RowViews:
@@ -20,7 +22,10 @@ class RowViews:
         made: Views by their first row and the row after the last. source: Of a view: the modules that it shows
             rows of.
         start, stop: Of a view: its rows. moves: How often buffers had been replaced when this cache last looked.
+        parts: Of a cache of one row: how its slots are dealt out and what `parts_of` made of that.
     """
+
+    parts: tuple[Any, Any] = (None, None)
 
     def __init__(self, source: Sequence[nn.Module] = (), start: int = 0, stop: int = 0, moves: int = 0) -> None:
         self.made: dict[tuple[int, int], Any] = {}
@@ -35,6 +40,36 @@ def view_of(cache: Any, views: RowViews, start: int, stop: int) -> Any:
         view._views = RowViews(list(cache.children()), start, stop, views.moves)
         views.made[start, stop] = view
     return views.made[start, stop]
+
+
+def parts_of(cache: Any) -> tuple[list[Any], list[Any], list[int], list[int]]:
+    """The slots of each group of layers of a cache of one row, its layers, the group of each, and the number by which
+    its clock knows each group; each layer of a `Table` is a group of its own."""
+    if not any(isinstance(slots, Table) for slots in cache.slots):
+        return list(cache.slots), list(cache.layers), cache.group_of, list(range(len(cache.slots)))
+    views, clock = cache._views, cache.clock
+    dealt = clock.host.moves, [clock.sizes(g, 0) for g in range(len(cache.slots))]
+    if views.parts[0] != dealt:
+        groups, layers, group_of, fill_of = [], list(cache.layers), list(cache.group_of), []
+        for g, (slots, sizes) in enumerate(zip(cache.slots, dealt[1])):
+            members = [i for i, group in enumerate(cache.group_of) if group == g]
+            own = [slots]
+            if isinstance(slots, Table):
+                own, parts = slots.part([layers[i] for i in members], 0, sizes)
+                for i, part in zip(members, parts):
+                    layers[i] = part
+            for place, i in enumerate(members):
+                group_of[i] = len(groups) + (place if isinstance(slots, Table) else 0)
+            groups += own
+            fill_of += [g] * len(own)
+        views.parts = dealt, (groups, layers, group_of, fill_of)
+    return views.parts[1]
+
+
+def storages_of(cache: Any) -> list[tuple[Any, Any]]:
+    """Every pair of storages of keys and values: of each layer that has its own, and of each `Table`."""
+    owners = [*cache.layers, *cache.slots]
+    return [(owner.keys, owner.values) for owner in owners if "keys" in owner._modules]
 
 
 def repeated(cache: Any, count: int) -> Any:
@@ -56,14 +91,15 @@ def restore_row(cache: Any, row: int, state: Any) -> None:
         raise ValueError("A row takes the state of a row of a cache with the same settings.")
     for name, buffer in own.items():
         buffer.copy_(other[name])
-    for layer in view.layers:
-        layer.keys.changed()
-        layer.values.changed()
+    for pair in storages_of(view):
+        for storage in pair:
+            storage.changed()
     number, of, host = cache.clock.rows[row], state.clock.rows[0], state.clock.host
     for name in ("seen", "prompt", "interrupted"):
         getattr(cache.clock.host, name)[number] = getattr(host, name)[of]
-    for fill, theirs in zip(cache.clock.host.fill, host.fill):
-        fill[number] = theirs[of]
+    for name in ("fill", "sizes"):
+        for own_group, their_group in zip(getattr(cache.clock.host, name), getattr(host, name)):
+            own_group[number] = their_group[of]
     cache.clock.set_live([row], True)
 
 
@@ -86,10 +122,11 @@ def reset_rows(modules: Iterable[nn.Module], rows: Tensor | None) -> None:
 def allocated(cache: Any) -> dict[str, int]:
     """Do the work of `KVCache.allocated`."""
     own = sum(s.nbytes for slots in cache.slots for s in slots.statistics.values())
+    books = sum(buffer.nbytes for slots in cache.slots for buffer in slots.buffers(recurse=False))
     size = {
-        "keys": sum(bytes_of(layer.keys) for layer in cache.layers),
-        "values": sum(bytes_of(layer.values) for layer in cache.layers),
-        "positions": bytes_of(cache.slots) + bytes_of(cache.clock) - own,
+        "keys": sum(bytes_of(keys) for keys, _ in storages_of(cache)),
+        "values": sum(bytes_of(values) for _, values in storages_of(cache)),
+        "positions": books + bytes_of(cache.clock) - own,
         "statistics": own + sum(bytes_of(layer.ring) for layer in cache.layers if layer.ring is not None),
     }
     return {**size, "total": sum(size.values())}

@@ -22,7 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from litgpt_kv import registry
+from litgpt_kv.cache.door import own_pools
+from litgpt_kv.cache.rows import storages_of
 from litgpt_kv.cache.storage.coded import Coded
+from litgpt_kv.cache.table import Table
 from litgpt_kv.config import KVCacheArgs
 from litgpt_kv.disk import replacing
 
@@ -84,9 +87,9 @@ def read(cls: Any, path: str | Path, model: Any, args: KVCacheArgs | str | None)
             _check_content(cache, buffers)
             _cast(cache, about["read_as"])
             _fill(cache, buffers)
-            for layer in cache.layers:
-                layer.keys.check()
-                layer.values.check()
+            for pair in storages_of(cache):
+                for storage in pair:
+                    storage.check()
     except (ValueError, OSError, SafetensorError) as error:
         raise ValueError(f"{path:.300} cannot be read as a cache: {error}") from error
     cache.recount()
@@ -145,7 +148,9 @@ def _on_meta(cls: Any, model: Any, about: dict[str, Any]) -> Any:
     devices = [torch.device("meta")] * model.config.n_layer
     size, dtype = (about["batch_size"], about["max_tokens"]), about["dtype"]
     try:
-        return cls(model.config, about["args"], *size, model.max_seq_length, dtype, devices)
+        sharing = model.sharing
+        args = about["args"] if sharing is None else own_pools(about["args"], *sharing.groups_and_devices)
+        return cls(model.config, args, *size, model.max_seq_length, dtype, devices)
     except (TypeError, KeyError, AttributeError, OverflowError, RuntimeError) as error:  # of values that nobody checks
         raise ValueError(f"its arguments fit no cache: {error}") from error
 
@@ -155,7 +160,7 @@ def _check_shapes(cache: Any, file: Any) -> None:
     expected = dict(cache.named_buffers())
     if missing := expected.keys() ^ set(file.keys()):
         raise ValueError(f"its buffers are not those of its cache: {min(missing)!r} is on one side only")
-    stored = {id(b) for layer in cache.layers for part in (layer.keys, layer.values) for b in part.buffers()}
+    stored = {id(buffer) for pair in storages_of(cache) for part in pair for buffer in part.buffers()}
     stored |= {id(layer.ring.data) for layer in cache.layers if layer.ring is not None}
     for name, buffer in expected.items():
         part = file.get_slice(name)
@@ -191,9 +196,19 @@ def _check_content(cache: Any, buffers: Mapping[str, Tensor]) -> None:
         taken = pos >= 0
         number = pos
         if slots.owner is not None:  # heads of a pool may hold the same position
-            owner = buffers[f"slots.{index}.owner"]
-            if (owner < 0).any() or (owner >= slots.heads).any():
+            owner, heads = buffers[f"slots.{index}.owner"], slots.heads
+            if isinstance(slots, Table):  # owners are heads of the layer whose segment it is
+                sizes, least = buffers[f"slots.{index}.sizes"], slots.layers[0].groups * slots.plan.sure
+                heads = slots.layers[0].groups
+                dealt = (sizes != torch.tensor(slots.equal_sizes)).any(-1)
+                if (sizes < 1).any() or (sizes.sum(-1) != slots.size).any() or (sizes[dealt] < least).any():
+                    raise ValueError(f"sizes of the layers of slots {index} are out of range")
+            if (owner < 0).any() or (owner >= heads).any():
                 raise ValueError(f"owners of slots {index} are out of range")
+            if isinstance(slots, Table):
+                ends = sizes[0].cumsum(-1)  # (B, L)
+                place = torch.arange(slots.size)
+                owner = owner + heads * (place >= ends.unsqueeze(-1)).sum(1)[None, :, None]  # (1, B, 1, N)
             number = torch.where(taken, pos * slots.heads + owner, -1)
         ordered = number.sort(dim=-1).values
         twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
@@ -209,15 +224,15 @@ def _check_content(cache: Any, buffers: Mapping[str, Tensor]) -> None:
 
 def _read_as(cache: Any) -> torch.dtype:
     """The dtype that storages of codes read as: the cache's, or the one that it was cast to."""
-    parts = (part for layer in cache.layers for part in (layer.keys, layer.values))
+    parts = (part for pair in storages_of(cache) for part in pair)
     return next((part.dtype for part in parts if isinstance(part, Coded)), cache.dtype)
 
 
 def _cast(cache: Any, dtype: torch.dtype) -> None:
     """Let storages of codes read as a dtype, which their buffers do not say."""
     with torch.inference_mode(False):
-        for layer in cache.layers:
-            for part in (layer.keys, layer.values):
+        for pair in storages_of(cache):
+            for part in pair:
                 if isinstance(part, Coded) and part.dtype != dtype:
                     part.to(dtype)
 

@@ -30,6 +30,10 @@ class Sharing(Protocol):
 
     heads: Any
 
+    @property
+    def groups_and_devices(self) -> tuple[int, int]:
+        """Key/value heads of the whole model, and devices."""
+
     def mass(self, mass: Tensor, per_head: bool) -> Tensor:
         """Attention (..., G, S) that this device's query heads paid, to that of all: (..., G, S), or for one choice
         for all heads (..., 1, S)."""
@@ -68,12 +72,12 @@ class Slots(nn.Module):
     ) -> None:
         super().__init__()
         self.plan, self.strategy, self.layers = plan, plan.strategy, layers
-        recency = plan.strategy.recency
+        recency, one = plan.strategy.recency, plan.select == "model"
         self.per_head = plan.select != "layer" and not recency
         self.names, self.dtype = plan.strategy.statistics, dtype
-        stack, groups = 1 if recency else len(layers), layers[0].groups
+        stack, groups = 1 if recency or one else len(layers), layers[0].groups
         sets = plan.pools or (groups if self.per_head else 1)
-        self.heads = groups // plan.pools if plan.pools else 1
+        self.heads = groups * len(layers) if one else groups // plan.pools if plan.pools else 1
         self.size = plan.slots * self.heads
         shape = (stack, batch_size, sets, self.size)
         self.register_buffer("pos", torch.full(shape, -1, dtype=torch.int64, device=device), persistent=False)

@@ -25,6 +25,7 @@ from litgpt_kv.cache.row_clock import RowClock
 from litgpt_kv.cache.slots import Slots
 from litgpt_kv.cache.spec import LayerSpec
 from litgpt_kv.cache.strategies.base import Tokens
+from litgpt_kv.cache.table import Table
 
 
 class LatentProjection(Protocol):
@@ -291,19 +292,28 @@ class PrefillPass(Pass):
 
     Attributes:
         clock: The rows' counters. length: (B,) tokens of the prompts, `lengths` the same on the host.
-        groups: The slots of each group of layers.
+        steps: Of each group of layers.
     """
 
     clock: RowClock
     length: Tensor
     lengths: list[int]
-    groups: list[Slots]
+    steps: list[PrefillMetadata]
     rereading: Rereading | None = None
 
     def commit(self) -> None:
-        self.clock.pos.copy_(self.length)
-        fills = [[min(n, slots.plan.slots) for n in self.lengths] for slots in self.groups]
-        self.clock.end(dict(enumerate(self.lengths)), fills)
+        end_prefill(self.clock, self.steps, self.length, self.lengths)
+
+
+def end_prefill(clock: RowClock, steps: Sequence[PrefillMetadata], length: Tensor, lengths: Sequence[int]) -> None:
+    """Seed layers that choose together, and note that prompts of `length` (B,), on the host `lengths`, were read."""
+    for g, step in enumerate(steps):
+        if isinstance(step.slots, Table):
+            for row, sizes in enumerate(step.slots.seed_rows(step, lengths)):
+                clock.set_sizes(g, row, sizes)
+    clock.pos.copy_(length)
+    fills = [[min(n, step.slots.plan.slots) for n in lengths] for step in steps]
+    clock.end(dict(enumerate(lengths)), fills)
 
 
 def begin_prefill(
@@ -331,4 +341,4 @@ def begin_prefill(
     for view in views:
         view.rereading = rereading
     views[-1].last = length.to(layers[-1].device) - 1  # all the others' outputs make keys and values
-    return PrefillPass(views, True, clock, length, lengths, list(groups), rereading)
+    return PrefillPass(views, True, clock, length, lengths, steps, rereading)

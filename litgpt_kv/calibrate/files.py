@@ -1,4 +1,4 @@
-"""Calibration files: see `litgpt_kv.cache.constants` for the format and for how they are read."""
+"""Calibration files: see `litgpt_kv.cache.calibration` for the format and for how they are read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from litgpt_kv.cache.constants import FORMAT
+from litgpt_kv.cache.calibration import FORMAT
 from litgpt_kv.disk import replacing
 
 

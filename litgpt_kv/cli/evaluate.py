@@ -53,7 +53,7 @@ def evaluate(
     Args:
         checkpoint_dir: A checkpoint folder in litgpt's layout, or "demo" for the shipped model.
         strategies: Which caches to compare (default: all that need no calibration file): NAME, NAME:pool,
-            NAME@STORAGE, my_file.py:MyStrategy.
+            NAME:model, NAME@STORAGE, my_file.py:MyStrategy.
         budgets: Of the strategies that evict: tokens, or shares of the longest row (default: 50% and 25%).
         tasks: Kinds of questions (default: needle): needle, multi-key, multi-value, multi-query, variables,
             common-words, frequent-words; an empty list asks none.

@@ -8,7 +8,7 @@ from litgpt_kv import registry
 from litgpt_kv.cache.plan import ready_strategies
 from litgpt_kv.config import KVCacheArgs
 
-SELECTS = (":head", ":layer", ":pool")
+SELECTS = (":head", ":layer", ":pool", ":model")
 
 
 @dataclass(frozen=True)

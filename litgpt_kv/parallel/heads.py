@@ -78,6 +78,11 @@ class Sharing:
         self.collectives, self.heads = collectives, heads
         self.split = collectives.size > heads.all_groups
 
+    @property
+    def groups_and_devices(self) -> tuple[int, int]:
+        """Key/value heads of the whole model, and devices."""
+        return self.heads.all_groups, self.collectives.size
+
     def mass(self, mass: Tensor, per_head: bool) -> Tensor:
         """Combine the attention mass (..., G of this device, S): the same shape, or (..., 1, S) unless `per_head`."""
         if per_head:

@@ -63,6 +63,8 @@ class Combo(NamedTuple):
         own = options_of(self.strategy, model.config) if self.strategy in NAMES else {}
         stored = {"group": 4} if "group" in registry.options("storage", self.storage) else {}
         keep |= dict(storage=self.storage, storage_options=stored)
+        if self.strategy in NAMES and plain(self.strategy).select == "pool":
+            keep["select"] = "head"  # heads that share slots: tests/semantics/test_options.py
         return KVCacheArgs(self.strategy, positions=self.positions, options=own, **keep)
 
     def build(self, model: GPT, rows: int = 1, budget: int = C) -> KVCache:

@@ -18,7 +18,7 @@ import litgpt.model as base
 from litgpt.config import Config
 from litgpt_kv import GPT, KVCache, KVCacheArgs
 from tests.oracle.reference_latent import latent_attention
-from tests.oracle.reference_pool import evict_pools
+from tests.oracle.reference_pool import deal_out, evict_pools
 from tests.oracle.reference_scores import naive_scores
 from tests.oracle.walks import kept_of, logits_of, scores_of, slots_of, walk
 
@@ -170,6 +170,7 @@ class Oracle:
     queries: list[Tensor] = field(default_factory=list)  # by layer: (n, H, D), unrotated
     tokens: list[int] = field(default_factory=list)
     first: int = 0  # tokens of the first pass
+    dealt: dict[int, int] = field(default_factory=dict)  # with select "model" the slots of a layer, after a long prompt
     seen: int = 0
 
     def __post_init__(self) -> None:
@@ -217,6 +218,8 @@ class Oracle:
                 x = x + attended
                 x = x + block.post_mlp_norm(block.mlp(block.norm_2(x)[None])[0])
         self.seen += m
+        if start == 0:
+            deal_out(self, m - 1)
         logits = self.model.lm_head(self.model.transformer.ln_f(x))
         if config.final_logit_softcapping is not None:
             logits = torch.tanh(logits / config.final_logit_softcapping) * config.final_logit_softcapping
@@ -243,7 +246,7 @@ class Oracle:
         policy, kept = self.policies[layer], self.kept[layer]
         if start == 0 or not policy.scored or policy.order == "after":
             return
-        if policy.select == "pool":
+        if policy.select in ("pool", "model"):
             return evict_pools(self, layer, start, 1)
         if max(policy.leaving(len(head), m) for head in kept):
             scores, last, window = self.scores(layer, start - 1), start + m - 1, self.horizon(layer)
@@ -253,8 +256,8 @@ class Oracle:
     def compress(self, layer: int, start: int, m: int) -> None:
         """Evict what a long prompt or the order "after" left over."""
         policy, kept = self.policies[layer], self.kept[layer]
-        if policy.select == "pool":
-            return evict_pools(self, layer, m - 1, 0) if start == 0 else None
+        if policy.select in ("pool", "model") and policy.scored:  # of all layers: `deal_out`
+            return evict_pools(self, layer, m - 1, 0) if start == 0 and policy.select == "pool" else None
         over = max(len(head) for head in kept) - policy.budget
         if over > 0:
             now = start + m - 1

@@ -336,6 +336,12 @@ def triattention(view: View) -> Scores:
     return scores
 
 
+def duo(view: View) -> Scores:
+    gates = load_file(view.options["calibration"])[f"layers.{view.layer}.gate"].tolist()
+    rank = round(fmean(gates[h] for h in view.heads) * 2**20)
+    return {p: rank + (p + 1) / 2**31 for p in view.held}
+
+
 def criticalkv(view: View) -> Scores:
     base = NAIVE[view.option("base", "snapkv")](view)
     low = min([0.0, *base.values()])
@@ -363,6 +369,7 @@ NAIVE: dict[str, Callable[[View], Scores]] = {
         rkv,
         expected_attention,
         triattention,
+        duo,
         criticalkv,
         kvzip,
     )

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from litgpt.config import Config
 from litgpt_kv import Strategy, registry
-from litgpt_kv.cache.constants import FORMAT
+from litgpt_kv.cache.calibration import FORMAT
 from litgpt_kv.cache.spec import layer_spec
 
 SMALL = 3  # instead of counts that are larger than tests' caches

@@ -117,6 +117,8 @@ def cases(devices: int) -> Iterator[tuple[str, Config, str, str, str, str]]:
                 yield f"{name}/{strategy}/plain/full", config, strategy, "plain", "absolute", "full"
             if name == "gqa" and strategy in ("h2o", "one-choice") if few else name in ("mha", "mqa"):
                 yield f"{name}/{strategy}/plain/streamed", config, strategy, "plain", "absolute", "streamed"
+    if not few:  # two pools of two devices
+        yield "mha/h2o:pool/plain/full", GRID["mha"], "h2o:pool", "plain", "absolute", "full"
     for strategy in THREE if not few else ():
         for storage in storages_for(strategy):
             if storage != "plain":
@@ -171,9 +173,13 @@ class Whole:
 
 
 def build(model: GPT, config: Config, strategy: str, storage: str, positions: str) -> KVCache:
+    strategy, _, select = strategy.partition(":")
     budget = BUDGET if registry.get("strategy", strategy).evicts else None
     own = options_of(strategy, config) if strategy in NAMES else {}
-    args = KVCacheArgs(strategy, budget=budget, storage=storage, positions=positions, options=own)
+    choice = dict(select=select or None, pools=2 if select == "pool" else 1)
+    if not select and strategy in NAMES and plain(strategy).select == "pool":  # one pool would cross devices
+        choice["select"] = "head"
+    args = KVCacheArgs(strategy, budget=budget, storage=storage, positions=positions, options=own, **choice)
     return KVCache.build(model, args, batch_size=len(LENGTHS), max_tokens=16)
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from litgpt_kv import GPT, KVCache, KVCacheArgs, registry
-from litgpt_kv.cache.constants import FORMAT
+from litgpt_kv.cache.calibration import FORMAT
 from tests.oracle.reference import Policy, compare, tiny
 from tests.oracle.reference_scores import NAIVE
 
@@ -29,13 +29,14 @@ OPTIONS = {  # small enough for the budget
     "rkv": [dict(window=3, importance=0.4, similar=0.3)],
     "expected_attention": [dict(window=6, future=3), dict(window=40, future=1, epsilon=0.01)],
     "triattention": [dict(farthest=5)],
+    "duo": [{}],
     "criticalkv": [dict(base="h2o"), dict(base="keydiff")],
     "kvzip": [dict(chunk=5), {}],
 }
 CASES = [(name, options) for name, every in OPTIONS.items() for options in every]
 LATENT = dict(q_lora_rank=12, kv_lora_rank=10, qk_rope_head_dim=4, qk_nope_head_dim=6, v_head_dim=5)
 YARN = dict(factor=8.0, beta_fast=32.0, beta_slow=1.0, original_max_seq_len=16, mscale_all_dim=0.8)
-NOT_LATENT = ("expected_attention", "triattention", "criticalkv")
+NOT_LATENT = ("expected_attention", "triattention", "duo", "criticalkv")
 
 
 def ids(value: object) -> str:
@@ -52,12 +53,13 @@ def write_calibration(path: Path, heads: int = 4, width: int = 6, **metadata: st
     torch.manual_seed(3)
     tensors = {f"layers.{i}.mean": torch.randn(heads, width) for i in range(2)}
     tensors |= {f"layers.{i}.length": 2 + torch.rand(heads, 3) for i in range(2)}
+    tensors |= {f"layers.{i}.gate": torch.rand(heads) for i in range(2)}
     save_file(tensors, path, {"format": FORMAT, "for": "triattention", **metadata})
     return str(path)
 
 
 def policy_of(name: str, options: dict, calibration: str, positions: str = "absolute", **others) -> Policy:
-    given = options | (dict(calibration=calibration) if name == "triattention" else {})
+    given = options | (dict(calibration=calibration) if name in ("triattention", "duo") else {})
     return Policy(
         name, C, **dict(sinks=1, recent=2, positions=positions, options=given, select=select_of(name)) | others
     )
@@ -93,6 +95,12 @@ def test_pools_and_one_choice_for_a_layer(calibration: str, name: str, options: 
     for select, pools in (("pool", 2), ("layer", 1)):
         positions = "cache" if select == "pool" else "absolute"
         check(model, policy_of(name, options, calibration, positions, select=select, pools=pools), prompts=[C + 5])
+
+
+@pytest.mark.parametrize(("name", "options"), list(dict(CASES).items()), ids=ids)
+def test_one_budget_for_all_layers(gqa: GPT, calibration: str, name: str, options: dict) -> None:
+    policy = policy_of(name, options, calibration, select="model", interval=2)
+    check(gqa, policy, prompts=[C + 6, C - 2], new=4)
 
 
 @pytest.mark.parametrize(("name", "options"), CASES, ids=ids)

@@ -27,6 +27,8 @@ class Storage(nn.Module):
             where they differ; an instance says its own.
         in_order: Whether tokens may only leave in the order in which they came (but for a beginning that stays), one
             at a time. Strategies that score by recency do that; the cache refuses others by name.
+        divisible: Whether some of its slots are a storage, too: slots are the third dimension of every buffer. If not,
+            layers cannot share one (`select` "model").
         needs_accelerator: Whether it makes sense beside a processor only, and is refused for a model on the CPU.
         options: Names of the keyword arguments that users may set.
     """
@@ -35,6 +37,7 @@ class Storage(nn.Module):
     lossless: ClassVar[bool] = True
     bits: float | None = None
     in_order: ClassVar[bool] = False
+    divisible: ClassVar[bool] = True
     needs_accelerator: ClassVar[bool] = False
     options: ClassVar[tuple[str, ...]] = ()
 

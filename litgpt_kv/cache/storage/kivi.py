@@ -37,6 +37,7 @@ class Kivi(Coded):
     """
 
     in_order: ClassVar[bool] = True
+    divisible: ClassVar[bool] = False
     bits = 2
     options: ClassVar[tuple[str, ...]] = ("bits", "group")
     codes: Tensor

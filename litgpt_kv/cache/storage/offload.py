@@ -31,6 +31,7 @@ class Offload(Storage):
         data: (B, G, S, D) on the host, in pinned memory if the device is an NVIDIA GPU's.
     """
 
+    divisible: ClassVar[bool] = False
     needs_accelerator: ClassVar[bool] = True
     data: Tensor
 
