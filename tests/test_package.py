@@ -64,7 +64,13 @@ def required(requirements: list[str]) -> set[str]:
 
 
 def test_dependencies_are_what_is_imported_and_nothing_else() -> None:
-    others = {"test", "dev", "hf", "quantize"}  # what tests need, and what litgpt imports by itself
+    others = {
+        "test",
+        "dev",
+        "hf",
+        "quantize",
+        "ray",
+    }  # what tests and extensions need, and what litgpt imports by itself
     extras = [name for name in PROJECT["optional-dependencies"] if name not in others]
     optional = {name for extra in extras for name in required(PROJECT["optional-dependencies"][extra])}
     assert imported(ROOT / "litgpt_kv") == required(PROJECT["dependencies"]) | optional

@@ -74,26 +74,9 @@ class Server:
         stopping: StoppingArgs = NEW_TOKENS,
         run: RunArgs = RunArgs(),
     ) -> None:
-        if not caches:
-            raise ValueError("A server needs at least one cache.")
-        if llm.parallel is not None and llm.parallel.collectives.size > 1:
-            raise ValueError("A server runs in one process; start one server a device.")
         self.settings = settings
-        tokens = settings.max_tokens or min(MAX_TOKENS, llm.model.max_seq_length)
-        engines: dict[str, tuple[Engine, KVCache | None]] = {}
-        for name, args in caches.items():
-            cache = None if args is None else llm.build_cache(args, settings.rows, tokens)
-            engines[name] = _engine(llm, cache, settings, run), cache
-        metrics, conversations = Metrics(), Conversations(settings.conversation_bytes)
-        loop = EngineLoop(engines, settings.queue, metrics, conversations)
-        limits = {name: engine.limits for name, (engine, _) in engines.items()}
-        reader = Reader(llm, limits, sampling, stopping, loop.room, conversations)
-        name = settings.name or ("random" if llm.checkpoint_dir is None else llm.checkpoint_dir.name)
-        self.service = Service(llm, loop, reader, conversations, metrics, settings, name)
-        key = settings.api_key or os.environ.get(KEY_VARIABLE) or None
-        app = Guard(build_app(self.service), key, settings.is_loopback, metrics, settings.log_prompts)
-        if key is None and not settings.is_loopback:
-            log.warning("Whoever reaches %s may use this server: there is no API key.", settings.host)
+        self.service, app = build_guarded_app(llm, caches, settings, sampling=sampling, stopping=stopping, run=run)
+        loop = self.service.loop
         self._socket = _listen(settings)
         host, port = self._socket.getsockname()[:2]
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -136,6 +119,46 @@ class Server:
             self._server.should_exit = True
             thread.join()
             self._socket.close()
+
+
+def build_guarded_app(
+    llm: LLM,
+    caches: Mapping[str, KVCacheArgs | None],
+    settings: ServeArgs = ServeArgs(),
+    *,
+    sampling: SamplingArgs = SamplingArgs(),
+    stopping: StoppingArgs = NEW_TOKENS,
+    run: RunArgs = RunArgs(),
+) -> tuple[Service, Guard]:
+    """Build the endpoints over a model as an ASGI app, for any server; the engines run during its lifespan.
+
+    Args: As for `Server`.
+
+    Returns:
+        What the endpoints share, and the app.
+
+    Raises:
+        ValueError: If a cache does not fit the model, or the processes share the model.
+    """
+    if not caches:
+        raise ValueError("A server needs at least one cache.")
+    if llm.parallel is not None and llm.parallel.collectives.size > 1:
+        raise ValueError("A server runs in one process; start one server a device.")
+    tokens = settings.max_tokens or min(MAX_TOKENS, llm.model.max_seq_length)
+    engines: dict[str, tuple[Engine, KVCache | None]] = {}
+    for name, args in caches.items():
+        cache = None if args is None else llm.build_cache(args, settings.rows, tokens)
+        engines[name] = _engine(llm, cache, settings, run), cache
+    metrics, conversations = Metrics(), Conversations(settings.conversation_bytes)
+    loop = EngineLoop(engines, settings.queue, metrics, conversations)
+    limits = {name: engine.limits for name, (engine, _) in engines.items()}
+    reader = Reader(llm, limits, sampling, stopping, loop.room, conversations)
+    name = settings.name or ("random" if llm.checkpoint_dir is None else llm.checkpoint_dir.name)
+    service = Service(llm, loop, reader, conversations, metrics, settings, name)
+    key = settings.api_key or os.environ.get(KEY_VARIABLE) or None
+    if key is None and not settings.is_loopback:
+        log.warning("Whoever reaches %s may use this server: there is no API key.", settings.host)
+    return service, Guard(build_app(service), key, settings.is_loopback, metrics, settings.log_prompts)
 
 
 def _engine(llm: LLM, cache: KVCache | None, settings: ServeArgs, run: RunArgs) -> Engine:
