@@ -109,7 +109,10 @@ def main(
         run=run,
     )
     serve.start(http_options={"host": settings.host, "port": settings.port})
-    serve.run(app, blocking=True)
+    try:
+        serve.run(app, blocking=True)
+    except KeyboardInterrupt:
+        serve.shutdown()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.config import check_callable, check_type, shown
 from litgpt_kv.generate.limits import vocabulary_of
 from litgpt_kv.generate.prompt_scores import note_scores, tops_of
-from litgpt_kv.generate.request import Output, Request, Sequence
+from litgpt_kv.generate.request import Output, PromptGroup, Request, Sequence
 from litgpt_kv.generate.runner import PIECE, CacheRunner, Model, RecomputeRunner, Runner
 from litgpt_kv.generate.sampling import Sampler, logprobs_of
 from litgpt_kv.generate.scheduler import Scheduler
@@ -143,13 +143,21 @@ class Engine:
         """The number of further requests that would get a row at the next step."""
         return self.scheduler.free
 
-    def add(self, request: Request, row: int | None = None, state: KVCache | None = None) -> int:
+    def add(
+        self,
+        request: Request,
+        row: int | None = None,
+        state: KVCache | None = None,
+        same_prompt_as: int | None = None,
+    ) -> int:
         """Add a request; it starts when a row is free.
 
         Args:
             request: The request.
             row: Continue after the tokens of this row of the cache; None: take any free row, and empty it first.
             state: Continue after the tokens of this cache of one row, copied into a free row: `copy_of` made it.
+            same_prompt_as: The id of an earlier request with the same prompt. If both have rows before the prompt is
+                read, it is read once, and copied. The result is the same; ignored if the earlier request has ended.
 
         Returns:
             The request's id.
@@ -174,13 +182,26 @@ class Engine:
             self.runner.check_continues(row)
             seen = self.runner.seen(row)
         self.limits.check(request, f"Prompt {number}", seen)
-        self._next_id = max(self._next_id, number) + 1
         sequence = Sequence(request, number, row=-1 if row is None else row, continues=row is not None, state=state)
+        if same_prompt_as is not None:
+            self._join(sequence, same_prompt_as)
+        self._next_id = max(self._next_id, number) + 1
         if self.decode_text is not None:
             sequence.stream = TextStream(self.decode_text, sequence.prompt, request.stop_texts)
         self._sequences[number] = sequence
         self.scheduler.add(sequence)
         return number
+
+    def _join(self, sequence: Sequence, other: int) -> None:
+        check_type("same_prompt_as", other, int, "the id of a request")
+        earlier = self._sequences.get(other)
+        if earlier is None or not self.runner.copies:
+            return
+        whole = all(not s.continues and s.state is None for s in (sequence, earlier))
+        scored = [s.request.prompt_logprobs for s in (sequence, earlier)]
+        if sequence.prompt != earlier.prompt or not whole or scored[0] != scored[1]:
+            raise ValueError(f"The request does not begin as request {other} does: the whole prompt must be the same.")
+        sequence.group = earlier.group = earlier.group or PromptGroup(earlier)
 
     def abort(self, id: int) -> bool:
         """End a request; its row is free at the next step. Return False if it had already ended."""
@@ -227,8 +248,12 @@ class Engine:
         self._decoded, self._fresh = None, []
         in_step = {s.row: s for group in (running, *(group for group, _ in fresh)) for s in group}
         ready = [s for s in in_step.values() if s.ready and s.reason is None]
-        with self._guard(ready):
-            outputs = self._draw(ready, self._joined(logits, fresh)) if ready else []
+        outputs: list[Output] = []
+        if ready:
+            followers = [s for s in self.scheduler.following if s.group is not None and s.group.leader in ready]
+            with self._guard([*ready, *followers]):
+                shared = self._shared(self._joined(logits, fresh), followers)
+                outputs = self._draw([*ready, *followers], shared)
         rest = decoded - began + time.perf_counter() - read
         self.stats.prefill_seconds += read - decoded + (0 if decoding else rest)
         self.stats.decode_seconds += rest if decoding else 0
@@ -254,15 +279,25 @@ class Engine:
 
     def _next_to_read(self) -> list[Sequence]:
         """Give free rows to waiting requests; return the sequences whose next piece is read together."""
+        for sequence in list(self.scheduler.following):
+            if not _follows(sequence):  # its leader ended before it had read the prompt
+                self.scheduler.read_alone(sequence)
+                self._start(sequence)
         if admitted := self.scheduler.admit():
             now = time.perf_counter()
             for sequence in admitted:
                 sequence.start_time = now
-                self.runner.start(sequence)
-                if not self.runner.piece_size(sequence):
-                    self.scheduler.finish_reading(sequence)
+                if _follows(sequence):
+                    self.scheduler.follow(sequence)
+                else:
+                    self._start(sequence)
             self.sampler.assign({s.row: s.request for s in admitted})
         return self.scheduler.next_to_read(self.pieces is None and self.runner.joins, self.runner.piece_size)
+
+    def _start(self, sequence: Sequence) -> None:
+        self.runner.start(sequence)
+        if not self.runner.piece_size(sequence):
+            self.scheduler.finish_reading(sequence)
 
     def _read(self, group: list[Sequence]) -> Tensor:
         """Read the next piece of the prompts of N neighbouring rows: logits (N, V)."""
@@ -287,6 +322,17 @@ class Engine:
                 rows = torch.tensor([s.row for s in group], device=logits.device)
                 logits = logits.index_copy(0, rows, read)
         return logits
+
+    def _shared(self, logits: Tensor, followers: list[Sequence]) -> Tensor:
+        """Copy the rows of leaders, and their logits, into the rows of their followers: logits (B, V)."""
+        if not followers:
+            return logits
+        leaders = [sequence.group.leader for sequence in followers if sequence.group is not None]
+        for leader, sequence in zip(leaders, followers):
+            self.runner.copy_prompt(leader, sequence)
+            self.scheduler.finish_following(sequence)
+        rows, sources = (torch.tensor([s.row for s in group], device=logits.device) for group in (followers, leaders))
+        return logits.index_copy(0, rows, logits[sources])
 
     def _draw(self, ready: list[Sequence], logits: Tensor) -> list[Output]:
         """Draw a token for each sequence from logits (B, V), and end sequences that are complete."""
@@ -343,6 +389,17 @@ class Engine:
         sequence.reason, sequence.end_time = reason, time.perf_counter() if now is None else now
         self.scheduler.remove(sequence)
         del self._sequences[sequence.index]
+
+
+def _follows(sequence: Sequence) -> bool:
+    """Return whether a sequence waits for its group's leader; if that one has begun or ended, let the sequence lead."""
+    if sequence.group is None:
+        return False
+    leader = sequence.group.leader
+    if leader is not sequence and leader.reason is None and leader.row >= 0 and leader.last < 0:
+        return True
+    sequence.group.leader = sequence
+    return False
 
 
 def no_token_error(sequence: Sequence, vocabulary: int) -> str:

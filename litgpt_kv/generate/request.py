@@ -82,6 +82,13 @@ def _is_tokens(stop: Any) -> bool:
 
 
 @dataclass(eq=False)
+class PromptGroup:
+    """Sequences with the same prompt. `leader`: reads it; those that have a row by then get a copy of its row."""
+
+    leader: Sequence
+
+
+@dataclass(eq=False)
 class Sequence:
     """The state of one request.
 
@@ -93,6 +100,7 @@ class Sequence:
         row: The row of the cache; -1 while it waits for one.
         continues: Whether it continues after `past` tokens that its row already has.
         state: The cache of one row that it continues; None: its row is empty, or has what it continues.
+        group: The sequences that share its prompt; None: it reads its prompt by itself.
         prompt: The prompt's token ids. `read`: how many of them were read.
         tokens: All tokens released so far. `new_tokens`: those of the last push. A stop text removes tokens that belong
             to it, even released ones.
@@ -114,6 +122,7 @@ class Sequence:
     row: int = -1
     continues: bool = False
     state: Any = None
+    group: PromptGroup | None = None
     past: int = 0
     prompt: list[int] = field(default_factory=list)
     read: int = 0

@@ -31,10 +31,12 @@ class Runner(Protocol):
     Attributes:
         size: The number of rows, B. device: Of tokens and logits. limits: The limits of a request.
         joins: Whether prompts of the same length may be read together.
+        copies: Whether a row can get a copy of another one.
     """
 
     size: int
     joins: bool
+    copies: bool
     device: torch.device
     limits: Limits
 
@@ -49,6 +51,9 @@ class Runner(Protocol):
 
     def start(self, sequence: Sequence) -> None:
         """Prepare the row of a sequence: empty it, copy its state into it, or leave it if the sequence continues it."""
+
+    def copy_prompt(self, leader: Sequence, sequence: Sequence) -> None:
+        """Let the row of a sequence hold what that of another one holds, which has just read the same prompt."""
 
     def piece_size(self, sequence: Sequence) -> int:
         """Return the tokens of the prompt's next piece; 0 at its end, or if decode steps read the rest."""
@@ -79,6 +84,8 @@ class CacheRunner:
     Attributes:
         joins: Whether prompts of the same length are read together; not if prompts are read in pieces.
     """
+
+    copies = True
 
     def __init__(
         self,
@@ -141,6 +148,14 @@ class CacheRunner:
             sequence.past = self._tokens[row] = 0
         if not sequence.past:
             self.cache.set_prompt_lengths({row: len(sequence.prompt)})
+
+    def copy_prompt(self, leader: Sequence, sequence: Sequence) -> None:
+        row = sequence.row
+        self._forget(row)
+        self.cache.restore(row, self.cache.row(leader.row))
+        self._live.add(row)
+        self._tokens[row], sequence.read = self._tokens[leader.row], leader.read
+        sequence.prompt_scores = list(leader.prompt_scores)
 
     def piece_size(self, sequence: Sequence) -> int:
         left = len(sequence.prompt) - sequence.read
@@ -232,6 +247,8 @@ class CacheRunner:
 class RecomputeRunner:
     """Run the model without a cache: every step computes the whole text again. This is the baseline."""
 
+    copies = False
+
     def __init__(self, model: GPT, rows: int) -> None:
         self.model, self.size, self.joins = model, rows, True
         self.limits = Limits.of(model, None, "min-length")
@@ -250,6 +267,9 @@ class RecomputeRunner:
 
     def start(self, sequence: Sequence) -> None:
         self.length[sequence.row] = 0
+
+    def copy_prompt(self, leader: Sequence, sequence: Sequence) -> None:
+        raise NotImplementedError("Without a cache every row reads its whole text at each step.")
 
     def piece_size(self, sequence: Sequence) -> int:
         return len(sequence.prompt) - sequence.read

@@ -14,12 +14,14 @@ class Scheduler:
         rows: The sequence of each row, None for a free one.
         waiting: The sequences without a row, in the order of `add`.
         reading: The sequences whose prompts are still read in pieces, in the order in which they got their rows.
+        following: The sequences that have rows and wait until another one has read their prompt.
     """
 
     def __init__(self, rows: int) -> None:
         self.rows: list[Sequence | None] = [None] * rows
         self.waiting: deque[Sequence] = deque()
         self.reading: list[Sequence] = []
+        self.following: list[Sequence] = []
 
     @property
     def free(self) -> int:
@@ -70,9 +72,23 @@ class Scheduler:
         """Let a sequence take part in decode steps."""
         self.reading.remove(sequence)
 
+    def follow(self, sequence: Sequence) -> None:
+        """Let an admitted sequence wait until the leader of its group has read their prompt."""
+        self.reading.remove(sequence)
+        self.following.append(sequence)
+
+    def read_alone(self, sequence: Sequence) -> None:
+        """Let a sequence that followed read its prompt."""
+        self.following.remove(sequence)
+        self.reading.append(sequence)
+
+    def finish_following(self, sequence: Sequence) -> None:
+        """Let a sequence whose row has its prompt take part in decode steps."""
+        self.following.remove(sequence)
+
     def running(self) -> list[Sequence]:
         """Return the sequences that take part in a decode step, in the order of their rows."""
-        return [s for s in self.rows if s is not None and s not in self.reading]
+        return [s for s in self.rows if s is not None and s not in self.reading and s not in self.following]
 
     def remove(self, sequence: Sequence) -> None:
         """Free the row of a sequence, or remove it from the queue."""
@@ -80,5 +96,6 @@ class Scheduler:
             self.waiting.remove(sequence)
             return
         self.rows[sequence.row] = None
-        if sequence in self.reading:
-            self.reading.remove(sequence)
+        for waiting in (self.reading, self.following):
+            if sequence in waiting:
+                waiting.remove(sequence)

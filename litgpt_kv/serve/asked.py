@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
-from litgpt_kv.arguments import StoppingArgs
-from litgpt_kv.config import SamplingArgs
+from litgpt_kv.arguments import MOST_NEW_TOKENS, StoppingArgs, check_count
+from litgpt_kv.config import SamplingArgs, shown
 from litgpt_kv.generate import Request
 from litgpt_kv.generate.limits import Limits
 from litgpt_kv.generate.request import MOST_LOGPROBS
@@ -82,7 +82,7 @@ class Reader:
             kept = self.conversations.find(body.conversation, cache, messages)
         ids = self._turn(kept, messages) if kept is not None else self.chat_tokens(body.messages)
         asked_for = body.max_tokens if body.max_tokens is not None else body.max_completion_tokens
-        seen = 0 if kept is None else kept.state.seen[0]
+        seen = 0 if kept is None else kept.seen
         new = self._room(cache, seen + len(ids)) if asked_for is None else asked_for
         past = () if kept is None else kept.text
         requests = self._requests(body, cache, [ids], new, logprobs, seen, past=past)
@@ -181,15 +181,19 @@ class Reader:
             raise Refused(f"logprobs must be 0 to {MOST_LOGPROBS}, got {logprobs}.", "logprobs")
         if body.stream_options is not None and not body.stream:
             raise Refused("stream_options goes with stream: true.", "stream_options")
+        name = "max_tokens" if getattr(body, "max_completion_tokens", None) is None else "max_completion_tokens"
+        _said(name, lambda: check_count(name, new, 1, MOST_NEW_TOKENS))
+        if body.min_tokens is not None and not 0 <= body.min_tokens <= new:
+            raise Refused(f"min_tokens must be 0 to {new} ({name}), got {shown(body.min_tokens)}.", "min_tokens")
         sampling, stops = self._sampling(body), self._stops(body)
         ignore_eos = body.ignore_eos or self.stopping.ignore_eos
         least = body.min_tokens if body.min_tokens is not None else min(self.stopping.min_new_tokens, new)
         common = dict(stop=() if ignore_eos else self.llm.ends(), stop_texts=stops, logprobs=logprobs, **options)
         requests = []
         for number, prompt in enumerate(prompts):
-            name = "The prompt" if len(prompts) == 1 else f"Prompt {number}"
-            request = _said("max_tokens", lambda prompt=prompt: Request(prompt, new, least, sampling, **common))
-            _said("prompt", lambda request=request, name=name: self.limits[cache].check(request, name, seen))
+            which = "The prompt" if len(prompts) == 1 else f"Prompt {number}"
+            request = _said(name, lambda prompt=prompt: Request(prompt, new, least, sampling, **common))
+            _said("prompt", lambda request=request, which=which: self.limits[cache].check(request, which, seen))
             requests += [replace(request, sampling=sampling.shifted(sample)) for sample in range(body.n)]
         return requests
 

@@ -22,6 +22,7 @@ class KeptState:
         cache: The name of the server's cache. messages: All that was said, the last reply included.
         state: A cache of one row. last: The last token drawn, which the state has not read yet.
         text: All tokens of the conversation, for the repetition penalty. state_bytes: Memory of the state.
+        seen: Tokens that the state has seen; other threads may not ask the state, which the engine's thread uses.
     """
 
     cache: str
@@ -30,6 +31,7 @@ class KeptState:
     last: int
     text: tuple[int, ...]
     state_bytes: int
+    seen: int
 
     @property
     def nbytes(self) -> int:

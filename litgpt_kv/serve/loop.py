@@ -232,18 +232,19 @@ class EngineLoop:
         return True
 
     def _add(self, tickets: Sequence[Ticket]) -> None:
+        before: Ticket | None = None
         for ticket in tickets:
             served = self._served[ticket.cache]
             state = None if ticket.kept is None else ticket.kept.state
             try:
-                id = served.engine.add(ticket.request, state=state)
+                id = served.engine.add(ticket.request, state=state, same_prompt_as=_twin(before, ticket))
             except Exception as error:  # was checked before; whatever is left is ours
                 log.error("A request could not begin: %s", error)
                 self._close(ticket, "error")
                 self._events.append((ticket, Event(ticket.number, reason="error", error=str(error))))
                 continue
             ticket.sequence = served.engine.sequence(id)
-            served.tickets[id] = ticket
+            served.tickets[id] = before = ticket
         self._deliver()
 
     def _cancel(self, tickets: Sequence[Ticket]) -> None:
@@ -312,7 +313,7 @@ class EngineLoop:
         if served.cache is None:
             return Usage(*size)
         tokens = served.cache.row(sequence.row).tokens()
-        reused = 0 if ticket.kept is None else ticket.kept.state.seen[0]
+        reused = 0 if ticket.kept is None else ticket.kept.seen
         return Usage(*size, tokens["kept"][0], tokens["seen"][0], served.row_bytes, reused)
 
     def _keep(self, served: _Served, ticket: Ticket, sequence: Answer) -> None:
@@ -327,6 +328,7 @@ class EngineLoop:
             sequence.last,
             (*before, *sequence.prompt, *ticket.drawn[:-1]),
             state.allocated()["total"],
+            state.seen[0],
         )
         assert ticket.conversation is not None
         self.conversations.keep(ticket.conversation, kept)
@@ -353,6 +355,13 @@ class EngineLoop:
                 self._http.call_soon_threadsafe(_hand_over, events)
             except RuntimeError:  # the event loop has ended: nobody listens
                 log.debug("%d events had nowhere to go.", len(events))
+
+
+def _twin(before: Ticket | None, ticket: Ticket) -> int | None:
+    """The id of the answer before, if it is another one to the same prompt (`n`)."""
+    if before is None or before.sequence is None or before.request.prompt is not ticket.request.prompt:
+        return None
+    return before.sequence.index
 
 
 def _hand_over(events: Sequence[tuple[Ticket, Event]]) -> None:

@@ -63,8 +63,10 @@ class Body(BaseModel):
         """
         try:
             values = json.loads(data.decode("utf-8"), parse_constant=_no_number)
-        except (ValueError, RecursionError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise Refused(f"The body is no JSON: {error}") from error
+        except ValueError as error:  # Python reads whole numbers of at most some thousand digits
+            raise Refused("The body has a number with too many digits.") from error
         if not isinstance(values, dict):
             raise Refused("The body must be a JSON object.")
         known = {*cls.model_fields, *UNSUPPORTED}
@@ -184,7 +186,7 @@ class DetokenizeBody(Body):
 
 
 def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no number.")
+    raise Refused(f"The body is no JSON: {name} is no number.")
 
 
 def _refused(error: ValidationError) -> Refused:

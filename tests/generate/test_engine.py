@@ -72,8 +72,10 @@ def random_order(rng: random.Random) -> None:
     for _ in range(rng.randint(5, 40)):
         action = rng.random()
         if action < 0.3:
-            kind = rng.randrange(60)
-            kinds[engine.add(request_of(kind))] = kind
+            kind, twin = rng.randrange(60), None
+            for _ in range(rng.choice([1, 1, 1, 1, 3])):
+                twin = engine.add(request_of(kind), same_prompt_as=twin)
+                kinds[twin] = kind
         elif action < 0.4 and kinds:
             id = rng.choice(list(kinds))
             running = id not in found and id not in aborted
@@ -154,6 +156,53 @@ def test_prompts_that_are_to_stay_have_lengths_of_their_own() -> None:
             assert set(range(len(prompt))) <= set(head) and len(head) == 16
         (expected,) = generate(MODEL, [prompt], args, max_new_tokens=20, sampling=GREEDY)
         assert found[row] == expected.tolist()
+
+
+@pytest.mark.parametrize("name", ["h2o", "snapkv", "dense"])
+@pytest.mark.parametrize("prefill", ["min-length", "full"])
+def test_answers_to_one_prompt_read_it_once(name: str, prefill: str) -> None:
+    prompt = tokens_of(3, 17, 60)
+    requests = [
+        Request(
+            prompt, 6, sampling=SamplingArgs(seed=s, repetition_penalty=1.2), prompt_logprobs=name == "h2o", logprobs=2
+        )
+        for s in range(5)
+    ]
+    engine = Engine(MODEL, cache_of(name, 3), prefill=prefill, piece_size=4)
+    first = engine.add(requests[0])
+    sequences = [engine.sequence(id) for id in [first, *(engine.add(r, same_prompt_as=first) for r in requests[1:])]]
+    found = finished(engine)
+    assert engine.stats.prompt_tokens == 2 * len(prompt)  # three rows at first, then two
+    for id, request in enumerate(requests):
+        own = Engine(MODEL, cache_of(name, 1), prefill=prefill, piece_size=4)
+        alone = own.sequence(own.add(request))
+        assert found[id] == finished(own)[0]
+        assert sequences[id].logprobs == pytest.approx(alone.logprobs, abs=1e-6)  # kept in float32
+        assert sequences[id].prompt_scores == alone.prompt_scores
+    assert len({tuple(answer) for answer in found.values()}) > 1
+
+
+@pytest.mark.parametrize("end", ["abort", "error"])
+def test_if_the_one_that_reads_a_prompt_ends_another_one_reads_it(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = Request(tokens_of(4, 17, 60), 5, sampling=GREEDY)
+    engine = Engine(MODEL, cache_of("h2o", 4), prefill="full", piece_size=4)
+    first = engine.add(request)
+    others = [engine.add(request, same_prompt_as=first) for _ in range(3)]
+    engine.step()
+    assert [s.index for s in engine.scheduler.following] == others
+    if end == "abort":
+        engine.abort(first)
+        engine.abort(others[1])
+    else:
+        monkeypatch.setattr(engine.runner, "read_piece", lambda sequences: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.step()
+        monkeypatch.undo()
+    own = Engine(MODEL, cache_of("h2o", 1), prefill="full")
+    alone = finished(own)[0] if own.add(request) == 0 else []
+    assert finished(engine) == {id: alone for id in others if end == "error" or id != others[1]}
+    assert engine.stats.prompt_tokens == 17 + 4  # the first one read one piece
+    assert engine.scheduler.following == [] and engine.scheduler.rows == [None] * 4
 
 
 def test_the_row_of_an_aborted_request_is_free_at_the_next_step() -> None:
@@ -285,6 +334,17 @@ def test_a_request_goes_on_in_the_row_that_it_names() -> None:
 def test_what_an_engine_refuses(given: dict, error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         Engine(MODEL, **{"cache": cache_of("window", 2), **given})
+
+
+def test_another_prompt_is_not_read_with_one() -> None:
+    engine = Engine(MODEL, cache_of("dense", 2))
+    first = engine.add(Request([1, 2, 3]))
+    with pytest.raises(ValueError, match=f"does not begin as request {first} does"):
+        engine.add(Request([1, 2, 4]), same_prompt_as=first)
+    with pytest.raises(TypeError, match="same_prompt_as must be the id of a request"):
+        engine.add(Request([1, 2, 3]), same_prompt_as="first")  # type: ignore[arg-type]
+    assert engine.unfinished == 1
+    assert engine.add(Request([1, 2, 4]), same_prompt_as=99) == 1  # it has ended: the prompt is read
 
 
 def test_what_add_refuses_changes_nothing() -> None:

@@ -198,6 +198,9 @@ REFUSED = [
     ({"presence_penalty": 3}, "presence_penalty"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": True}, "max_tokens"),
+    ({"max_tokens": -1, "min_tokens": 3}, "max_tokens"),
+    ({"min_tokens": 3}, "min_tokens"),
+    ({"min_tokens": -1}, "min_tokens"),
     ({"n": 0}, "n"),
     ({"n": 1000}, "n"),
     ({"stop": [""]}, "stop"),
@@ -222,6 +225,25 @@ def test_what_is_refused_names_the_field(server: Server, change: dict, param: st
     error = answer.json()["error"]
     assert (answer.status_code, error["param"], error["type"]) == (400, param, "invalid_request_error"), error
     assert math.isfinite(len(error["message"])) and "Traceback" not in error["message"]
+
+
+def test_a_number_with_too_many_digits_is_refused_in_our_words(server: Server) -> None:
+    body = b'{"prompt": "a", "max_tokens": 1' + b"0" * 5000 + b"}"
+    answer = httpx.post(f"{server.url}/v1/completions", content=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == "The body has a number with too many digits."
+
+
+def test_several_answers_to_a_prompt_read_it_once(client: openai.OpenAI, server: Server) -> None:
+    stats = server.service.loop.served()["h2o"][0].stats
+    asked = {"model": "demo", "prompt": "def several(answers, to, one):", "max_tokens": 8, "temperature": 1.0}
+    before = stats.prompt_tokens
+    together = client.completions.create(**asked, n=3, seed=5)
+    read = stats.prompt_tokens - before
+    assert read == together.usage.prompt_tokens
+    alone = [client.completions.create(**asked, seed=seed).choices[0].text for seed in (5, 6, 7)]
+    assert [choice.text for choice in together.choices] == alone
+    assert len(set(alone)) > 1
 
 
 def test_what_asks_for_nothing_special_is_taken(server: Server) -> None:

@@ -82,6 +82,6 @@ def test_memory_is_bounded_and_the_least_recently_used_leaves(llm: LLM) -> None:
 
 def test_a_state_that_is_too_large_is_not_kept() -> None:
     kept = Conversations(10)
-    kept.keep("a", KeptState("h2o", (), None, 0, (), 8))  # type: ignore[arg-type]
-    kept.keep("a", KeptState("h2o", (), None, 0, (), 11))  # type: ignore[arg-type]
+    kept.keep("a", KeptState("h2o", (), None, 0, (), 8, 1))  # type: ignore[arg-type]
+    kept.keep("a", KeptState("h2o", (), None, 0, (), 11, 1))  # type: ignore[arg-type]
     assert len(kept) == 0 and kept.nbytes == 0
