@@ -19,6 +19,8 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml
+from jsonargparse import auto_cli
 
 from litgpt_kv import LLM, KVCacheArgs
 
@@ -121,6 +123,40 @@ def test_a_worker_that_dies_is_replaced_and_no_row_is_lost_or_there_twice(
         assert row["new_tokens"] == llm.stats.new_tokens and row["prompt_tokens"] == llm.stats.prompt_tokens
     with pytest.raises(ValueError, match="exists"):
         prompts.write(answers, str(tmp_path / "out"), "parquet")
+
+
+def commands() -> dict[str, list[str]]:
+    """The commands of the README, by the script: their arguments."""
+    text = (ROOT / "extensions" / "ray" / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [line.split() for line in text.splitlines() if line.startswith("python extensions/ray/")]
+    return {Path(script).stem: arguments for _, script, *arguments in lines}
+
+
+def test_the_command_of_the_readme(
+    cluster: None, prompts: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.jsonl").write_text(
+        '{"prompt": "def a("}\n{"prompt": "def b(", "kind": "short", "max_new_tokens": 2}\n'
+    )
+    monkeypatch.setattr(sys, "argv", ["answer_prompts.py", *commands()["answer_prompts"]])
+    auto_cli(prompts.main)
+    rows = sorted(prompts.read("answers", "jsonl").take_all(), key=lambda row: row["prompt"])
+    assert [(row["kind"], row["new_tokens"], row["error"]) for row in rows] == [(None, 40, None), ("short", 2, None)]
+    captured = capsys.readouterr()
+    assert "The answers are in answers." in captured.out and "warning" not in captured.err
+
+
+def test_the_command_of_the_readme_for_an_endpoint(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["deployment.py", *commands()["deployment"], "--print_config"])
+    with pytest.raises(SystemExit) as ended:
+        auto_cli(loaded("deployment").main)
+    assert ended.value.code == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert (config["replicas"], config["settings"]["port"]) == (2, 8000)
+    assert (config["kv_cache"]["strategy"], config["kv_cache"]["budget"]) == ("h2o", "25%")
 
 
 def test_settings_that_cannot_be(prompts: ModuleType) -> None:

@@ -8,10 +8,11 @@ workers, an `Answerer` is one worker, `write` stores the rows with their answers
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -160,7 +161,7 @@ def read(path: str, kind: Format | None = None) -> ray.data.Dataset:
     Raises:
         ValueError: If `kind` is missing and the path's ending says nothing.
     """
-    return {"jsonl": ray.data.read_json, "parquet": ray.data.read_parquet}[_format(path, kind)](path)
+    return {"jsonl": ray.data.read_json, "parquet": ray.data.read_parquet}[_format(path, kind)](_whole(path))
 
 
 def write(answers: ray.data.Dataset, path: str, kind: Format) -> None:
@@ -170,7 +171,12 @@ def write(answers: ray.data.Dataset, path: str, kind: Format) -> None:
         ValueError: If the folder exists.
     """
     method = {"jsonl": answers.write_json, "parquet": answers.write_parquet}[kind]
-    method(path, mode=ray.data.SaveMode.CREATE)
+    method(_whole(path), mode=ray.data.SaveMode.CREATE)
+
+
+def _whole(path: str) -> str:
+    """Return a path from the root, because workers may run in another folder; an address as it is."""
+    return path if "://" in path else os.path.abspath(path)
 
 
 def _format(path: str, kind: Format | None) -> Format:
@@ -229,6 +235,7 @@ def main(
         run: How prompts are read and batched; batch_size is 8 where nothing is said.
     """
     run = replace(run, batch_size=run.batch_size or 8)
+    checkpoint_dir = str(Path(checkpoint_dir).resolve()) if Path(checkpoint_dir).is_dir() else checkpoint_dir
     settings = Settings(checkpoint_dir, kv_cache, sampling, stopping, run, max_tokens, precision, accelerator)
     kind = _format(prompts, format)
     limits = dict(workers=workers, rows=rows, cpus=cpus, gpus=gpus)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 from ray import cloudpickle, serve
 
@@ -96,7 +97,7 @@ def main(
     """
     caches = {str(kv_cache.strategy): KVCacheArgs.of(kv_cache)}
     app = application(
-        checkpoint_dir,
+        str(Path(checkpoint_dir).resolve()) if Path(checkpoint_dir).is_dir() else checkpoint_dir,  # for other folders
         caches,
         settings,
         replicas=replicas,
