@@ -1,7 +1,7 @@
-"""Register strategies, storages and attention kernels by name. This module imports nothing of litgpt_kv.
+"""Register strategies, storages and attention kernels by name. Importing this module imports nothing of litgpt_kv.
 
-A class decorated with `register` is known by its name. Other packages name their modules in the entry point
-``litgpt_kv.strategies``, which is read when a name is first looked up::
+A class decorated with `register` is known by its name. When a name is first looked up, the modules with this package's
+own classes are imported (`OWN`), and those that other packages name in the entry point ``litgpt_kv.strategies``::
 
     # pyproject.toml of the other package
     [project.entry-points."litgpt_kv.strategies"]
@@ -11,17 +11,24 @@ A class decorated with `register` is known by its name. Other packages name thei
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import hashlib
+import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
 ENTRY_POINT = "litgpt_kv.strategies"
+OWN = {  # where the classes of this package are
+    "strategy": "litgpt_kv.cache.strategies",
+    "storage": "litgpt_kv.cache.storage",
+    "kernel": "litgpt_kv.attention.kernels",
+}
 _KINDS: dict[str, dict[str, Any]] = {"strategy": {}, "storage": {}, "kernel": {}}
 
 IMPORTED: dict[str, str] = {}  # path of each user file that was run: digest of its content
@@ -45,6 +52,8 @@ def register(kind: str, name: str) -> Callable[[C], C]:
         raise ValueError(f"A registered name must be lower case without spaces, got {name!r}.")
 
     def add(cls: C) -> C:
+        if not cls.__module__.startswith("litgpt_kv."):
+            _load_own(kind)  # else this class could take the name of one that comes later
         known = table.get(name)
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(f"The {kind} {name!r} is already registered by {known.__module__}.{known.__qualname__}.")
@@ -59,7 +68,7 @@ def names(kind: str) -> list[str]:
 
     Names that begin with an underscore are for internal use and not listed.
     """
-    _load_entry_points()
+    _load(kind)
     return sorted(name for name in _table(kind) if not name.startswith("_"))
 
 
@@ -67,12 +76,13 @@ def get(kind: str, name: str) -> Any:
     """Return the class that is registered under a name.
 
     Raises:
-        ValueError: For an unknown name; the message lists the known ones.
+        ValueError: For an unknown name; the message lists the known ones, and a similar one.
     """
-    _load_entry_points()
     table = _table(kind)
+    _load(kind)
     if name not in table:
-        raise ValueError(f"Unknown {kind} {name!r:.80}. Available: {', '.join(names(kind))}.")
+        hint = did_you_mean(name, names(kind))
+        raise ValueError(f"Unknown {kind} {name!r:.80}. Available: {', '.join(names(kind))}.{hint}")
     return table[name]
 
 
@@ -93,8 +103,24 @@ def build(kind: str, name: str, *args: Any, **given: Any) -> Any:
     known = options(kind, name)
     if unknown := sorted(set(given) - set(known)):
         takes = f"It takes {', '.join(sorted(known))}." if known else "It takes no options."
+        takes = f"{takes}{did_you_mean(unknown[0], known)}"
         raise ValueError(f"Unknown option {', '.join(map(repr, unknown))} for the {kind} {name!r}. {takes}")
     return get(kind, name)(*args, **given)
+
+
+def did_you_mean(given: Any, known: Iterable[str], prefix: str = "") -> str:
+    """Return " Did you mean 'NAME'?" with the most similar of some names, "" if none is similar.
+
+    Args:
+        given: What a user wrote.
+        known: The names that exist.
+        prefix: Is written before the name, such as the dashes of an option.
+    """
+    if not isinstance(given, str):
+        return ""
+    names_by_case = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(given.lower()[:100], list(names_by_case), n=1, cutoff=0.6)
+    return f" Did you mean {prefix + names_by_case[close[0]]!r}?" if close else ""
 
 
 def _table(kind: str) -> dict[str, Any]:
@@ -154,11 +180,23 @@ def import_named(name: str) -> str:
     cls = getattr(import_file(path), attribute, None)
     if not isinstance(cls, type):
         raise ValueError(f"{path} has no class {attribute!r}.")
+    _load_own("strategy")
     for known, registered in _KINDS["strategy"].items():
         if registered is cls:
             return known
     register("strategy", attribute.lower())(cls)
     return attribute.lower()
+
+
+def _load(kind: str) -> None:
+    """Import all modules whose classes register themselves."""
+    _load_own(kind)
+    _load_entry_points()
+
+
+@functools.cache
+def _load_own(kind: str) -> None:
+    importlib.import_module(OWN[kind])
 
 
 @functools.cache

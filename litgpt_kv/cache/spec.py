@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from litgpt.config import Config
-from litgpt.model import yarn_get_mscale
+if TYPE_CHECKING:  # a list of strategies needs no litgpt, which takes seconds to import
+    from litgpt.config import Config
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class LayerSpec:
 
 def layer_spec(config: Config, index: int) -> LayerSpec:
     """Read the `LayerSpec` of layer `index` (from 0) off litgpt's `Config`."""
+    from litgpt.model import yarn_get_mscale
+
     adjust = config.rope_adjustments or {}
     factor, mscale_all_dim = adjust.get("factor"), adjust.get("mscale_all_dim")
     mscale = yarn_get_mscale(factor, mscale_all_dim) if factor and mscale_all_dim else 1.0

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import yaml
 
 from litgpt_kv import registry
+from litgpt_kv.cli.colour import paint
 from litgpt_kv.config import KVCacheArgs
 from litgpt_kv.llm.safe_load import MAX_BYTES, load_options, read_text
 
@@ -24,7 +25,7 @@ PROG = "litgpt_kv"
 FIELDS = [f.name for f in dataclasses.fields(KVCacheArgs)]
 LISTED = ("--prompt", "--stop")  # each may be given several times; any value is text
 NEED_VALUE = ("--import", "--config", "--kv_cache.help")
-ALONE = ("--help", "--version", "--print_config")  # take no value
+ALONE = ("--help", "--help_all", "--version", "--print_config")  # take no value
 ALIASES = {"--for": "--strategy"}  # `for` cannot be the name of a parameter
 PLAIN = ("--sys_prompt", "--out", "--checkpoint_dir")  # any value is text
 LONGEST_ERROR = 1000  # characters
@@ -40,7 +41,7 @@ def fail(message: str) -> NoReturn:
     if len(text) > LONGEST_ERROR:
         text = f"{text[: LONGEST_ERROR // 2]} ... {text[-LONGEST_ERROR // 2 :]}"
     text = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
-    print(f"{PROG}: error: {text}", file=sys.stderr)
+    print(f"{PROG}: {paint('error:', 'red', sys.stderr)} {text}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -105,7 +106,7 @@ def _pair(option: str, name: str, value: str) -> tuple[str, str]:
     if name in ("--config", "--prompts"):
         value = shipped(value)
         if name == "--config":
-            or_fail("", read_text, Path(value), MAX_BYTES)
+            or_fail("", read_options, value)
         return name, value
     if name == "--kv_cache" and not value.lstrip().startswith("{"):
         return "--kv_cache.strategy", or_fail("", registry.import_named, value)
@@ -138,22 +139,43 @@ def shipped(path: str) -> str:
     return path
 
 
-def load_yaml(text: str) -> Any:
-    """Read YAML for jsonargparse, with `kv_cache: h2o` and the strategy's own options in the parser's form.
+def read_options(path: str) -> Any:
+    """Read a file of options, with `kv_cache` in the parser's form.
 
     Raises:
-        yaml.YAMLError: If the text is not YAML, is too large, or has other values than numbers, texts, lists and
-            mappings. jsonargparse expects this error of a loader.
+        ValueError: If the file cannot be read or used; the message names it.
+    """
+    text = read_text(Path(path), MAX_BYTES)
+    try:
+        return parsed_options(text)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be used: {' '.join(str(error).split())}") from error
+
+
+def load_yaml(text: str) -> Any:
+    """Read YAML for jsonargparse, as `parsed_options` does.
+
+    Raises:
+        yaml.YAMLError: If the text cannot be used. jsonargparse expects this error of a loader.
     """
     try:
-        value = load_options(text)
-        for level in (value, *(v for v in value.values() if isinstance(v, dict))) if isinstance(value, dict) else ():
-            if isinstance(level.get("kv_cache"), (str, dict)):
-                level["kv_cache"] = cache_fields(level["kv_cache"])
-            if "import" in level:
-                raise ValueError(HINT.format(level["import"]))
+        return parsed_options(text)
     except ValueError as error:
         raise yaml.YAMLError(str(error)) from error
+
+
+def parsed_options(text: str) -> Any:
+    """Parse options in YAML, with `kv_cache: h2o` and the strategy's own options in the parser's form.
+
+    Raises:
+        ValueError: If the text is not YAML, is too large, or has other values than numbers, texts, lists and mappings.
+    """
+    value = load_options(text)
+    for level in (value, *(v for v in value.values() if isinstance(v, dict))) if isinstance(value, dict) else ():
+        if isinstance(level.get("kv_cache"), (str, dict)):
+            level["kv_cache"] = cache_fields(level["kv_cache"])
+        if "import" in level:
+            raise ValueError(HINT.format(level["import"]))
     return value
 
 

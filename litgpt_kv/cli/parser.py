@@ -10,32 +10,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, NoReturn, get_args, get_origin
 
 import yaml
-from jsonargparse import (
-    ActionConfigFile,
-    ArgumentParser,
-    DefaultHelpFormatter,
-    Namespace,
-    set_loader,
-    set_parsing_settings,
-)
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_loader, set_parsing_settings
 
 from litgpt_kv import __version__, registry
-from litgpt_kv.arguments import DeviceArgs, RunArgs, StoppingArgs, Without
-from litgpt_kv.cli.options import PROG, fail, load_yaml, normalise
-from litgpt_kv.cli.strategies import show_strategy
-from litgpt_kv.config import KVCacheArgs, SamplingArgs, shown
+from litgpt_kv.arguments import Without
+from litgpt_kv.cli.commands import Entry, table
+from litgpt_kv.cli.help import command_help, description_of, overview
+from litgpt_kv.cli.options import PROG, fail, load_yaml, normalise, read_options
+from litgpt_kv.cli.refusals import Refused, explain
+from litgpt_kv.config import KVCacheArgs, shown
 from litgpt_kv.llm.safe_load import one_line
-from litgpt_kv.parallel import end_worker
-from litgpt_kv.serve.settings import ServeArgs
 
-FLAT = (SamplingArgs, StoppingArgs, RunArgs, DeviceArgs, ServeArgs)
+FLAT = ("SamplingArgs", "StoppingArgs", "RunArgs", "DeviceArgs", "ServeArgs")  # by name: a server's need torch
 
 
 @dataclass(frozen=True)
@@ -49,7 +41,7 @@ class Group:
 
     @property
     def prefix(self) -> str:
-        return "" if self.cls in FLAT else f"{self.parameter}."
+        return "" if self.cls.__name__ in FLAT else f"{self.parameter}."
 
     @property
     def names(self) -> list[str]:
@@ -80,32 +72,11 @@ def groups_of(command: Callable[..., Any]) -> list[Group]:
     return found
 
 
-class _Help(DefaultHelpFormatter):
-    """Keep the line breaks of descriptions, which have examples, and write options with dashes."""
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return "\n".join(indent + line for line in text.splitlines())
-
-    def _format_action(self, action: Any) -> str:
-        return re.sub(r"--[a-z_.]+", lambda option: option[0].replace("_", "-"), super()._format_action(action))
-
-    def _format_usage(self, usage: str | None, actions: Any, groups: Any, prefix: str | None) -> str:
-        text = super()._format_usage(usage, actions, groups, prefix)
-        return re.sub(r"--[a-z_.]+", lambda option: option[0].replace("_", "-"), text)
-
-
 class Parser(ArgumentParser):
-    """jsonargparse's parser; its help writes options with dashes, and its errors are one line."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **{**options, "formatter_class": _Help})
+    """jsonargparse's parser; an error raises `Refused`."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        message = " ".join(message.split())
-        if found := re.search(r'[Kk]ey "([^"]+)".*Expected .*G(?:iven|ot) value: (.*)$', message):
-            name, value = found.groups()
-            message = f"--{name.replace('_', '-')} cannot be {value[:200]}; see --help."
-        fail(message[:900])
+        raise Refused(message)
 
 
 def add_command(parser: ArgumentParser, command: Callable[..., Any]) -> None:
@@ -145,7 +116,9 @@ def typed_options(strategy: str | list[str], options: Mapping[str, Any]) -> dict
         fields = [f.name for f in dataclasses.fields(KVCacheArgs) if f.name not in ("strategy", "options")]
         own = "; ".join(f"{name!r} {'also ' + ', '.join(t) if t else 'has no options'}" for name, t in takes.items())
         every = f"Every strategy takes {', '.join(fields)}; {own}."
-        raise ValueError(f"Unknown kv_cache option {', '.join(map(shown, unknown))}. {every}")
+        known = [*fields, *(key for keys in takes.values() for key in keys)]
+        hint = registry.did_you_mean(unknown[0], known)
+        raise ValueError(f"Unknown kv_cache option {', '.join(map(shown, unknown))}. {every}{hint}")
     out = dict(options)
     for name, own in takes.items():
         out |= _typed(name, {key: value for key, value in options.items() if key in own})
@@ -208,34 +181,71 @@ def build_parser(
     parser = Parser(prog=PROG, description=description, parser_mode="litgpt_kv", default_meta=False)
     parser.add_argument("--config", action=ActionConfigFile, help="Options of a command from a YAML file.")
     subcommands = parser.add_subcommands(required=True)
-    for name, command in commands.items():
-        help_text = (inspect.getdoc(command) or "").partition("\n\n")[0]
-        subparser = Parser(description=help_text, parser_mode="litgpt_kv", default_meta=False)
+    for name in commands:
+        subparser = Parser(parser_mode="litgpt_kv", default_meta=False)
         if only in (None, name):
-            add_command(subparser, command)
-        subcommands.add_subcommand(name, subparser, help=help_text)
+            add_command(subparser, commands[name])
+        subcommands.add_subcommand(name, subparser)
     return parser
 
 
 def parse(
-    commands: dict[str, Callable[..., Any]], description: str, args: list[str] | None = None
+    commands: Mapping[str, Callable[..., Any]], description: str, args: list[str] | None = None
 ) -> tuple[Callable[..., Any], dict[str, Any]]:
     """Return the command that the command line names, and its arguments. Call this inside `one_line_errors`."""
     args = sys.argv[1:] if args is None else args
-    if args == ["--version"]:
-        print(f"{PROG} {__version__}")
-        raise SystemExit(0)
-    args, help_on = normalise(args, flags_of(commands))
-    if help_on is not None:
-        show_strategy(help_on)
-    args = args or ["--help"]
+    args = args[1:] + ["--help"] if args[:1] == ["help"] and "help" not in commands else args
+    if not args or args[0] in ("--help", "-h", "--version", "--print-completion", "--print_completion"):
+        _print(_about_the_program(commands, description, args))
+    if not args[0].startswith("-") and args[0] not in commands:
+        hint = registry.did_you_mean(args[0], commands)
+        fail(f"There is no command {shown(args[0])}.{hint} {PROG} --help lists all.")
     only = args[0] if args[0] in commands else None
+    args, help_on = normalise(args, flags_of({only: commands[only]} if only else commands))
+    if help_on is not None:
+        from litgpt_kv.cli.strategies import show_strategy  # needs torch
+
+        show_strategy(help_on)
+    parser = build_parser(commands, description, only)
+    if asked := [arg for arg in args if arg in ("--help", "-h", "--help_all")]:
+        if only is None:
+            _print(_about_the_program(commands, description, []))
+        is_full = "--help_all" in asked or args[args.index(asked[0]) + 1 :][:1] == ["all"]
+        _print(command_help(only, commands[only], options_of(parser, only), groups_of(commands[only]), is_full))
     try:
-        found = build_parser(commands, description, only).parse_args(args)
+        found = parser.parse_args(args)
+    except Refused as error:
+        known = {} if only is None else {action.dest: action for action in options_of(parser, only)}
+        paths = [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
+        fail(explain(error.message, only, known, args, [(path, read_options(path)) for path in paths]))
     except OverflowError as error:  # jsonargparse makes a float of an integer that is too large for one
         raise ValueError(f"A number of the command line or the config file is too large: {error}.") from error
     command = commands[found.subcommand]
     return command, arguments_of(command, found[found.subcommand])
+
+
+def options_of(parser: ArgumentParser, command: str) -> list[Any]:
+    """Return the options of a command from the parser of the program."""
+    return parser._subcommands_action._name_parser_map[command]._actions
+
+
+def _about_the_program(commands: Mapping[str, Callable[..., Any]], description: str, args: list[str]) -> str:
+    """Return what an option of the program itself prints: help, version, or a completion script."""
+    if args[:1] == ["--version"]:
+        return f"{PROG} {__version__}"
+    if args and args[0].startswith("--print"):
+        from litgpt_kv.cli.completion import completion
+
+        return completion(commands, args[1] if len(args) > 1 else "")
+    entries = getattr(commands, "entries", None)
+    if entries is None:
+        entries = {name: Entry("", description_of(command).partition("\n")[0]) for name, command in commands.items()}
+    return overview(entries, description, table(entries))
+
+
+def _print(text: str) -> NoReturn:
+    print(text)
+    raise SystemExit(0)
 
 
 @contextlib.contextmanager
@@ -245,7 +255,8 @@ def one_line_errors() -> Iterator[None]:
         try:
             yield
         except BaseException as error:
-            end_worker(error)  # with several processes, the launcher prints the error once
+            if (parallel := sys.modules.get("litgpt_kv.parallel")) is not None:
+                parallel.end_worker(error)  # with several processes, the launcher prints the error once
             raise
     except BrokenPipeError:  # nobody reads standard output any more, as after `| head`
         sys.stderr.close()

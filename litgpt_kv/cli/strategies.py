@@ -6,12 +6,14 @@ import contextlib
 import dataclasses
 import inspect
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from litgpt_kv import registry
-from litgpt_kv.cache.strategies.base import Strategy
 from litgpt_kv.cli.options import fail
 from litgpt_kv.config import KVCacheArgs
+
+if TYPE_CHECKING:
+    from litgpt_kv.cache.strategies.base import Strategy
 
 HEADER = ("strategy", "scores by", "evicts", "latent", "select, positions")
 

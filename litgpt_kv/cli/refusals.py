@@ -1,0 +1,149 @@
+"""Say in plain words what is wrong with a command line or a file of options; jsonargparse's own words name types."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, get_args, get_origin
+
+from litgpt_kv.config import shown
+from litgpt_kv.registry import did_you_mean
+
+if TYPE_CHECKING:
+    from argparse import Action
+
+Configs = Sequence[tuple[str, Any]]  # path and content of each file of options
+PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "a mapping"}
+MANY = {int: "whole numbers", float: "numbers", bool: "true or false", str: "texts", dict: "mappings"}
+
+
+class Refused(SystemExit):
+    """What a parser cannot use. `message` has its reason, in the parser's words."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(2)
+        self.message = message
+
+
+def explain(
+    message: str, command: str | None, known: Mapping[str, Action], args: Sequence[str], configs: Configs
+) -> str:
+    """Return a parser's error in plain words.
+
+    Args:
+        message: The parser's.
+        command: The name of the command; None if none was given.
+        known: The command's options by name.
+        args: The command line, in the parser's form.
+        configs: The files of options.
+    """
+    text = " ".join(message.split())
+    who = command or "The program"
+    if found := re.search(r'[Kk]ey "([^"]+)" is required', text):
+        name = found[1].rpartition(".")[2]
+        return f"{who} needs {_spelled(name, known)}.{_see(command)}"
+    if found := re.match(r"Unrecognized arguments: (.*)", text):
+        return f"{_unknown(found[1].split(), who, known)}{_see(command)}"
+    if found := re.search(r"does not accept nested key '([^']+)'", text):
+        key = found[1]
+        where = next((path for path, data in configs if _has(data, key)), None)
+        hint = did_you_mean(key.rpartition(".")[2], [name.rpartition(".")[2] for name in known])
+        return f"{where + ': ' if where else ''}{who} has no option {key!r}.{hint}{_see(command)}"
+    if found := re.match(r"Unexpected config: (.*)", text):
+        where = configs[-1][0] if configs else "The file of options"
+        return f"{where} must have options by name, as in 'max_new_tokens: 9', got {shown(found[1])} (--config)."
+    if found := re.search(r'[Kk]ey "([^"]+)".*?(?:Expected|Unable|Does not).*', text):
+        name = found[1].removeprefix(f"{command}.")
+        given = re.search(r"(?:Got|Given) value: (.*)$", text)
+        return _wrong_value(name, given[1] if given else _value_of(name, args), known, args, configs)
+    return text.replace("Problems parsing config: ", "")[:900]
+
+
+def _unknown(arguments: Sequence[str], who: str, known: Mapping[str, Action]) -> str:
+    first = next((a for a in arguments if a.startswith("-")), arguments[0])
+    option = first.partition("=")[0]
+    if not option.startswith("-"):
+        return f"{who} does not take {shown(first)}: {_positionals(known)}."
+    names = [name for name in known if name not in ("help", "print_config")]
+    hint = did_you_mean(option.lstrip("-"), names, "--").replace("_", "-")
+    return f"{who} has no option {option.replace('_', '-')}.{hint}"
+
+
+def _positionals(known: Mapping[str, Action]) -> str:
+    names = [name.upper() for name, action in known.items() if not action.option_strings]
+    taken = " and ".join(names)
+    return f"beside {taken}, values follow an option" if names else "it has options only"
+
+
+def _spelled(name: str, known: Mapping[str, Action]) -> str:
+    action = known.get(name)
+    if action is not None and not action.option_strings:
+        text = (action.help or "").split(". ")[0].rstrip(".")
+        return f"{name.upper()}" + (f" ({text})" if text else "")
+    return f"--{name.replace('_', '-')}"
+
+
+def _wrong_value(
+    name: str, value: str, known: Mapping[str, Action], args: Sequence[str], configs: Configs
+) -> str:
+    action = known.get(name)
+    hint = getattr(action, "_typehint", None) or getattr(action, "type", None)
+    typed = any(arg.partition("=")[0] == f"--{name}" for arg in args)
+    path = next((path for path, data in configs if not typed and _has(data, name)), None)
+    where = f"{path}: " if path is not None else ""
+    words = describe(hint)
+    expected = f": it must be {words}" if words else ""
+    value = value if len(value) <= 200 else f"{value[:200]}..."
+    return f"{where}--{name.replace('_', '-')} cannot be {value or 'empty'}{expected}; see --help."
+
+
+def _value_of(name: str, args: Sequence[str]) -> str:
+    return next((arg.partition("=")[2] for arg in args if arg.partition("=")[0] == f"--{name}"), "what was given")
+
+
+def _has(data: Any, name: str) -> bool:
+    """Return whether a file of options has a key; those of one command may be below the command's name."""
+    first, _, rest = name.partition(".")
+    if not isinstance(data, dict):
+        return False
+    if first in data:
+        return not rest or _has(data[first], rest) or not isinstance(data[first], dict)
+    return any(_has(value, name) for value in data.values() if isinstance(value, dict))
+
+
+def _see(command: str | None) -> str:
+    return f" See litgpt_kv {command} --help." if command else " See litgpt_kv --help."
+
+
+def describe(hint: Any) -> str:
+    """Return the values of a type in words: `int | None` is "a whole number or null"; "" if that is not known."""
+    parts = [part for part in _flat(hint) if part is not type(None)]
+    words = [word for word in dict.fromkeys(map(_words, parts)) if word]
+    if len(words) < len(set(map(str, parts))) and not words:
+        return ""
+    if type(None) in _flat(hint):
+        words.append("null")
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def _flat(hint: Any) -> list[Any]:
+    import types
+    from typing import Union
+
+    if get_origin(hint) in (Union, types.UnionType):
+        return [part for arg in get_args(hint) for part in _flat(arg)]
+    return [hint]
+
+
+def _words(hint: Any) -> str:
+    origin = get_origin(hint)
+    if hint in PLAIN:
+        return PLAIN[hint]
+    if getattr(origin, "__name__", "") == "Literal":
+        return "one of " + ", ".join(map(str, get_args(hint)))
+    if origin is dict:
+        return "a mapping"
+    if origin is not None and getattr(origin, "__name__", "") in ("list", "Sequence", "tuple"):
+        inner = [MANY[part] for part in _flat(get_args(hint)[0]) if part in MANY]
+        return f"a list of {' or '.join(inner)}" if inner else "a list"
+    return ""
