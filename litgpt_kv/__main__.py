@@ -16,15 +16,13 @@ COMMANDS = Commands(
             "litgpt_kv.benchmark.batches:benchmark_batches", "Measure the speed of many prompts", MEASURE
         ),
         "benchmark_serve": Entry("litgpt_kv.benchmark.serve:benchmark_serve", "Measure a server", MEASURE),
-        "calibrate": Entry(
-            "litgpt_kv.cli.calibrate:calibrate", "Compute the calibration file of a strategy", MEASURE
-        ),
-        # litgpt's own commands, but for a check of what is converted
+        "calibrate": Entry("litgpt_kv.cli.calibrate:calibrate", "Compute the calibration file of a strategy", MEASURE),
+        # litgpt's own, but for the check of what is converted
         "download": Entry(
             "litgpt.scripts.download:download_from_hub", "Fetch a checkpoint from the Hugging Face Hub", CONVERT
         ),
         "convert_to_litgpt": Entry(
-            "litgpt.scripts.convert_hf_checkpoint:convert_hf_checkpoint", "Convert a Hugging Face folder", CONVERT
+            "litgpt_kv.cli.convert_to_litgpt:convert_to_litgpt", "Convert a Hugging Face folder", CONVERT
         ),
         "convert_from_litgpt": Entry(
             "litgpt.scripts.convert_lit_checkpoint:convert_lit_checkpoint", "Convert back to Hugging Face", CONVERT

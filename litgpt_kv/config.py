@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
@@ -42,7 +42,7 @@ class KVCacheArgs:
     Args:
         strategy: Which tokens are kept: a registered name (`litgpt_kv strategies` lists them).
         budget: How many tokens each row, layer and head keeps, including the one that is decoded. None: `max_tokens`.
-            A string with a percent sign ("20%") is that share of `max_tokens`.
+            "20%", or the fraction 0.2, is that share of `max_tokens`.
         sinks: Never evict the first so many positions. None: the strategy's own default.
         recent: Never evict the last so many tokens, including the one that is decoded. None: the strategy's own
             default.
@@ -69,7 +69,7 @@ class KVCacheArgs:
     """
 
     strategy: str | Sequence[str] = "dense"
-    budget: int | str | None | Sequence[int | str | None] = None
+    budget: int | float | str | None | Sequence[int | float | str | None] = None
     sinks: int | None | Sequence[int | None] = None
     recent: int | None | Sequence[int | None] = None
     storage: str | Sequence[str] = "plain"
@@ -85,16 +85,23 @@ class KVCacheArgs:
     storage_options: dict[str, OptionValue | list[OptionValue]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, kv_cache: str | KVCacheArgs | None, budget: int | str | None = None) -> KVCacheArgs | None:
+    def of(
+        cls, kv_cache: str | Mapping[str, Any] | KVCacheArgs | None, budget: int | float | str | None = None
+    ) -> KVCacheArgs | None:
         """Return `kv_cache` as KVCacheArgs, with `budget` if it is given; None for None or "none".
+
+        A mapping is read as in a YAML file: {"strategy": "snapkv", "budget": "20%", "window": 32}.
 
         Raises:
             TypeError: If `kv_cache` has another type.
             ValueError: If "none" comes with options or a budget.
         """
         args = cls(strategy=kv_cache) if isinstance(kv_cache, str) else kv_cache
+        if isinstance(args, Mapping):
+            args = cls(**cache_fields(args))
         if not (args is None or isinstance(args, KVCacheArgs)):
-            raise TypeError(f"kv_cache must be a strategy's name, KVCacheArgs or None, got {shown(kv_cache)}.")
+            what = "a strategy's name, a mapping of options, KVCacheArgs or None"
+            raise TypeError(f"kv_cache must be {what}, got {shown(kv_cache)}.")
         if args is not None and args.strategy == "none":
             if args != cls(strategy="none"):
                 raise ValueError("kv_cache 'none' takes no options.")
@@ -109,6 +116,9 @@ class KVCacheArgs:
         return replace(self, budget=counts if isinstance(self.budget, (list, tuple)) else counts[0])
 
     def __post_init__(self) -> None:
+        budgets = [_share(value) for value in _each(self.budget)]
+        if budgets != list(_each(self.budget)):
+            object.__setattr__(self, "budget", budgets if _each(self.budget) is self.budget else budgets[0])
         if self.positions not in (None, "absolute", "cache"):
             raise ValueError(f"positions must be 'absolute' or 'cache', got {shown(self.positions)}.")
         for name in ("strategy", "storage"):
@@ -143,13 +153,45 @@ class KVCacheArgs:
             raise TypeError(f"attention must be a kernel's name, got {shown(self.attention)}.")
 
 
+def cache_fields(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of `KVCacheArgs` from a mapping in which the strategy's own options stand beside them.
+
+    Raises:
+        TypeError: If a key is not text.
+    """
+    for name in given:
+        check_type("A key of kv_cache", name, str, "a text")
+    names = [f.name for f in fields(KVCacheArgs)]
+    own = {name: value for name, value in given.items() if name not in names}
+    known = {name: value for name, value in given.items() if name in names}
+    if own:
+        options = known.get("options", {})
+        known["options"] = {**options, **own} if isinstance(options, Mapping) else options
+    return known
+
+
+def _share(budget: Any) -> Any:
+    """Return a fraction between 0 and 1, a number or its text, as a percentage; any other value as it is."""
+    if isinstance(budget, str) and not budget.endswith("%"):
+        try:
+            fraction = float(budget)
+        except ValueError:
+            return budget
+    elif isinstance(budget, float):
+        fraction = budget
+    else:
+        return budget
+    return f"{100 * fraction:.12g}%" if 0 < fraction < 1 else budget
+
+
 def _check_count(name: str, value: Any) -> None:
     if value is None:
         return
     if name == "budget" and isinstance(value, str):
         percent(value, 100)
     elif isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name} must be a number of tokens, got {shown(value)}.")
+        or_fraction = " or a fraction between 0 and 1" if name == "budget" else ""
+        raise ValueError(f"{name} must be a number of tokens{or_fraction}, got {shown(value)}.")
     elif value < (1 if name == "budget" else 0):
         raise ValueError(f"{name} must be at least {1 if name == 'budget' else 0}, got {shown(value)}.")
     elif value >= 2**31:
@@ -164,7 +206,8 @@ def percent(text: str, of: int) -> int:
         share = math.nan
     if not 0 < share <= 100:
         raise ValueError(
-            f"budget must be a number of tokens or a percentage over 0% and up to 100%, got {shown(text)}."
+            "budget must be a number of tokens, a percentage over 0% and up to 100%, or a fraction between 0 and 1, "
+            f"got {shown(text)}."
         )
     return max(1, round(of * share / 100))
 

@@ -112,6 +112,11 @@ def ready_strategies() -> list[str]:
     return [name for name in names if "calibration" not in registry.build("strategy", name).needs]
 
 
+def evicting_strategies() -> str:
+    """The names of strategies that evict, which is what a budget is for, as a text."""
+    return ", ".join(name for name in registry.names("strategy") if registry.get("strategy", name).evicts)
+
+
 @dataclass(frozen=True)
 class _LayerArgs:
     """What the user asked for one layer."""
@@ -136,7 +141,7 @@ def _resolve_layer(spec: LayerSpec, args: KVCacheArgs, layer: _LayerArgs, max_to
             slots = min(slots, context)
     if slots > context:
         what = "A dense cache" if not strategy.evicts else "A budget"
-        hint = "; other strategies keep a budget, and sink goes on past it" if not strategy.evicts else ""
+        hint = f"; {evicting_strategies()} keep a budget, and sink goes on past it" if not strategy.evicts else ""
         raise ValueError(f"{what} of {slots} tokens is over the limit of {context}: the model's context{hint}.")
     window = spec.window
     if window is not None and slots >= window:  # nothing beyond the window is ever attended to
@@ -300,7 +305,7 @@ def spread_budget(shares: list[float], budget: int, most: int) -> list[int]:
 def limit_of(plans: list[LayerPlan], context: int) -> tuple[int | None, str]:
     """The most tokens a row may see, and why; None if there is no end."""
     limits = [
-        (p.slots, "a dense cache keeps every token; other strategies keep a budget")
+        (p.slots, f"a dense cache keeps every token; {evicting_strategies()} keep a budget")
         for p in plans
         if not p.strategy.evicts
     ]

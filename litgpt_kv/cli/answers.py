@@ -9,11 +9,12 @@ import sys
 from array import array
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from litgpt_kv.cli.run_digest import differing
 from litgpt_kv.disk import Appender, RunLock, check_target, reason, replacing
 from litgpt_kv.parallel import ParallelStrategy
 
@@ -79,7 +80,8 @@ class Answers:
     Args:
         path: The file; None or "-" is standard output.
         resume: Continue a file that exists.
-        run: A digest of the settings; a file that was written with other settings is not continued.
+        run: A digest of the settings (`digest_of`); a file that was written with other settings is not continued.
+        names: The names of these settings, for the message.
 
     Attributes:
         before: The answers of an earlier run.
@@ -91,8 +93,8 @@ class Answers:
             written, or if another run is writing it.
     """
 
-    def __init__(self, path: str | None, resume: bool = False, run: str = "") -> None:
-        self.path, self.run = None if path in (None, "-") else Path(path), run
+    def __init__(self, path: str | None, resume: bool = False, run: str = "", names: Iterable[str] = ()) -> None:
+        self.path, self.run, self.names = None if path in (None, "-") else Path(path), run, list(names)
         self.before, self.added, self.matched = AnswerIndex(), 0, 0
         self.parallel: ParallelStrategy | None = None
         self._made = AnswerIndex()  # by this run
@@ -299,7 +301,9 @@ class Answers:
                 file.seek(self.before.offsets[i])
                 record = _decoded(file.readline())
         if record.get("prompt") == prompt:
-            return f"{self.path} was made with other settings: use the same ones, or give --out another name."
+            names = ", ".join(differing(record.get("run", ""), self.run, self.names))
+            what = f" ({names})" if names else ""
+            return f"{self.path} was made with other settings{what}: use the same ones, or give --out another name."
         was = f": line {key[0]} was {record['prompt']!r:.60}" if record else ""
         return f"{self.path} has answers to other prompts{was}."
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import fields
 from typing import Annotated
 
 from litgpt_kv.arguments import DeviceArgs, RunArgs, StoppingArgs, Without
-from litgpt_kv.cli.loading import CLI_SAMPLING, load
+from litgpt_kv.cli.loading import CLI_SAMPLING, budget_note, load
+from litgpt_kv.cli.output import Output
 from litgpt_kv.cli.terminal import talk
 from litgpt_kv.config import KVCacheArgs, SamplingArgs
 
@@ -26,7 +28,8 @@ def chat(
     """Chat with a model. The cache stays between turns, so only the new turn is read.
 
     /reset starts a new conversation, /cache shows how many tokens are kept, /quit ends the program; Ctrl-C ends a
-    reply. A line that ends with a backslash continues on the next line.
+    reply. A line that ends with a backslash continues on the next line. If turns are piped and one is refused, the exit
+    code is 1.
 
     Args:
         checkpoint_dir: A checkpoint folder in litgpt's layout, or "demo" for the shipped model.
@@ -45,4 +48,9 @@ def chat(
         raise ValueError("chat needs a cache, kv_cache 'none' has none: choose a strategy.")
     llm = load(checkpoint_dir, device)
     settings = {f.name: getattr(part, f.name) for part in (stopping, sampling) for f in fields(part)}
-    talk(llm.chat(sys_prompt, kv_cache=args, max_tokens=max_tokens, prefill=run.prefill, **settings), multiline)
+    if (note := budget_note(args)) is not None:
+        Output.of(llm).note(note)
+    conversation = llm.chat(sys_prompt, kv_cache=args, max_tokens=max_tokens, prefill=run.prefill, **settings)
+    refused = talk(conversation, multiline)
+    if refused and not sys.stdin.isatty():  # a script must know
+        raise SystemExit(1)

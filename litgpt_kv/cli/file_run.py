@@ -221,11 +221,8 @@ class FileRun:
         self.answers.add(_record(sequence, line, sample, many=self.num_samples > 1), sequence.remote)
 
     def _count(self, run: Run | OpenRun) -> None:
-        stats, self.cache = run.stats, run.cache
-        for name in ("prompt_tokens", "new_tokens", "prefill_tokens", "decode_tokens"):
-            setattr(self.stats, name, getattr(self.stats, name) + getattr(stats, name))
-        self.stats.prefill_seconds += stats.prefill_seconds
-        self.stats.decode_seconds += stats.decode_seconds
+        self.cache = run.cache
+        self.stats.add(run.stats)
 
 
 def _record(sequence: Sequence, line: Line, sample: int, many: bool) -> dict[str, Any]:

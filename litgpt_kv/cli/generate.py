@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 from collections import abc
 from dataclasses import asdict
+from json import dumps
+from typing import Any
 
 from litgpt_kv import registry
 from litgpt_kv.arguments import DeviceArgs, RunArgs, StoppingArgs, check_count
 from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.cli.answers import MOST_SAMPLES, Answers
 from litgpt_kv.cli.file_run import answer_file
-from litgpt_kv.cli.loading import CLI_SAMPLING, load
-from litgpt_kv.cli.output import Output, report
+from litgpt_kv.cli.loading import CLI_SAMPLING, budget_note, load
+from litgpt_kv.cli.output import Output, report, statistics
+from litgpt_kv.cli.progress import Reading
 from litgpt_kv.cli.prompt_files import Line, PromptFile
+from litgpt_kv.cli.run_digest import digest_of
 from litgpt_kv.config import KVCacheArgs, SamplingArgs
-from litgpt_kv.generate import Request, Sequence
+from litgpt_kv.generate import Request, Sequence, Stats
 from litgpt_kv.llm import checkpoint
 from litgpt_kv.llm.llm import LLM
 from litgpt_kv.llm.text_request import TextRequest
@@ -36,6 +38,7 @@ def generate(
     resume: bool = False,
     sys_prompt: str | None = None,
     num_samples: int = 1,
+    json: bool = False,
     stopping: StoppingArgs = StoppingArgs(),
     sampling: SamplingArgs = CLI_SAMPLING,
     kv_cache: KVCacheArgs = KVCacheArgs(),
@@ -53,6 +56,7 @@ def generate(
         resume: Continue the file of an interrupted run.
         sys_prompt: The system prompt, for prompt styles that have one.
         num_samples: How many texts to make of each prompt; each has the next seed.
+        json: Print one JSON object instead of text: answers, statistics of the run, and the size of the cache.
         stopping: When a text ends.
         sampling: How tokens are chosen.
         kv_cache: Which tokens the cache keeps.
@@ -61,8 +65,12 @@ def generate(
     """
     args = KVCacheArgs.of(kv_cache)
     check_count("num_samples", num_samples, 1, MOST_SAMPLES)
-    if prompts is None and (out is not None or resume or run.logprobs):
-        raise ValueError("--out, --resume and --logprobs need a file of prompts: --prompts FILE.")
+    if prompts is None and (out is not None or resume):
+        raise ValueError("--out and --resume need a file of prompts: --prompts FILE.")
+    if prompts is None and run.logprobs and not json:
+        raise ValueError("--logprobs needs --json, or a file of prompts: --prompts FILE.")
+    if prompts is not None and json and out in (None, "-"):
+        raise ValueError("--json prints the statistics: write the answers to a file, --out FILE.")
     if prompts is not None and prompt is not None:
         raise ValueError("Give either --prompt or --prompts.")
     if prompts == "-" and (device.devices != 1 or device.num_nodes != 1):
@@ -71,8 +79,9 @@ def generate(
     if prompts is not None:
         defaults = TextRequest(sys_prompt=sys_prompt, stopping=stopping, sampling=sampling)
         file = PromptFile(prompts, defaults)
-        answers = Answers(out, resume, digest_of(checkpoint_dir, defaults, args, run, device, num_samples))
-        _answer(load(checkpoint_dir, device), file, answers, args, run, num_samples)
+        settings = answer_settings(checkpoint_dir, defaults, args, run, device, num_samples)
+        answers = Answers(out, resume, digest_of(settings), settings)
+        _answer(load(checkpoint_dir, device), file, answers, args, run, num_samples, json)
         return
     prompt = QUESTION if prompt is None else prompt
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -83,36 +92,58 @@ def generate(
         for text, row_sampling in zip(texts, sampling.rows(len(texts)))
     ]
     llm = load(checkpoint_dir, device)
+    output, total, records = Output.of(llm), Stats(), []
     failed: list[Sequence] = []
     for sample in range(num_samples):
         batch = [llm.request(request.sample(sample), b) for b, request in enumerate(requests)]
         steps = llm.run(batch, args, run)
-        _announce(Output.of(llm), batch, steps.cache, run)
-        continuations = Continuations(Output.of(llm), [llm.decode(request.prompt.tolist()) for request in batch])
-        for sequences in steps:
-            continuations.add(sequences)
+        _announce(output, batch, steps.cache, run, args)
+        prompts_read = [llm.decode(request.prompt.tolist()) for request in batch]
+        reading = Reading(steps.stats, sum(len(request.prompt) for request in batch), output.shown)
+        continuations = Continuations(Output(shown=output.shown and not json), prompts_read)
+        try:
+            for sequences in steps:
+                reading.close()
+                continuations.add(sequences)
+        finally:
+            reading.close()
         sequences = continuations.end()
-        report(Output.of(llm), steps.stats, steps.cache, parallel=llm.parallel)
+        report(output, llm, steps.stats, steps.cache)
+        total.add(steps.stats)
+        records += [_json_answer(text, s, sample if num_samples > 1 else None) for text, s in zip(texts, sequences)]
         failed += [sequence for sequence in sequences if sequence.error is not None]
+    if json:
+        output.text(dumps({"checkpoint": checkpoint_dir, "answers": records, **statistics(llm, total, steps.cache)}))
     for sequence in failed:
-        Output.of(llm).note(f"Prompt {sequence.index + 1} failed: {sequence.error}")
+        output.note(f"Prompt {sequence.index + 1} failed: {sequence.error}")
     if failed:
         raise SystemExit(1)
 
 
-def digest_of(
+def _json_answer(prompt: str, sequence: Sequence, sample: int | None) -> dict[str, Any]:
+    """Return one answer of `--json`; the names are those of files of answers."""
+    record: dict[str, Any] = {"prompt": prompt, "text": sequence.text} | ({} if sample is None else {"sample": sample})
+    record |= {"prompt_tokens": len(sequence.prompt), "new_tokens": len(sequence.tokens)}
+    record |= {"finish_reason": sequence.reason} | ({} if sequence.error is None else {"error": sequence.error})
+    return record | ({"tokens": sequence.tokens, "logprobs": sequence.logprobs} if sequence.logprobs else {})
+
+
+def answer_settings(
     checkpoint_dir: str,
     defaults: TextRequest,
     args: KVCacheArgs | None,
     run: RunArgs,
     device: DeviceArgs,
     num_samples: int,
-) -> str:
-    """Return a digest of the settings that change answers; `--resume` needs the same digest."""
-    settings = [run.prefill, run.prefill_chunk, run.logprobs, num_samples > 1, device.precision, device.quantize]
-    files = sorted(registry.IMPORTED.values())
-    all_settings = [checkpoint_dir, asdict(defaults), None if args is None else asdict(args), *settings, files]
-    return hashlib.sha256(json.dumps(all_settings).encode()).hexdigest()[:8]
+) -> dict[str, Any]:
+    """Return the settings that change answers, by their names on the command line; `--resume` needs the same."""
+    settings: dict[str, Any] = {"checkpoint_dir": checkpoint_dir, "sys_prompt": defaults.sys_prompt}
+    settings |= asdict(defaults.stopping) | asdict(defaults.sampling)
+    cache = {"strategy": "none"} if args is None else asdict(args)
+    settings |= {f"kv_cache.{name}": cache.get(name) for name in asdict(KVCacheArgs())}
+    settings |= {name: getattr(run, name) for name in ("prefill", "prefill_chunk", "logprobs")}
+    settings |= {"num_samples": num_samples > 1, "precision": device.precision, "quantize": device.quantize}
+    return settings | {"import": sorted(registry.IMPORTED.values())}
 
 
 class Continuations:
@@ -142,10 +173,16 @@ class Continuations:
 
 
 def _answer(
-    llm: LLM, prompts: PromptFile, answers: Answers, args: KVCacheArgs | None, run: RunArgs, num_samples: int
+    llm: LLM,
+    prompts: PromptFile,
+    answers: Answers,
+    args: KVCacheArgs | None,
+    run: RunArgs,
+    num_samples: int,
+    json: bool,
 ) -> None:
     output = Output.of(llm)
-    notes = _FileNotes(output, run)
+    notes = _FileNotes(output, run, args)
     callbacks = {"on_begin": notes.begin, "on_bad": notes.bad, "on_failed": notes.failed}
     with answers, contextlib.closing(prompts):
         try:
@@ -161,7 +198,7 @@ def _answer(
     if counts.failed > MOST_BAD_LINES:
         output.note(f"{counts.failed - MOST_BAD_LINES:,} more answers failed.")
     if llm.stats.new_tokens:
-        report(output, llm.stats, llm.cache, brief=True, parallel=llm.parallel)
+        report(output, llm, llm.stats, llm.cache, brief=True)
     where = "" if answers.path is None else f" in {answers.path}"
     before = len(answers.before)
     resumed = f", {before:,} of them from an earlier run" if before else ""
@@ -170,6 +207,9 @@ def _answer(
     failed = f"; {counts.failed:,} ended with an error: --resume tries them again" if counts.failed else ""
     what = f"{counts.bad:,} of {counts.lines:,} lines could not be used"
     output.note(f"{len(answers):,} answers{where}{resumed}{failed}; {what}.")
+    if json:
+        about = {"lines": counts.lines, "skipped": counts.bad, "failed": counts.failed, "answers": len(answers)}
+        output.text(dumps({"out": str(answers.path), **about, **statistics(llm, llm.stats, llm.cache)}))
     if counts.bad or counts.failed:
         raise SystemExit(1)
 
@@ -177,8 +217,9 @@ def _answer(
 class _FileNotes:
     """Print notes while a file of prompts is answered: bad lines, failed answers, a slow way to read prompts."""
 
-    def __init__(self, output: Output, run: RunArgs) -> None:
-        self.output, self.run, self.bad_lines, self.failed_lines, self.announced = output, run, 0, 0, False
+    def __init__(self, output: Output, run: RunArgs, args: KVCacheArgs | None) -> None:
+        self.output, self.run, self.args = output, run, args
+        self.bad_lines, self.failed_lines, self.announced = 0, 0, False
 
     def bad(self, line: Line) -> None:
         self.bad_lines += 1
@@ -191,11 +232,17 @@ class _FileNotes:
             self.output.note(f"Line {line.number} failed: {error:.300}")
 
     def begin(self, requests: abc.Sequence[Request], cache: KVCache | None) -> None:
-        self.announced = self.announced or _announce(self.output, requests, cache, self.run)
+        args, self.args = self.args, None  # the note about the budget comes once
+        self.announced = self.announced or _announce(self.output, requests, cache, self.run, args)
 
 
-def _announce(output: Output, requests: abc.Sequence[Request], cache: KVCache | None, run: RunArgs) -> bool:
-    """Print a note if much of a prompt will be read one token at a time; return whether it was printed."""
+def _announce(
+    output: Output, requests: abc.Sequence[Request], cache: KVCache | None, run: RunArgs, args: KVCacheArgs | None
+) -> bool:
+    """Print a note if nothing will be evicted for want of a budget, and if much of a prompt will be read one token at a
+    time; return whether the latter was printed."""
+    if (note := budget_note(args)) is not None:
+        output.note(note)
     if not requests or cache is None or run.prefill != "min-length" or run.prefill_chunk is not None:
         return False
     if cache.exact_blocks:

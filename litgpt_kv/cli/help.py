@@ -64,7 +64,7 @@ PROGRAM_OPTIONS = [
     ("COMMAND --config FILE", "Options from a YAML file; COMMAND --print-config writes one."),
     ("COMMAND --import FILE", "Run a Python file first, which registers your own strategy."),
     ("--version", "The version."),
-    ("--print-completion SHELL", "A script that completes commands and options in bash, zsh or tcsh."),
+    ("--print-completion SHELL", "A script that completes commands and options in bash, zsh, fish or tcsh."),
 ]
 
 
@@ -97,7 +97,7 @@ def command_help(
         if not members:
             continue
         lines += ["", _head(title), *_rows([(_option(a), _says(a, full)) for a in shown])]
-        lines += _rows([("also" if shown else "options", ", ".join(_dashed(a) for a in rest))]) if rest else []
+        lines += _rows([("also" if shown else "options", ", ".join(spelled(a) for a in rest))]) if rest else []
     lines += ["", _head("Help and files"), *_rows(_common_options(name, any("." in dest for dest in grouped), full))]
     if examples := EXAMPLES.get(name):
         lines += ["", *_examples(examples)]
@@ -121,10 +121,11 @@ def _option(action: Action) -> str:
     if not action.option_strings:
         return action.dest.upper()
     metavar = _metavar(action)
-    return f"{_dashed(action)} {metavar}".strip()
+    return f"{spelled(action)} {metavar}".strip()
 
 
-def _dashed(action: Action) -> str:
+def spelled(action: Action) -> str:
+    """Return the name of an option as users write it, such as --kv-cache.budget; --kv-cache is the strategy."""
     name = max((name for name in action.option_strings if not name.endswith("+")), key=len).replace("_", "-")
     return "--kv-cache" if name == "--kv-cache.strategy" else name
 

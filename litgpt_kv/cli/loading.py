@@ -6,35 +6,53 @@ import time
 
 import torch
 
+from litgpt_kv import registry
 from litgpt_kv.arguments import DeviceArgs
 from litgpt_kv.cli.output import Output
-from litgpt_kv.config import SamplingArgs
+from litgpt_kv.cli.progress import loading
+from litgpt_kv.config import KVCacheArgs, SamplingArgs
 from litgpt_kv.llm.llm import LLM
+from litgpt_kv.llm.threads import best_threads
 
 CLI_SAMPLING = SamplingArgs(temperature=None, top_k=50, seed=1234)  # litgpt's defaults on the command line
-SMALL_MODEL = 20_000_000  # a model with fewer weights runs fastest on one CPU thread
 
 
 def load(checkpoint_dir: str, device: DeviceArgs) -> LLM:
     """Load a model onto the devices that `device` names, and set the number of CPU threads."""
     began = time.perf_counter()
-    llm = LLM.load(
-        checkpoint_dir,
-        precision=device.precision,
-        accelerator=device.accelerator,
-        quantize=device.quantize,
-        distribute=None if device.many else "auto",
-        check_weights=device.check_weights,
-    )
+    with loading(checkpoint_dir) as on_progress:
+        llm = LLM.load(
+            checkpoint_dir,
+            precision=device.precision,
+            accelerator=device.accelerator,
+            quantize=device.quantize,
+            distribute=None if device.many else "auto",
+            check_weights=device.check_weights,
+            threads=device.threads,
+            on_progress=on_progress,
+        )
     if device.many:
         where = device.accelerator, device.devices, device.num_nodes, device.precision, device.generate_strategy
         llm.distribute(*where, check_weights=device.check_weights)
     Output.of(llm).note(f"Loaded {checkpoint_dir} on {llm.fabric.device} in {time.perf_counter() - began:.2f} s.")
-    threads = device.threads
-    if threads is None and llm.fabric.device.type == "cpu":
-        threads = 1 if sum(p.numel() for p in llm.model.parameters()) < SMALL_MODEL else None
+    threads = best_threads(llm.model, llm.fabric.device) if device.threads is None else device.threads
     if threads is not None:
         torch.set_num_threads(threads)
     if device.compile:
         llm.compile()
     return llm
+
+
+def budget_note(args: KVCacheArgs | None) -> str | None:
+    """Return a note for strategies that evict without a budget, so that every token is kept; None for others."""
+    if args is None or args.budget not in (None, [None]):
+        return None
+    names = args.strategy if isinstance(args.strategy, (list, tuple)) else [args.strategy]
+    evicting = [name for name in dict.fromkeys(names) if registry.get("strategy", name).evicts]
+    if not evicting:
+        return None
+    until = " up to the model's context" if args.positions == "cache" or "sink" in evicting else ""
+    return (
+        f"Without a budget, {', '.join(evicting)} evicts nothing{until}: "
+        "--kv-cache.budget 128 keeps 128 tokens, 25% a quarter."
+    )

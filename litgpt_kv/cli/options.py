@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from litgpt_kv import registry
+from litgpt_kv import config, registry
 from litgpt_kv.cli.colour import paint
 from litgpt_kv.config import KVCacheArgs
 from litgpt_kv.llm.safe_load import MAX_BYTES, load_options, read_text
@@ -189,9 +189,4 @@ def cache_fields(given: str | dict[str, Any]) -> dict[str, Any]:
     for name in given["strategy"] if isinstance(given.get("strategy"), list) else [given.get("strategy")]:
         if isinstance(name, str) and registry.is_file_name(name):
             raise ValueError(HINT.format(name.rpartition(":")[0]))
-    own = {name: value for name, value in given.items() if name not in FIELDS}
-    fields = {name: value for name, value in given.items() if name in FIELDS}
-    if own:
-        options = fields.get("options", {})
-        fields["options"] = {**options, **own} if isinstance(options, dict) else options
-    return fields
+    return config.cache_fields(given)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from litgpt_kv.cache.kv_cache import KVCache
+from litgpt_kv.config import KVCacheArgs
 from litgpt_kv.generate import Stats
 from litgpt_kv.llm.llm import LLM
-from litgpt_kv.parallel import ParallelStrategy
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,7 @@ class Output:
             print(text, file=sys.stderr, flush=True)
 
 
-def report(
-    output: Output, stats: Stats, cache: KVCache | None, brief: bool = False, parallel: ParallelStrategy | None = None
-) -> None:
+def report(output: Output, llm: LLM, stats: Stats, cache: KVCache | None, brief: bool = False) -> None:
     """Print token counts, speeds and the size of the cache of process 0; unless `brief`, also what each row keeps."""
     prefill = f"{stats.prefill_seconds:.2f} s ({_rate(stats.prefill_tokens, stats.prefill_seconds)})"
     if (later := stats.prompt_tokens - stats.prefill_tokens) > 0:
@@ -49,14 +48,46 @@ def report(
     if cache is not None:
         size, tokens = cache.allocated(), cache.tokens()
         kept = ", ".join(f"{k:,} of {s:,}" for k, s in zip(tokens["kept"], tokens["seen"]))
-        names = cache.args.strategy if isinstance(cache.args.strategy, (list, tuple)) else [cache.args.strategy]
-        budgets = sorted({slots.plan.slots for slots in cache.slots})
+        budgets = budgets_of(cache)
         parts = ", ".join(f"{what} {n:,}" for what, n in size.items() if n and what != "total")
         budget = " to ".join(f"{b:,}" for b in dict.fromkeys([budgets[0], budgets[-1]]))
-        what = f"Cache {', '.join(dict.fromkeys(names))}: budget {budget} tokens, {size['total']:,} bytes ({parts})"
-        if parallel is not None and parallel.collectives.size > 1:
-            what += f" on process 0 of {parallel.collectives.size}"
+        what = f"Cache {', '.join(strategies_of(cache))}: budget {budget} tokens, {size['total']:,} bytes ({parts})"
+        if llm.parallel is not None and llm.parallel.collectives.size > 1:
+            what += f" on process 0 of {llm.parallel.collectives.size}"
         output.note(what + "." if brief else f"{what}; kept {kept} tokens seen.")
+        dense = dense_bytes(llm, cache)
+        if dense is not None and dense > size["total"]:
+            output.note(f"A dense cache takes {dense:,} bytes: {dense / size['total']:.2g} times as many.")
+
+
+def statistics(llm: LLM, stats: Stats, cache: KVCache | None) -> dict[str, Any]:
+    """Return what `report` says as JSON: "stats" has tokens, seconds and rates, "cache" sizes in bytes and tokens."""
+    numbers = {name: value for name, value in asdict(stats).items() if name not in ("reasons", "logprobs")}
+    for part in ("prefill", "decode"):
+        tokens, seconds = numbers[f"{part}_tokens"], numbers[f"{part}_seconds"]
+        numbers[f"{part}_tokens_per_second"] = tokens / seconds if tokens and seconds else None
+    if cache is None:
+        return {"stats": numbers, "cache": None}
+    about = {"strategy": strategies_of(cache), "budget": budgets_of(cache), "bytes": cache.allocated()}
+    return {"stats": numbers, "cache": {**about, "dense_bytes": dense_bytes(llm, cache), **cache.tokens()}}
+
+
+def strategies_of(cache: KVCache) -> list[str]:
+    """Return the names of a cache's strategies, each once."""
+    names = cache.args.strategy if isinstance(cache.args.strategy, (list, tuple)) else [cache.args.strategy]
+    return list(dict.fromkeys(names))
+
+
+def budgets_of(cache: KVCache) -> list[int]:
+    """Return the budgets of a cache's layers in tokens, each once, the smallest first."""
+    return sorted({slots.plan.slots for slots in cache.slots})
+
+
+def dense_bytes(llm: LLM, cache: KVCache) -> int | None:
+    """Return the bytes of a dense cache for the same rows; None if one process has not all of it, or it cannot be."""
+    if llm.parallel is not None or cache.max_tokens > cache.context:
+        return None
+    return KVCache.nbytes(llm.config, KVCacheArgs(), cache.batch_size, cache.max_tokens, cache.dtype)["total"]
 
 
 def _rate(tokens: int, seconds: float) -> str:

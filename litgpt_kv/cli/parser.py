@@ -23,7 +23,7 @@ from litgpt_kv.arguments import Without
 from litgpt_kv.cli.commands import Entry, table
 from litgpt_kv.cli.help import command_help, description_of, overview
 from litgpt_kv.cli.options import PROG, fail, load_yaml, normalise, read_options
-from litgpt_kv.cli.refusals import Refused, explain
+from litgpt_kv.cli.refusals import Refused, explain, file_of
 from litgpt_kv.config import KVCacheArgs, shown
 from litgpt_kv.llm.safe_load import one_line
 
@@ -54,6 +54,7 @@ class Group:
             raise ValueError(f"{self.parameter} must be a mapping of options, got {shown(value)}.")
         values = {name: given[self.prefix + name] for name in self.names if self.prefix + name in given}
         if self.cls is KVCacheArgs and values:
+            check_names(values)
             values["options"] = typed_options(values["strategy"], values["options"])
         return dataclasses.replace(self.default, **values)
 
@@ -100,6 +101,19 @@ def arguments_of(command: Callable[..., Any], found: Namespace) -> dict[str, Any
         if name not in arguments:
             arguments[name] = found[name]
     return arguments
+
+
+def check_names(values: Mapping[str, Any]) -> None:
+    """Look up strategies, storages and the attention kernel by name, before a model is loaded.
+
+    Raises:
+        ValueError: For an unknown name.
+    """
+    for kind, field in (("strategy", "strategy"), ("storage", "storage"), ("kernel", "attention")):
+        value = values.get(field)
+        for name in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(name, str) and (kind, name) != ("strategy", "none"):
+                registry.get(kind, name)
 
 
 def typed_options(strategy: str | list[str], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -194,13 +208,13 @@ def parse(
 ) -> tuple[Callable[..., Any], dict[str, Any]]:
     """Return the command that the command line names, and its arguments. Call this inside `one_line_errors`."""
     args = sys.argv[1:] if args is None else args
-    args = args[1:] + ["--help"] if args[:1] == ["help"] and "help" not in commands else args
+    args = [*args[1:], "--help"] if args[:1] == ["help"] and "help" not in commands else args
     if not args or args[0] in ("--help", "-h", "--version", "--print-completion", "--print_completion"):
         _print(_about_the_program(commands, description, args))
     if not args[0].startswith("-") and args[0] not in commands:
         hint = registry.did_you_mean(args[0], commands)
         fail(f"There is no command {shown(args[0])}.{hint} {PROG} --help lists all.")
-    only = args[0] if args[0] in commands else None
+    only = _command_of(args, commands)
     args, help_on = normalise(args, flags_of({only: commands[only]} if only else commands))
     if help_on is not None:
         from litgpt_kv.cli.strategies import show_strategy  # needs torch
@@ -216,12 +230,30 @@ def parse(
         found = parser.parse_args(args)
     except Refused as error:
         known = {} if only is None else {action.dest: action for action in options_of(parser, only)}
-        paths = [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
-        fail(explain(error.message, only, known, args, [(path, read_options(path)) for path in paths]))
+        fail(explain(error.message, only, known, args, _configs(args)))
     except OverflowError as error:  # jsonargparse makes a float of an integer that is too large for one
         raise ValueError(f"A number of the command line or the config file is too large: {error}.") from error
     command = commands[found.subcommand]
-    return command, arguments_of(command, found[found.subcommand])
+    try:
+        return command, arguments_of(command, found[found.subcommand])
+    except ValueError as error:  # name the file that has the value, if it is not on the command line
+        name = str(error).partition(" ")[0]
+        where = file_of(name, args, _configs(args)) or file_of(f"kv_cache.{name}", args, _configs(args))
+        raise ValueError(f"{where}{error}") from error
+
+
+def _command_of(args: list[str], commands: Mapping[str, Any]) -> str | None:
+    """Return the command of a command line, which may have `--config FILE` before it; None if there is none."""
+    rest = list(args)
+    while rest and rest[0].partition("=")[0] == "--config":
+        rest = rest[1 if "=" in rest[0] else 2 :]
+    return rest[0] if rest and rest[0] in commands else None
+
+
+def _configs(args: list[str]) -> list[tuple[str, Any]]:
+    """Return path and content of each file of options."""
+    paths = [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
+    return [(path, read_options(path)) for path in paths]
 
 
 def options_of(parser: ArgumentParser, command: str) -> list[Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
+
 import torch
 
 from litgpt.config import Config, name_to_config
@@ -11,8 +14,10 @@ from litgpt_kv.llm import checkpoint
 from litgpt_kv.llm.quantize import DTYPES
 from litgpt_kv.parallel import PARALLEL_STRATEGIES
 from litgpt_kv.parallel.memory import cache_bytes, weight_bytes
+from litgpt_kv.registry import did_you_mean
 
-GB = 10**9
+UNITS = {"GB": 10**9, "MB": 10**6}
+SMALL = 10**9  # bytes of all weights and a dense cache, below which the table has MB
 CACHE = KVCacheArgs("h2o", budget="10%")
 MOST_DEVICES = 65_536
 
@@ -30,7 +35,8 @@ def plan(
     """Show the memory that each device needs, for every parallel strategy and up to so many devices.
 
     Args:
-        model: The name of one of litgpt's configs, or a checkpoint folder.
+        model: A checkpoint folder, or the name of one of litgpt's configs, with or without the organisation, as in
+            EleutherAI/pythia-14m. Below 1 GB the table has MB.
         devices: The most devices.
         memory: The memory of one device, in GB (10^9 bytes).
         context: The most tokens of a row, prompt included; by default the model's context.
@@ -46,12 +52,15 @@ def plan(
         raise ValueError(f"memory must be more than 0 and less than 1e9 GB, got {memory}.")
     if context is not None:
         check_count("context", context, 1, 2**31 - 1)
-    config = Config.from_name(model) if model in name_to_config else checkpoint.load_config(checkpoint.find(model))
+    config = _config_of(model)
     context, dtype = context or config.block_size, DTYPES[precision]
     kinds = [KVCacheArgs("dense")] + ([] if kv_cache.strategy in ("none", "dense") else [kv_cache])
-    names = [_name(args) for args in kinds]
+    unit = _unit(config, kinds, batch_size, context, dtype)
+    names = [_name(args, unit) for args in kinds]
     print(f"Computed, not measured: {config.name}, {precision}, {batch_size} rows of {context:,} tokens.")
-    print(f"GB (10^9 bytes) on the device that needs most; rows: how many rows of that length fit into {memory:g} GB.")
+    bytes_each = {"GB": "10^9 bytes", "MB": "10^6 bytes"}[unit]
+    what = f"{unit} ({bytes_each}) on the device that needs most"
+    print(f"{what}; rows: how many rows of that length fit into {memory:g} GB.")
     layout = "{:<16}{:>8}{:>10}" + " {:>15} {:>8} {:>7}" * len(kinds)
     print(layout.format("parallel", "devices", "weights", *(x for name in names for x in (name, "total", "rows"))))
     counts = [n for n in (2**i for i in range(devices.bit_length())) if n < devices] + [devices]
@@ -65,10 +74,14 @@ def plan(
             cells: list[str] = []
             for args in kinds:
                 try:
-                    cells += _cells(config, strategy, count, args, batch_size, context, dtype, weights, memory)
+                    cells += _cells(config, strategy, count, args, batch_size, context, dtype, weights, memory, unit)
                 except ValueError:  # a dense cache cannot be longer than the model's context, others can
                     cells += ["-", "-", "-"]
-            print(layout.format("one device" if count == 1 else strategy, count, f"{max(weights) / GB:.2f}", *cells))
+            print(
+                layout.format(
+                    "one device" if count == 1 else strategy, count, f"{max(weights) / UNITS[unit]:.2f}", *cells
+                )
+            )
     print("Not counted: activations (hidden states and logits of the longest prompt), and the libraries.")
 
 
@@ -82,19 +95,47 @@ def _cells(
     dtype: torch.dtype,
     weights: list[int],
     memory: float,
+    unit: str,
 ) -> list[str]:
-    """Return three cells of the table: GB of the cache, GB in total (with ! if too many), rows that fit."""
+    """Return three cells of the table: size of the cache, size in total (with ! if too large), rows that fit."""
     cache = cache_bytes(config, strategy, count, args, batch_size, context, dtype)
     fullest = max(range(count), key=lambda d: weights[d] + cache[d])
     row = cache_bytes(config, strategy, count, args, 1, context, dtype)
-    rows = min(int((memory * GB - w) // r) for w, r in zip(weights, row))
+    rows = min(int((memory * UNITS["GB"] - w) // r) for w, r in zip(weights, row))
     rows = max(0, rows) * (count if strategy == "data_parallel" else 1)
     total = weights[fullest] + cache[fullest]
-    fits = "" if total <= memory * GB else "!"
-    return [f"{cache[fullest] / GB:.3f}", f"{total / GB:.2f}{fits}", str(rows)]
+    fits = "" if total <= memory * UNITS["GB"] else "!"
+    return [f"{cache[fullest] / UNITS[unit]:.3f}", f"{total / UNITS[unit]:.2f}{fits}", str(rows)]
 
 
-def _name(args: KVCacheArgs) -> str:
+def _config_of(model: str) -> Config:
+    """Return the config of a name or of a checkpoint folder.
+
+    Raises:
+        ValueError: If it is neither; the message has the most similar name.
+    """
+    name = model.rpartition("/")[2]
+    if model in name_to_config or (name in name_to_config and not Path(model).is_dir()):
+        return Config.from_name(model if model in name_to_config else name)
+    try:
+        return checkpoint.load_config(checkpoint.find(model))
+    except ValueError as error:
+        if name and not Path(model).exists():
+            hint = did_you_mean(name, name_to_config) or " `litgpt_kv download list` shows the names of configs."
+            raise ValueError(f"{str(error).partition(' Did you mean')[0]}{hint}") from error
+        raise
+
+
+def _unit(config: Config, kinds: list[KVCacheArgs], batch_size: int, context: int, dtype: torch.dtype) -> str:
+    """Return the unit in which the numbers of the table can be read."""
+    size = max(weight_bytes(config, "data_parallel", 1, dtype))
+    for args in kinds:
+        with contextlib.suppress(ValueError):  # a cache that cannot be
+            size = max(size, *cache_bytes(config, "data_parallel", 1, args, batch_size, context, dtype))
+    return "MB" if size < SMALL else "GB"
+
+
+def _name(args: KVCacheArgs, unit: str) -> str:
     strategy = args.strategy if isinstance(args.strategy, str) else "mixed"
     budget = "" if args.budget is None or isinstance(args.budget, (list, tuple)) else f" {args.budget}"
-    return f"{strategy}{budget} GB"
+    return f"{strategy}{budget} {unit}"

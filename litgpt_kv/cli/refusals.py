@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import types
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
 
 from litgpt_kv.config import shown
 from litgpt_kv.registry import did_you_mean
@@ -49,13 +50,13 @@ def explain(
         where = next((path for path, data in configs if _has(data, key)), None)
         hint = did_you_mean(key.rpartition(".")[2], [name.rpartition(".")[2] for name in known])
         return f"{where + ': ' if where else ''}{who} has no option {key!r}.{hint}{_see(command)}"
-    if found := re.match(r"Unexpected config: (.*)", text):
+    if found := re.match(r"Unexpected config: ?(.*)", text):
         where = configs[-1][0] if configs else "The file of options"
         return f"{where} must have options by name, as in 'max_new_tokens: 9', got {shown(found[1])} (--config)."
     if found := re.search(r'[Kk]ey "([^"]+)".*?(?:Expected|Unable|Does not).*', text):
         name = found[1].removeprefix(f"{command}.")
         given = re.search(r"(?:Got|Given) value: (.*)$", text)
-        return _wrong_value(name, given[1] if given else _value_of(name, args), known, args, configs)
+        return _wrong_value(name, given[1] if given else "", known, args, configs)
     return text.replace("Problems parsing config: ", "")[:900]
 
 
@@ -83,32 +84,32 @@ def _spelled(name: str, known: Mapping[str, Action]) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _wrong_value(
-    name: str, value: str, known: Mapping[str, Action], args: Sequence[str], configs: Configs
-) -> str:
+def _wrong_value(name: str, value: str, known: Mapping[str, Action], args: Sequence[str], configs: Configs) -> str:
     action = known.get(name)
-    hint = getattr(action, "_typehint", None) or getattr(action, "type", None)
-    typed = any(arg.partition("=")[0] == f"--{name}" for arg in args)
-    path = next((path for path, data in configs if not typed and _has(data, name)), None)
-    where = f"{path}: " if path is not None else ""
-    words = describe(hint)
+    typed = next((arg.partition("=")[2] for arg in args if arg.partition("=")[0] == f"--{name}"), None)
+    value = value if typed is None else typed
+    words = describe(getattr(action, "_typehint", None) or getattr(action, "type", None))
     expected = f": it must be {words}" if words else ""
     value = value if len(value) <= 200 else f"{value[:200]}..."
+    where = file_of(name, args, configs)
     return f"{where}--{name.replace('_', '-')} cannot be {value or 'empty'}{expected}; see --help."
 
 
-def _value_of(name: str, args: Sequence[str]) -> str:
-    return next((arg.partition("=")[2] for arg in args if arg.partition("=")[0] == f"--{name}"), "what was given")
+def file_of(name: str, args: Sequence[str], configs: Configs) -> str:
+    """Return "PATH: " of the file of options that gives a value, "" if the command line gives it."""
+    if any(arg.partition("=")[0] == f"--{name}" for arg in args):
+        return ""
+    return next((f"{path}: " for path, data in reversed(configs) if _has(data, name)), "")
 
 
 def _has(data: Any, name: str) -> bool:
-    """Return whether a file of options has a key; those of one command may be below the command's name."""
+    """Return whether a file of options has a key, in any mapping; `kv_cache.budget` is `budget` in `kv_cache`."""
     first, _, rest = name.partition(".")
     if not isinstance(data, dict):
         return False
     if first in data:
-        return not rest or _has(data[first], rest) or not isinstance(data[first], dict)
-    return any(_has(value, name) for value in data.values() if isinstance(value, dict))
+        return not rest or _has(data[first], rest)
+    return any(_has(value, name) for value in data.values())
 
 
 def _see(command: str | None) -> str:
@@ -123,13 +124,11 @@ def describe(hint: Any) -> str:
         return ""
     if type(None) in _flat(hint):
         words.append("null")
-    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+    text = " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+    return text.replace(",,", ",").removesuffix(",")
 
 
 def _flat(hint: Any) -> list[Any]:
-    import types
-    from typing import Union
-
     if get_origin(hint) in (Union, types.UnionType):
         return [part for arg in get_args(hint) for part in _flat(arg)]
     return [hint]
@@ -145,5 +144,5 @@ def _words(hint: Any) -> str:
         return "a mapping"
     if origin is not None and getattr(origin, "__name__", "") in ("list", "Sequence", "tuple"):
         inner = [MANY[part] for part in _flat(get_args(hint)[0]) if part in MANY]
-        return f"a list of {' or '.join(inner)}" if inner else "a list"
+        return f"a list of {' or '.join(inner)}, [a, b]," if inner else "a list"
     return ""

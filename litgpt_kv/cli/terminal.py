@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from litgpt_kv.cli.colour import paint
 from litgpt_kv.llm.chat import Chat
+from litgpt_kv.registry import did_you_mean
 
 with contextlib.suppress(ImportError):  # gives `input` editing and a history, where the system has it
     import readline  # noqa: F401
@@ -19,22 +21,31 @@ HELP = "/reset starts a new conversation, /cache shows the cache, /quit ends; a 
 END = ("!submit", "!quit", "!exit")
 
 
-def talk(chat: Chat, multiline: bool = False) -> None:
-    """Answer turns from standard input until it ends. Replies go to standard output, all else to standard error."""
+def talk(chat: Chat, multiline: bool = False) -> int:
+    """Answer turns from standard input until it ends. Replies go to standard output, all else to standard error.
+
+    Returns:
+        How many turns and commands were refused.
+    """
+    refused: list[str] = []
     _say(f"Now chatting with {chat.llm.config.name}. {HELP}")
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="surrogateescape")  # `read_turn` refuses such a line
-    while (text := read_turn(multiline)) is not None:
+    while (text := read_turn(multiline, refused)) is not None:
         if text.strip() in ("/quit", "/exit"):
-            return
-        if text.startswith("/") and text[1:].strip().isalpha():  # one word; anything longer is a question
-            _command(chat, text.strip())
+            break
+        elif text.startswith("/") and text[1:].strip().isalpha():  # one word; anything longer is a question
+            refused += [] if _command(chat, text.strip()) else [text]
         elif text.strip():
-            _reply(chat, text)
+            refused += [] if _reply(chat, text) else [text]
+    return len(refused)
 
 
-def read_turn(multiline: bool) -> str | None:
-    """Read one input from the terminal; return None at the end of standard input."""
+def read_turn(multiline: bool, refused: list[str] | None = None) -> str | None:
+    """Read one input from the terminal; return None at the end of standard input.
+
+    Lines that are not text are skipped, and added to `refused`.
+    """
     lines: list[str] = []
     terminal, interrupted = sys.stdin.isatty(), False
     while True:
@@ -52,6 +63,8 @@ def read_turn(multiline: bool) -> str | None:
         interrupted = False
         if any("\ud800" <= c <= "\udfff" for c in line):
             _say("litgpt_kv: this line is not valid text in the terminal's encoding; it was skipped.")
+            if refused is not None:
+                refused.append(line)
             continue
         if not lines and line.strip() in ("!quit", "!exit"):
             return None
@@ -65,7 +78,8 @@ def read_turn(multiline: bool) -> str | None:
             return "\n".join([*lines, line])
 
 
-def _command(chat: Chat, text: str) -> None:
+def _command(chat: Chat, text: str) -> bool:
+    """Run a command; return whether there is such a command."""
     if text == "/reset":
         chat.reset()
         _say("A new conversation starts.")
@@ -73,10 +87,14 @@ def _command(chat: Chat, text: str) -> None:
         tokens, size = chat.cache.tokens(), chat.cache.allocated()
         _say(f"{chat.cache}: keeps {tokens['kept'][0]:,} of {tokens['seen'][0]:,} tokens, {size['total']:,} bytes.")
     else:
-        _say(f"There is no command {text.split()[0]}. {HELP}")
+        hint = did_you_mean(text.split()[0], ["/reset", "/cache", "/quit"])
+        _say(f"There is no command {text.split()[0]}.{hint} {HELP}")
+        return False
+    return True
 
 
-def _reply(chat: Chat, text: str) -> None:
+def _reply(chat: Chat, text: str) -> bool:
+    """Print the reply to a turn; return whether the turn was accepted."""
     try:
         with interrupts() as interrupted:
             for piece in chat.say(text):
@@ -85,20 +103,21 @@ def _reply(chat: Chat, text: str) -> None:
                     break
     except ValueError as error:
         _say(f"litgpt_kv: {error}")
-        return
+        return False
     except KeyboardInterrupt:
         if not chat.interrupted:
             _say("\nInterrupted.")
-            return
+            return True
         chat.reset()
         _say("\nInterrupted in the middle of a step: a new conversation starts.")
-        return
+        return True
     print(flush=True)
     stats = chat.stats
     speed = f", {stats.decode_tokens / stats.decode_seconds:,.0f} tokens/s" if stats.decode_tokens else ""
     if chat.full:
         _say("The conversation is full. /reset starts a new one; with --kv-cache sink, old tokens are evicted instead.")
     _say(f"[read {stats.prompt_tokens:,} tokens in {stats.prefill_seconds:.2f} s, made {stats.new_tokens:,}{speed}]")
+    return True
 
 
 @contextmanager
@@ -126,4 +145,4 @@ def interrupts() -> Iterator[Callable[[], bool]]:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(paint(text, "dim", sys.stderr), file=sys.stderr, flush=True)

@@ -50,6 +50,13 @@ class Stats:
     reasons: list[str | None] = field(default_factory=list)
     logprobs: list[list[float]] = field(default_factory=list)
 
+    def add(self, other: Stats) -> None:
+        """Add the tokens and seconds of another run."""
+        for name in ("prompt_tokens", "new_tokens", "prefill_tokens", "decode_tokens"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.prefill_seconds += other.prefill_seconds
+        self.decode_seconds += other.decode_seconds
+
 
 class Engine:
     """Answer requests on the rows of a cache.

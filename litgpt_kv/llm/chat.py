@@ -15,6 +15,7 @@ from litgpt_kv.generate.limits import Limits
 from litgpt_kv.llm.beginning import encode_later
 from litgpt_kv.llm.text_model import TextModel
 from litgpt_kv.llm.text_request import TextRequest
+from litgpt_kv.llm.threads import cpu_threads
 from litgpt_kv.llm.turns import Turns
 
 REPLY_ENDS = {ChatML: "<|im_end|>\n", Gemma: "<end_of_turn>\n", Phi4: "<|im_end|>", Phi4Mini: "<|end|>"}
@@ -27,7 +28,7 @@ class Chat:
     Args:
         llm: The model and its tokenizer.
         sys_prompt: The system prompt, before the first turn, for prompt styles that have one.
-        kv_cache: A strategy's name, or all of `KVCacheArgs`.
+        kv_cache: A strategy's name, options by name as in a YAML file, or `KVCacheArgs`.
         budget: Replaces the budget of `kv_cache`.
         max_tokens: The most tokens of the conversation: the size of a dense cache, and the default budget. None: the
             model's context, but at most 8,192.
@@ -47,8 +48,8 @@ class Chat:
         llm: TextModel,
         sys_prompt: str | None = None,
         *,
-        kv_cache: str | KVCacheArgs = "dense",
-        budget: int | str | None = None,
+        kv_cache: str | Mapping[str, Any] | KVCacheArgs = "dense",
+        budget: int | float | str | None = None,
         max_tokens: int | None = None,
         prefill: str = "min-length",
         **settings: Any,
@@ -120,7 +121,8 @@ class Chat:
         last: int | None = None
         while engine.unfinished:
             try:
-                outputs = engine.step()
+                with cpu_threads(llm.threads):
+                    outputs = engine.step()
             except BaseException:
                 self.interrupted = self._reply is reply
                 raise

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from litgpt_kv.llm.check_weights import check_fit, check_memory, check_tables, r
 from litgpt_kv.llm.quantize import quantizer
 from litgpt_kv.llm.safe_load import MAX_BYTES, one_line, read_json, read_text, read_yaml
 from litgpt_kv.llm.turns import Turns
+from litgpt_kv.registry import did_you_mean
 
 DEMO = Path(__file__).parents[1] / "demo"
 ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps")
@@ -28,6 +32,7 @@ PRECISIONS = ("32-true", "bf16-true", "16-true", "64-true", "bf16-mixed", "16-mi
 
 TURNS = f"{Turns.__module__}.{Turns.__name__}"
 WEIGHTS = "lit_model.pth"
+HUGGING_FACE = ("*.safetensors", "pytorch_model*.bin")  # weights that litgpt's converter reads
 LONGEST_PATH = 250  # characters: every system accepts so many
 MOST_TO_MEND = 10_000  # characters of broken JSON that litgpt may repair, in time that grows with their square
 TOKENIZER_CONFIG: dict[str, tuple[type, ...]] = {  # what litgpt's tokenizer reads of tokenizer_config.json
@@ -49,16 +54,34 @@ def find(name: str | Path) -> Path:
     where = f"There is no checkpoint folder {str(name)!r:.200} (nor checkpoints/{name!s:.200}); 'demo' is shipped."
     try:
         folder = extend_checkpoint_dir(Path(name))
-        found = folder.is_dir()
+        found, is_file = folder.is_dir(), folder.is_file()
     except (OSError, ValueError, IndexError) as error:  # too long, not a path, or ""
         raise ValueError(where) from error
+    if is_file and folder.suffix.lower() == ".gguf":
+        made = f"checkpoints/{folder.stem}"
+        raise ValueError(f"{str(name)!r:.200} is a GGUF file; convert it: litgpt_kv convert_gguf {name} --out {made}")
     if not found:
-        raise ValueError(where)
+        raise ValueError(f"{where}{did_you_mean(str(name), ['demo', *_folders_near(Path(name))])}")
     needed = {"lit_model.pth": ["lit_model.pth"], "model_config.yaml": ["model_config.yaml"]}
     needed["tokenizer.json or tokenizer.model"] = ["tokenizer.json", "tokenizer.model"]
     if missing := [label for label, files in needed.items() if not any((folder / f).is_file() for f in files)]:
-        raise ValueError(f"The folder {str(folder)!r} is not a litgpt checkpoint: it lacks {', '.join(missing)}.")
+        what = f"The folder {str(folder)!r} is not a litgpt checkpoint: it lacks {', '.join(missing)}."
+        if not (folder / WEIGHTS).is_file() and any(any(folder.glob(pattern)) for pattern in HUGGING_FACE):
+            what += f" It has weights as on the Hugging Face Hub; convert them: litgpt_kv convert_to_litgpt {folder}"
+        raise ValueError(what)
     return folder
+
+
+def _folders_near(path: Path) -> list[str]:
+    """Return the names of checkpoint folders that a user may have meant, as the user would write them."""
+    found: list[str] = []
+    for parent, prefix in ((path.parent, path.parent), (Path("checkpoints") / path.parent, path.parent)):
+        with contextlib.suppress(OSError, ValueError):
+            found += [str(prefix / config.parent.name) for config in islice(parent.glob("*/model_config.yaml"), 1000)]
+    with contextlib.suppress(OSError):
+        nested = islice(Path("checkpoints").glob("*/*/model_config.yaml"), 1000)
+        found += ["/".join(config.parts[-3:-1]) for config in nested]
+    return found
 
 
 def precision_for(precision: str | None, accelerator: str) -> str:
@@ -94,8 +117,14 @@ def load_weights(folder: Path) -> dict[str, torch.Tensor]:
     return read_weights(folder / WEIGHTS)
 
 
-def load_model(folder: Path, config: Config, fabric: L.Fabric) -> GPT:
+def load_model(
+    folder: Path, config: Config, fabric: L.Fabric, on_progress: Callable[[int, int], None] | None = None
+) -> GPT:
     """Load the model of a checkpoint onto the fabric's device, in its precision and in inference mode.
+
+    Args:
+        folder: The checkpoint. config: Its config. fabric: The device and the precision.
+        on_progress: Called with the bytes of the weights that are loaded, and of all.
 
     Raises:
         ValueError: If the weights are damaged, do not fit the config, or are larger than a CPU's memory.
@@ -109,12 +138,37 @@ def load_model(folder: Path, config: Config, fabric: L.Fabric) -> GPT:
         model = GPT(config)
     check_tables(model, folder / "model_config.yaml")
     try:
-        model.load_state_dict(weights)
+        with _reporting(model, weights, on_progress):
+            model.load_state_dict(weights)
     except (RuntimeError, AttributeError) as error:
         raise ValueError(
             f"The weights in {folder / WEIGHTS} do not fit its model_config.yaml: {one_line(error)}"
         ) from error
     return model.eval()
+
+
+@contextlib.contextmanager
+def _reporting(
+    model: torch.nn.Module, weights: Mapping[str, torch.Tensor], on_progress: Callable[[int, int], None] | None
+) -> Iterator[None]:
+    """Report the bytes of weights while a state dict is loaded, module by module."""
+    if on_progress is None:
+        yield
+        return
+    total, done = sum(weight.nbytes for weight in weights.values()), 0
+
+    def note(module: torch.nn.Module, state: Mapping[str, torch.Tensor], prefix: str, *_: Any) -> None:
+        nonlocal done
+        on_progress(done, total)  # before the weights of this module are copied
+        done += sum(state[prefix + name].nbytes for name in module._parameters if prefix + name in state)
+
+    handles = [module.register_load_state_dict_pre_hook(note) for module in model.modules()]
+    try:
+        yield
+        on_progress(total, total)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def own_temperature(folder: Path) -> float:

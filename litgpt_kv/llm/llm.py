@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,19 @@ from torch import Tensor
 from litgpt.config import Config
 from litgpt.prompts import PromptStyle
 from litgpt.tokenizer import Tokenizer
-from litgpt_kv.arguments import DeviceArgs, RunArgs, StoppingArgs, check_count, check_flag, grouped
+from litgpt_kv.arguments import DeviceArgs, RunArgs, StoppingArgs, check_count, check_flag, check_threads, grouped
 from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.compat.input_pos import GPT
-from litgpt_kv.config import KVCacheArgs, SamplingArgs, check_type, shown
+from litgpt_kv.config import KVCacheArgs, SamplingArgs, check_callable, check_type, shown
 from litgpt_kv.generate import Request, Stats, raise_failed
 from litgpt_kv.llm import checkpoint
 from litgpt_kv.llm.beginning import encode_first
 from litgpt_kv.llm.chat import Chat, conversation_text
 from litgpt_kv.llm.check_weights import check_finite, check_fit
+from litgpt_kv.llm.generated import GeneratedText
 from litgpt_kv.llm.run import OpenRun, Pieces, Run, RunResult
 from litgpt_kv.llm.text_request import TextRequest, check_text
+from litgpt_kv.llm.threads import best_threads
 from litgpt_kv.parallel import DeviceRequest, ParallelStrategy, find_parallel_strategy
 
 
@@ -37,6 +39,7 @@ class LLM:
         last_run: The last run that ended, None before the first.
         decoder: Runs the one-token steps: the model, or the compiled model after `compile`.
         parallel: The parallel strategy of several devices; None on one device.
+        threads: How many CPU threads a run uses; None: torch's number.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class LLM:
         self.last_run: RunResult | None = None
         self.decoder = model
         self.parallel: ParallelStrategy | None = None
+        self.threads = best_threads(model, fabric.device)
 
     @property
     def stats(self) -> Stats:
@@ -76,6 +80,8 @@ class LLM:
         quantize: str | None = None,
         distribute: str | None = "auto",
         check_weights: bool = False,
+        threads: int | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
     ) -> LLM:
         """Load a checkpoint in litgpt's layout.
 
@@ -90,6 +96,9 @@ class LLM:
                 "bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq" or "bnb.int8".
             distribute: With None, no weights are loaded; call the method `distribute` next.
             check_weights: Refuse weights that are NaN or infinite; this reads all weights once more.
+            threads: How many CPU threads a run of this model uses; torch's own number is left alone between runs.
+                None: one for a small model, which more threads slow down; torch's number for others.
+            on_progress: Called with the bytes of the weights that are loaded, and of all.
 
         Raises:
             ValueError: If the checkpoint is missing, incomplete or corrupt, or an argument is unknown.
@@ -101,12 +110,15 @@ class LLM:
             raise ValueError(f"init must be 'pretrained' or 'random', got {shown(init)}.")
         if quantize is not None and distribute is None:
             raise ValueError("Quantized weights are for one device: leave out quantize, or distribute=None.")
+        if threads is not None:
+            check_threads(threads)
+        check_callable("on_progress", on_progress)
         fabric = checkpoint.fabric_for(precision, accelerator, quantize)
         folder = None
         if init == "pretrained":
             folder = checkpoint.find(model)
             config = checkpoint.load_config(folder)
-            gpt = None if distribute is None else checkpoint.load_model(folder, config, fabric)
+            gpt = None if distribute is None else checkpoint.load_model(folder, config, fabric, on_progress)
             if gpt is not None and check_weights:
                 check_finite(gpt.named_parameters(), str(folder / checkpoint.WEIGHTS))
         else:
@@ -118,7 +130,7 @@ class LLM:
         tokenizer = checkpoint.load_tokenizer(Path(tokenizer_dir or folder))
         style = checkpoint.load_prompt(folder, config) if folder else PromptStyle.from_config(config)
         wrapped = quantize is not None or "mixed" in fabric._precision.precision
-        return cls(
+        llm = cls(
             fabric.setup_module(gpt) if gpt is not None and wrapped else gpt,
             tokenizer,
             style,
@@ -126,6 +138,8 @@ class LLM:
             folder,
             fabric,
         )
+        llm.threads = llm.threads if threads is None else threads
+        return llm
 
     def distribute(
         self,
@@ -220,8 +234,8 @@ class LLM:
         return_as_token_ids: bool = False,
         stream: bool = False,
         *,
-        kv_cache: str | KVCacheArgs | None = "dense",
-        budget: int | str | None = None,
+        kv_cache: str | Mapping[str, Any] | KVCacheArgs | None = "dense",
+        budget: int | float | str | None = None,
         **settings: Any,
     ) -> str | Tensor | list[str] | list[Tensor] | Iterator[str] | Iterator[list[str]]:
         """Continue a prompt, or several prompts of any lengths.
@@ -234,15 +248,16 @@ class LLM:
             return_as_token_ids: Return 1-D int64 tensors instead of text.
             stream: Return an iterator over pieces of text as they are generated, with its own `stats`; for a list of
                 prompts, over lists of pieces.
-            kv_cache: A strategy's name, or all of `KVCacheArgs`; None or "none" computes the whole text again at
-                every step.
-            budget: Replaces the budget of `kv_cache`.
+            kv_cache: A strategy's name, options by name as in a YAML file, or `KVCacheArgs`; None or "none" computes
+                the whole text again at every step.
+            budget: Replaces the budget of `kv_cache`: tokens, or a share of the longest row, "20%" or 0.2.
             settings: The other fields of `SamplingArgs` (seed, repetition_penalty, min_p; one value or one a prompt),
                 `StoppingArgs` (min_new_tokens, stop, ignore_eos) and `RunArgs` (batch_size, prefill, prefill_chunk,
-                logprobs, which fills `stats.logprobs`), by name.
+                logprobs), by name.
 
         Returns:
-            The new text, without the prompt; a list for a list of prompts.
+            The new text, without the prompt, as a `GeneratedText`: a str that also has `tokens`, `finish_reason` and,
+            with logprobs=True, `logprobs`. A list for a list of prompts.
 
         Raises:
             ValueError: If a prompt is empty, does not fit the model's context, or an argument is out of range; at the
@@ -268,7 +283,10 @@ class LLM:
             return Pieces(run, single=isinstance(prompt, str))
         sequences = run.sequences()
         raise_failed(sequences)
-        out = [torch.tensor(s.tokens, dtype=torch.int64) if return_as_token_ids else s.text for s in sequences]
+        if return_as_token_ids:
+            out = [torch.tensor(s.tokens, dtype=torch.int64) for s in sequences]
+        else:
+            out = [GeneratedText(s.text, s.tokens, s.logprobs, s.reason) for s in sequences]
         return out[0] if isinstance(prompt, str) else out
 
     def request(self, text: TextRequest | str, id: int | None = None) -> Request:
@@ -325,7 +343,13 @@ class LLM:
         mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # autocast's dtype of keys and values
         return KVCache.build(self.model, args, batch_size, tokens, mixed.get(self.fabric._precision.precision))
 
-    def chat(self, sys_prompt: str | None = None, *, kv_cache: str | KVCacheArgs = "dense", **settings: Any) -> Chat:
+    def chat(
+        self,
+        sys_prompt: str | None = None,
+        *,
+        kv_cache: str | Mapping[str, Any] | KVCacheArgs = "dense",
+        **settings: Any,
+    ) -> Chat:
         """Start a conversation whose cache stays between turns; see `Chat`."""
         return Chat(self, sys_prompt, kv_cache=kv_cache, **settings)
 

@@ -12,6 +12,7 @@ from litgpt_kv.config import KVCacheArgs, check_type
 from litgpt_kv.generate import Engine, Request, Sequence, Stats, begin, fill, raise_failed, serve_steps
 from litgpt_kv.generate.limits import Limits
 from litgpt_kv.llm.text_model import TextModel
+from litgpt_kv.llm.threads import cpu_threads
 
 
 class Run:
@@ -120,7 +121,9 @@ def _run_steps(
     try:
         try:
             while engine.unfinished:
-                if outputs := engine.step():
+                with cpu_threads(llm.threads):
+                    outputs = engine.step()
+                if outputs:
                     sequences = [output.sequence for output in outputs]
                     note(sequences)
                     yield sequences
@@ -188,8 +191,14 @@ class OpenRun:
 
 def _noted_at_the_end(llm: TextModel, result: RunResult, steps: Iterator[list[Sequence]]) -> Iterator[list[Sequence]]:
     try:
-        yield from steps
+        while True:
+            with cpu_threads(llm.threads):
+                step = next(steps, None)
+            if step is None:
+                return
+            yield step
     finally:
+        steps.close()
         llm.last_run = result
 
 

@@ -72,7 +72,7 @@ def parse_yaml(text: str) -> Any:
     try:
         data = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, RecursionError, TypeError, OverflowError, AttributeError, LookupError) as error:
-        raise ValueError(one_line(error)) from error
+        raise ValueError(one_line(error).replace(' in "<unicode string>",', " at")) from error
     check_data(data)
     return data
 

@@ -23,6 +23,7 @@ class TextModel(Protocol):
     tokenizer: Tokenizer
     prompt_style: PromptStyle
     parallel: ParallelStrategy | None
+    threads: int | None
     last_run: Any
 
     def encode(self, prompt: str, sys_prompt: str | None = None) -> Tensor: ...
