@@ -68,8 +68,9 @@ def names(kind: str) -> list[str]:
 
     Names that begin with an underscore are for internal use and not listed.
     """
+    table = _table(kind)
     _load(kind)
-    return sorted(name for name in _table(kind) if not name.startswith("_"))
+    return sorted(name for name in table if not name.startswith("_"))
 
 
 def get(kind: str, name: str) -> Any:

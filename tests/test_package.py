@@ -191,7 +191,7 @@ IMPORTS = """
 import json, sys, time
 import litgpt
 before, began = set(sys.modules), time.process_time()
-import litgpt_kv
+import litgpt_kv.llm.llm, litgpt_kv.cache, litgpt_kv.compat.input_pos
 print(json.dumps({"seconds": time.process_time() - began, "modules": sorted(set(sys.modules) - before)}))
 """
 

@@ -37,6 +37,8 @@ from torch.distributed.elastic.multiprocessing.subprocess_handler import subproc
 ROOT = Path(__file__).parents[1]
 FULL = "LITGPT_KV_TESTS_START_WORKERS_IN_FULL"
 IMPORTED = ("litgpt_kv.__main__", "litgpt_kv.parallel", "tokenizers", "tests.oracle.reference", "tests.oracle.shrink")
+IMPORTED += ("litgpt_kv.cli.parser", "litgpt_kv.cli.chat", "litgpt_kv.cli.evaluate", "litgpt_kv.cli.generate")
+IMPORTED += ("litgpt_kv.cli.plan", "litgpt_kv.cli.serve", "litgpt_kv.cli.strategies", "litgpt_kv.benchmark.decode")
 
 
 class _Server:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
-from typing import Any
+from argparse import Action
+from collections.abc import Mapping, Sequence
 
 import shtab
 
@@ -21,24 +21,23 @@ USE = {
 }
 
 
-def completion(commands: Mapping[str, Callable[..., Any]], shell: str) -> str:
+def completion(options: Mapping[str, Sequence[Action]], summaries: Mapping[str, str], shell: str) -> str:
     """Return the completion script of a shell; its first line says where it goes.
 
     Args:
-        commands: The functions of all commands, whose options are read off.
-        shell: bash, zsh or tcsh.
+        options: The options of each command.
+        summaries: A line about each command.
+        shell: bash, zsh, fish or tcsh.
     """
     shells = [name for name in USE if name in shtab.SUPPORTED_SHELLS]
     if shell not in shells:
         fail(f"--print-completion needs one of {', '.join(shells)}, got {shell!r:.60}.")
-    script = shtab.complete(plain_parser(commands), shell=shell)
+    script = shtab.complete(plain_parser(options, summaries), shell=shell)
     return script if shell == "zsh" else f"# {USE[shell]}\n{script}"  # zsh wants its own first line
 
 
-def plain_parser(commands: Mapping[str, Callable[..., Any]]) -> argparse.ArgumentParser:
+def plain_parser(options: Mapping[str, Sequence[Action]], summaries: Mapping[str, str]) -> argparse.ArgumentParser:
     """Build a parser of the standard library with the commands and options as users write them."""
-    from litgpt_kv.cli.parser import build_parser, options_of  # which imports this module
-
     choices = {
         "--kv-cache": [*registry.names("strategy"), "none"],
         "--kv-cache.help": registry.names("strategy"),
@@ -49,21 +48,17 @@ def plain_parser(commands: Mapping[str, Callable[..., Any]]) -> argparse.Argumen
     root.add_argument("--version", action="store_true")
     root.add_argument("--print-completion", choices=list(USE))
     subparsers = root.add_subparsers()
-    for name in commands:
-        parser = subparsers.add_parser(name, help=getattr(commands, "entries", {})[name].summary)
+    for name, actions in options.items():
+        parser = subparsers.add_parser(name, help=summaries.get(name, ""))
         for flag in ("--help-all", "--print-config"):
             parser.add_argument(flag, action="store_true")
         for option in ("--config", "--import"):
             parser.add_argument(option).complete = shtab.FILE
-        own = options_of(build_parser({name: commands[name], "": lambda: None}, "", name), name)
-        options = {spelled(action): action for action in own if action.option_strings and action.dest not in SKIPPED}
-        if "--kv-cache" in options:
-            parser.add_argument("--kv-cache.help", choices=choices["--kv-cache.help"])
-        for option, action in options.items():
+        named = {spelled(a): a for a in actions if a.option_strings and a.dest not in SKIPPED}
+        for option in [*named, *(["--kv-cache.help"] if "--kv-cache" in named else [])]:
             added = parser.add_argument(option, choices=choices.get(option))
-            if NAMES.get(action.dest) == "FILE":
+            if option in named and NAMES.get(named[option].dest) == "FILE":
                 added.complete = shtab.FILE
-        for action in own:
-            if not action.option_strings:
-                parser.add_argument(action.dest, nargs="?").complete = shtab.DIRECTORY
+        for action in (action for action in actions if not action.option_strings):
+            parser.add_argument(action.dest, nargs="?").complete = shtab.DIRECTORY
     return root

@@ -38,13 +38,14 @@ def convert_to_litgpt(
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {shown(dtype)}.")
     folder = extend_checkpoint_dir(Path(checkpoint_dir))
+    name, named = model_name or folder.name, None
     if not folder.is_dir():
-        raise ValueError(f"There is no folder {str(checkpoint_dir)!r:.200} to convert.")
+        unknown = "" if name in name_to_config else f", and {name!r} is not a supported config name"
+        raise ValueError(f"There is no folder {str(checkpoint_dir)!r:.200} to convert{unknown}.")
     config_file = folder / "config.json"
     data = read_json(config_file) if config_file.is_file() else None
     if data is not None and not isinstance(data, dict):
         raise ValueError(f"{config_file} cannot be used: it is not a mapping of settings.")
-    name, named = model_name or folder.name, None
     if name not in name_to_config:
         if model_name is not None or data is None:
             hint = did_you_mean(name, name_to_config)
@@ -65,7 +66,8 @@ def convert_to_litgpt(
         others = [] if data is None else same_sizes(data)
         hint = f" Configs of these sizes: {', '.join(others[:5])}." if others else ""
         raise ValueError(f"{error} The config {name!r} is another model's.{hint}") from error
-    print(f"Try: litgpt_kv chat {folder}", file=sys.stderr)
+    source = f"litgpt's {name}" if named is None else f"made of {config_file}"
+    print(f"The config is {source}. Try: litgpt_kv chat {folder}", file=sys.stderr)
 
 
 @contextlib.contextmanager

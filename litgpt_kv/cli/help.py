@@ -11,17 +11,14 @@ import re
 import shutil
 import sys
 import textwrap
+from argparse import Action
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 from litgpt_kv.cli.colour import paint
+from litgpt_kv.cli.commands import Entry
 from litgpt_kv.cli.examples import EXAMPLES
-
-if TYPE_CHECKING:
-    from argparse import Action
-
-    from litgpt_kv.cli.commands import Entry
-    from litgpt_kv.cli.parser import Group
+from litgpt_kv.cli.groups import Group
 
 PROG = "litgpt_kv"
 COMMON = {  # the options of classes that the short help shows
@@ -54,7 +51,7 @@ NAMES = {  # options whose text is not free
 def overview(entries: Mapping[str, Entry], description: str, table: str) -> str:
     """Return the help of the program: its commands and examples."""
     examples = [example for name in entries for example in EXAMPLES.get(name, ())[: SHOWN.get(name, 0)]]
-    lines = [f"usage: {PROG} COMMAND [ARGUMENTS] [--OPTIONS]", "", description, "", _bold_heads(table), ""]
+    lines = [f"usage: {PROG} COMMAND [arguments] [--options]", "", description, "", _bold_heads(table), ""]
     lines += [_head("Options"), *_rows([("--help", "This list; after a command, its options."), *PROGRAM_OPTIONS])]
     return "\n".join([*lines, "", *_examples(examples)])
 
@@ -85,7 +82,7 @@ def command_help(
     parameters = [name for name in inspect.signature(command).parameters if name not in {g.parameter for g in groups}]
     own = [by_name[name] for name in parameters if name in by_name]
     positional = [action for action in own if not action.option_strings]
-    usage = " ".join([f"usage: {PROG} {name}", *(action.dest.upper() for action in positional), "[--OPTIONS]"])
+    usage = " ".join([f"usage: {PROG} {name}", *(action.dest for action in positional), "[--options]"])
     lines = [usage, "", *_paragraphs(description_of(command))]
     sections = [("Options", own, True)]
     for group in groups:
@@ -119,7 +116,7 @@ def _common_options(name: str, has_cache: bool, full: bool) -> list[tuple[str, s
 def _option(action: Action) -> str:
     """Return an option and what it takes, as `--budget N`."""
     if not action.option_strings:
-        return action.dest.upper()
+        return action.dest
     metavar = _metavar(action)
     return f"{spelled(action)} {metavar}".strip()
 
@@ -154,7 +151,7 @@ def _says(action: Action, full: bool) -> str:
     if not action.option_strings or "default" in text or default in (None, "==SUPPRESS==", "", False) or default == {}:
         return text
     shown = default if isinstance(default, str) else repr(default)
-    return f"{text.removesuffix('.')} (default: {shown})."
+    return f"{text} (default: {shown})"
 
 
 def _rows(rows: Iterable[tuple[str, str]]) -> list[str]:

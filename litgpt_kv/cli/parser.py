@@ -12,65 +12,18 @@ import dataclasses
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, NoReturn, get_args, get_origin
+from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_loader, set_parsing_settings
 
 from litgpt_kv import __version__, registry
-from litgpt_kv.arguments import Without
 from litgpt_kv.cli.commands import Entry, table
+from litgpt_kv.cli.groups import groups_of
 from litgpt_kv.cli.help import command_help, description_of, overview
 from litgpt_kv.cli.options import PROG, fail, load_yaml, normalise, read_options
 from litgpt_kv.cli.refusals import Refused, explain, file_of
-from litgpt_kv.config import KVCacheArgs, shown
-from litgpt_kv.llm.safe_load import one_line
-
-FLAT = ("SamplingArgs", "StoppingArgs", "RunArgs", "DeviceArgs", "ServeArgs")  # by name: a server's need torch
-
-
-@dataclass(frozen=True)
-class Group:
-    """A parameter of a command whose type is a class of arguments: each field of the class is an option."""
-
-    parameter: str
-    cls: type
-    default: Any
-    without: tuple[str, ...] = ()
-
-    @property
-    def prefix(self) -> str:
-        return "" if self.cls.__name__ in FLAT else f"{self.parameter}."
-
-    @property
-    def names(self) -> list[str]:
-        return [f.name for f in dataclasses.fields(self.cls) if f.name not in self.without]
-
-    def build(self, given: Mapping[str, Any]) -> Any:
-        """Return an instance with the values that the parser found; strategy `options` get the types of its fields."""
-        value = given.get(self.parameter)
-        if self.prefix and value is not None:
-            raise ValueError(f"{self.parameter} must be a mapping of options, got {shown(value)}.")
-        values = {name: given[self.prefix + name] for name in self.names if self.prefix + name in given}
-        if self.cls is KVCacheArgs and values:
-            check_names(values)
-            values["options"] = typed_options(values["strategy"], values["options"])
-        return dataclasses.replace(self.default, **values)
-
-
-def groups_of(command: Callable[..., Any]) -> list[Group]:
-    """Return the parameters of a command whose types are classes of arguments."""
-    found = []
-    for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
-        cls, without = parameter.annotation, ()
-        if get_origin(cls) is Annotated:
-            cls, *markers = get_args(cls)
-            without = next((marker.names for marker in markers if isinstance(marker, Without)), ())
-        if dataclasses.is_dataclass(cls):
-            default = cls() if parameter.default is inspect.Parameter.empty else parameter.default
-            found.append(Group(name, cls, default, without))
-    return found
+from litgpt_kv.config import shown
 
 
 class Parser(ArgumentParser):
@@ -101,75 +54,6 @@ def arguments_of(command: Callable[..., Any], found: Namespace) -> dict[str, Any
         if name not in arguments:
             arguments[name] = found[name]
     return arguments
-
-
-def check_names(values: Mapping[str, Any]) -> None:
-    """Look up strategies, storages and the attention kernel by name, before a model is loaded.
-
-    Raises:
-        ValueError: For an unknown name.
-    """
-    for kind, field in (("strategy", "strategy"), ("storage", "storage"), ("kernel", "attention")):
-        value = values.get(field)
-        for name in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(name, str) and (kind, name) != ("strategy", "none"):
-                registry.get(kind, name)
-
-
-def typed_options(strategy: str | list[str], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert the strategies' own options to the types of their fields.
-
-    Raises:
-        ValueError: For an unknown strategy or option, or a value of the wrong type.
-    """
-    names = strategy if isinstance(strategy, (list, tuple)) else [strategy]
-    if strategy == "none" or not options:
-        return dict(options)
-    takes = {name: registry.options("strategy", name) for name in names}
-    if unknown := [key for key in options if not any(key in own for own in takes.values())]:
-        fields = [f.name for f in dataclasses.fields(KVCacheArgs) if f.name not in ("strategy", "options")]
-        own = "; ".join(f"{name!r} {'also ' + ', '.join(t) if t else 'has no options'}" for name, t in takes.items())
-        every = f"Every strategy takes {', '.join(fields)}; {own}."
-        known = [*fields, *(key for keys in takes.values() for key in keys)]
-        hint = registry.did_you_mean(unknown[0], known)
-        raise ValueError(f"Unknown kv_cache option {', '.join(map(shown, unknown))}. {every}{hint}")
-    out = dict(options)
-    for name, own in takes.items():
-        out |= _typed(name, {key: value for key, value in options.items() if key in own})
-    return out
-
-
-def _typed(strategy: str, options: dict[str, Any]) -> dict[str, Any]:
-    if not options:
-        return {}
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(registry.get("strategy", strategy))
-    if opened := [name for name in options if is_open(parser, name)]:
-        raise ValueError(f"kv_cache {strategy!r}: {opened[0]} is not a number or text; it can be given in Python only.")
-    try:
-        return {k: v for k, v in parser.parse_object(options).as_dict().items() if k in options}
-    except Exception as error:  # argparse's and jsonargparse's error types differ between versions
-        raise ValueError(f"kv_cache {strategy!r}: {one_line(error)}") from error
-
-
-def is_open(parser: ArgumentParser, name: str) -> bool:
-    """Return whether jsonargparse may import code for an option: for all types but plain values and their lists."""
-    action = next((action for action in parser._actions if action.dest == name), None)
-    return not is_plain(getattr(action, "_typehint", None) or getattr(action, "type", None) or str)
-
-
-def is_plain(hint: Any) -> bool:
-    """Return whether a type has only plain values: numbers, texts, and lists and mappings of these."""
-    if hint in (bool, int, float, str, None, type(None)) or hint is Ellipsis:
-        return True
-    origin, inner = get_origin(hint), get_args(hint)
-    if getattr(origin, "__name__", "") == "Literal":
-        return True
-    return bool(inner) and origin is not type and not _is_callable(origin) and all(map(is_plain, inner))
-
-
-def _is_callable(origin: Any) -> bool:
-    return getattr(origin, "__name__", "") == "Callable"
 
 
 def flags_of(commands: Mapping[str, Callable[..., Any]]) -> set[str]:
@@ -268,7 +152,9 @@ def _about_the_program(commands: Mapping[str, Callable[..., Any]], description: 
     if args and args[0].startswith("--print"):
         from litgpt_kv.cli.completion import completion
 
-        return completion(commands, args[1] if len(args) > 1 else "")
+        options = {name: options_of(build_parser(commands, "", name), name) for name in commands}
+        summaries = {name: entry.summary for name, entry in getattr(commands, "entries", {}).items()}
+        return completion(options, summaries, args[1] if len(args) > 1 else "")
     entries = getattr(commands, "entries", None)
     if entries is None:
         entries = {name: Entry("", description_of(command).partition("\n")[0]) for name, command in commands.items()}

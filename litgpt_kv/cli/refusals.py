@@ -71,7 +71,7 @@ def _unknown(arguments: Sequence[str], who: str, known: Mapping[str, Action]) ->
 
 
 def _positionals(known: Mapping[str, Action]) -> str:
-    names = [name.upper() for name, action in known.items() if not action.option_strings]
+    names = [name for name, action in known.items() if not action.option_strings]
     taken = " and ".join(names)
     return f"beside {taken}, values follow an option" if names else "it has options only"
 
@@ -80,7 +80,7 @@ def _spelled(name: str, known: Mapping[str, Action]) -> str:
     action = known.get(name)
     if action is not None and not action.option_strings:
         text = (action.help or "").split(". ")[0].rstrip(".")
-        return f"{name.upper()}" + (f" ({text})" if text else "")
+        return name + (f" ({text})" if text else "")
     return f"--{name.replace('_', '-')}"
 
 

@@ -6,10 +6,10 @@ import logging
 from typing import Annotated, Any
 
 from litgpt_kv.arguments import DeviceArgs, RunArgs, StoppingArgs, Without
+from litgpt_kv.cli.groups import typed_options
 from litgpt_kv.cli.loading import load
 from litgpt_kv.cli.options import cache_fields
 from litgpt_kv.cli.output import Output
-from litgpt_kv.cli.parser import typed_options
 from litgpt_kv.config import KVCacheArgs, OptionValue, SamplingArgs, shown
 from litgpt_kv.serve.settings import ServeArgs
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-import litgpt_kv.__main__ as program  # imported once: every case is a fork
+import litgpt_kv.__main__ as program
 
 GOOD_CODES = (0, 1, 2, 130)
 PATIENCE = 150.0  # seconds after which a case hangs; on a busy machine a run of several processes takes 60
@@ -28,6 +28,7 @@ FAULTS = "faults"
 CANARY = "a-command-ran"  # the file that hostile input tries to make
 
 torch.set_num_threads(1)
+COMMANDS = dict(program.COMMANDS)  # imports them all, once: every case is a fork
 
 
 @dataclass

@@ -16,7 +16,8 @@ from litgpt_kv import KVCacheArgs, SamplingArgs
 from litgpt_kv.__main__ import COMMANDS, main
 from litgpt_kv.arguments import DeviceArgs, RunArgs, StoppingArgs, Without, cores
 from litgpt_kv.benchmark.decode import Shape
-from litgpt_kv.cli.parser import build_parser, is_plain, one_line_errors, parse
+from litgpt_kv.cli.groups import is_plain
+from litgpt_kv.cli.parser import build_parser, one_line_errors, parse
 
 GROUPS = (SamplingArgs, StoppingArgs, KVCacheArgs, RunArgs, DeviceArgs)
 OTHERS = {"strategy": "sink", "stop": ["a", "b"], "storage": "plain", "positions": "cache", "options": None}
@@ -83,12 +84,12 @@ def test_every_field_is_an_option_and_a_yaml_key(cls: type, field: dataclasses.F
 
 def test_help_shows_every_field_with_its_line(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
-        main(["generate", "--help"])
+        main(["generate", "--help-all"])
     text = " ".join(capsys.readouterr().out.split())
     for cls in GROUPS:
         for field in dataclasses.fields(cls):
             option = ("--kv-cache." if cls is KVCacheArgs else "--") + field.name.replace("_", "-")
-            assert f"{option} " in text
+            assert f"{option.removesuffix('.strategy')} " in text
             if "options" not in field.name:
                 line = cls.__doc__.split(f"{field.name}: ")[1].split("\n")[0].strip()
                 assert line[:30] in text, (field.name, line)
@@ -199,7 +200,7 @@ def test_limits(flags: list[str], says: str, capsys: pytest.CaptureFixture) -> N
         ("kv_cache: [h2o]", "kv_cache must be a mapping of options, got ['h2o']"),
         ("kv_cache: {budget: {a: b}}", "--kv-cache.budget cannot be {'a': 'b'}"),
         ("kv_cache: {options: 3}", "--kv-cache.options cannot be 3"),
-        ("max_new_tokens: ten", "--max-new-tokens cannot be ten; see --help"),
+        ("max_new_tokens: ten", "a.yaml: --max-new-tokens cannot be ten: it must be a whole number; see --help"),
         ("promt: a", "promt"),
         ("a text", "a text"),
         ("", "config"),

@@ -88,7 +88,7 @@ def test_the_table(capsys: pytest.CaptureFixture) -> None:
 def test_another_cache_and_a_checkpoint(capsys: pytest.CaptureFixture) -> None:
     main(["plan", "demo", "--devices", "8", "--context", "500", "--kv-cache", "sink", "--kv-cache.budget", "64"])
     out = capsys.readouterr().out
-    assert "sink 64 GB" in out and "of 500 tokens" in out
+    assert "sink 64 MB" in out and out.splitlines()[1].startswith("MB (10^6 bytes)") and "of 500 tokens" in out
     assert "'litgpt-kv-demo' has 6 heads: 1 to 6 devices can share it, not 8." in out
     assert "6 layers can be laid over 1 to 6 devices, not 8." in out
 
@@ -98,6 +98,7 @@ def test_another_cache_and_a_checkpoint(capsys: pytest.CaptureFixture) -> None:
     [
         (["demo", "--context", "0"], "context must be at least 1, got 0"),
         (["no-such-model"], "no checkpoint folder 'no-such-model'"),
+        (["EleutherAI/pythia-14n"], "'demo' is shipped. Did you mean 'pythia-14m'?"),
         (["demo", "--devices", "0"], "devices must be at least 1, got 0"),
         (["demo", "--precision", "8-bit"], "precision must be one of"),
     ],
@@ -107,6 +108,14 @@ def test_what_is_refused(capsys: pytest.CaptureFixture, flags: list[str], messag
         main(["plan", *flags])
     assert end.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_names_with_the_organisation(capsys: pytest.CaptureFixture) -> None:
+    tables = []
+    for name in ("pythia-14m", "EleutherAI/pythia-14m"):
+        main(["plan", name, "--devices", "1"])
+        tables.append(capsys.readouterr().out)
+    assert tables[0] == tables[1] and "one device             1     28.17" in tables[0]
 
 
 def test_a_stream_past_the_context_has_no_dense_cache(capsys: pytest.CaptureFixture) -> None:

@@ -5,6 +5,7 @@ The folders are made here with transformers, small and random, sharded with an i
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import shutil
@@ -145,9 +146,9 @@ def test_litgpts_commands_are_litgpts(capsys: pytest.CaptureFixture) -> None:
     from litgpt.__main__ import PARSER_DATA
 
     litgpt_commands = {name: command for name, command in COMMANDS.items() if command.__module__.startswith("litgpt.")}
-    assert litgpt_commands == {
-        n: PARSER_DATA[n] for n in ("download", "convert_to_litgpt", "convert_from_litgpt", "merge_lora")
-    }
+    assert litgpt_commands == {n: PARSER_DATA[n] for n in ("download", "convert_from_litgpt", "merge_lora")}
+    own, its = (inspect.signature(table["convert_to_litgpt"]) for table in (COMMANDS, PARSER_DATA))
+    assert {p.name: p.default for p in own.parameters.values()} == {p.name: p.default for p in its.parameters.values()}
     for name in litgpt_commands:
         with pytest.raises(SystemExit) as end:
             main([name, "--help"])
