@@ -6,11 +6,13 @@ The names of `__all__` are imported when they are first used: `litgpt_kv --help`
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+TYPE_CHECKING = False  # type checkers know this name; importing typing takes time
 if TYPE_CHECKING:
+    from typing import Any
+
     from litgpt_kv.attention.kernels import Kernel
     from litgpt_kv.cache.kv_cache import KVCache
     from litgpt_kv.cache.storage.base import Storage

@@ -1,6 +1,9 @@
 """`litgpt_kv`, or `python -m litgpt_kv`."""
 
-from litgpt_kv.cli.commands import Commands, Entry, quiet_interrupts
+from litgpt_kv.cli.interrupts import QuietInterrupts
+
+with QuietInterrupts():
+    from litgpt_kv.cli.commands import Commands, Entry
 
 RUN, MEASURE, CONVERT = "Generate text", "Choose and measure caches", "Get and convert checkpoints"
 COMMANDS = Commands(
@@ -36,7 +39,7 @@ DESCRIPTION = "Key/value caches for litgpt's models. litgpt_kv COMMAND --help sh
 
 def main(args: list[str] | None = None) -> None:
     """Run a command."""
-    with quiet_interrupts():
+    with QuietInterrupts():
         from litgpt_kv.cli.parser import one_line_errors, parse
     with one_line_errors():
         command, arguments = parse(COMMANDS, DESCRIPTION, args)

@@ -5,13 +5,12 @@ A command's module is imported when the command is used: the list of commands ne
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from litgpt_kv.cli.interrupts import QuietInterrupts
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Commands(Mapping[str, Callable[..., Any]]):
 
     def __getitem__(self, name: str) -> Callable[..., Any]:
         module, _, function = self.entries[name].function.partition(":")
-        with quiet_interrupts():
+        with QuietInterrupts():
             return getattr(importlib.import_module(module), function)
 
     def __iter__(self) -> Iterator[str]:
@@ -52,20 +51,6 @@ class Commands(Mapping[str, Callable[..., Any]]):
 
     def __contains__(self, name: object) -> bool:
         return name in self.entries
-
-
-@contextlib.contextmanager
-def quiet_interrupts() -> Iterator[None]:
-    """End the process at once, without a traceback, if Ctrl-C is pressed during imports; they take seconds."""
-    usual = signal.default_int_handler
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not usual:
-        yield
-        return
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, usual)
 
 
 def table(entries: Mapping[str, Entry]) -> str:
