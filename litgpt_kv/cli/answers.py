@@ -9,7 +9,7 @@ import sys
 from array import array
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -81,7 +81,7 @@ class Answers:
         path: The file; None or "-" is standard output.
         resume: Continue a file that exists.
         run: A digest of the settings (`digest_of`); a file that was written with other settings is not continued.
-        names: The names of these settings, for the message.
+        defaults: The settings' defaults, for the message.
 
     Attributes:
         before: The answers of an earlier run.
@@ -93,8 +93,8 @@ class Answers:
             written, or if another run is writing it.
     """
 
-    def __init__(self, path: str | None, resume: bool = False, run: str = "", names: Iterable[str] = ()) -> None:
-        self.path, self.run, self.names = None if path in (None, "-") else Path(path), run, list(names)
+    def __init__(self, path: str | None, resume: bool = False, run: str = "", defaults: Mapping[str, Any] = {}) -> None:
+        self.path, self.run, self.defaults = None if path in (None, "-") else Path(path), run, defaults
         self.before, self.added, self.matched = AnswerIndex(), 0, 0
         self.parallel: ParallelStrategy | None = None
         self._made = AnswerIndex()  # by this run
@@ -301,8 +301,8 @@ class Answers:
                 file.seek(self.before.offsets[i])
                 record = _decoded(file.readline())
         if record.get("prompt") == prompt:
-            names = ", ".join(differing(record.get("run", ""), self.run, self.names))
-            what = f" ({names})" if names else ""
+            settings = "; ".join(differing(record.get("run", ""), self.run, self.defaults))
+            what = f" ({settings})" if settings else ""
             return f"{self.path} was made with other settings{what}: use the same ones, or give --out another name."
         was = f": line {key[0]} was {record['prompt']!r:.60}" if record else ""
         return f"{self.path} has answers to other prompts{was}."

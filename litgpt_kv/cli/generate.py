@@ -80,7 +80,9 @@ def generate(
         defaults = TextRequest(sys_prompt=sys_prompt, stopping=stopping, sampling=sampling)
         file = PromptFile(prompts, defaults)
         settings = answer_settings(checkpoint_dir, defaults, args, run, device, num_samples)
-        answers = Answers(out, resume, digest_of(settings), settings)
+        usual = TextRequest(sampling=CLI_SAMPLING)
+        usual_settings = answer_settings("", usual, KVCacheArgs(), RunArgs(), DeviceArgs(), 1) | {"import": []}
+        answers = Answers(out, resume, digest_of(settings, usual_settings), usual_settings)
         _answer(load(checkpoint_dir, device), file, answers, args, run, num_samples, json)
         return
     prompt = QUESTION if prompt is None else prompt

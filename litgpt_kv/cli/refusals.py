@@ -41,8 +41,8 @@ def explain(
     text = " ".join(message.split())
     who = command or "The program"
     if found := re.search(r'[Kk]ey "([^"]+)" is required', text):
-        name = found[1].rpartition(".")[2]
-        return f"{who} needs {_spelled(name, known)}.{_see(command)}"
+        missing = _missing(known, args, configs) or [found[1].removeprefix(f"{command}.")]
+        return f"{who} needs {' and '.join(_spelled(name, known) for name in missing)}.{_see(command)}"
     if found := re.match(r"Unrecognized arguments: (.*)", text):
         return f"{_unknown(found[1].split(), who, known)}{_see(command)}"
     if found := re.search(r"does not accept nested key '([^']+)'", text):
@@ -74,6 +74,13 @@ def _positionals(known: Mapping[str, Action]) -> str:
     names = [name for name, action in known.items() if not action.option_strings]
     taken = " and ".join(names)
     return f"beside {taken}, values follow an option" if names else "it has options only"
+
+
+def _missing(known: Mapping[str, Action], args: Sequence[str], configs: Configs) -> list[str]:
+    """Return the options that must be given and are not; [] if it is a positional argument that is missing."""
+    needed = [name for name, action in known.items() if action.option_strings and getattr(action, "_required", False)]
+    given = {arg.partition("=")[0].removeprefix("--") for arg in args}
+    return [name for name in needed if name not in given and not any(_has(data, name) for _, data in configs)]
 
 
 def _spelled(name: str, known: Mapping[str, Action]) -> str:

@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
 
-
-def digest_of(settings: Mapping[str, Any]) -> str:
-    """Return 8 digits for all settings, then a character for each, in their order.
-
-    The digits say whether all are the same, the characters which ones differ.
-    """
-    characters = "".join(base64.urlsafe_b64encode(_hashed(value)).decode()[0] for value in settings.values())
-    return f"{_hashed(dict(settings)).hex()[:8]}-{characters}"
+LONGEST = 40  # characters of a value; a longer one is replaced by a digest
 
 
-def differing(before: str, now: str, names: list[str]) -> list[str]:
-    """Return the names of the settings that differ between two digests; [] if that cannot be said.
+def digest_of(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+    """Return 8 digits for all settings, then those that are not the defaults, as JSON."""
+    own = {name: _short(value) for name, value in settings.items() if value != defaults.get(name)}
+    return f"{_hashed(dict(settings))[:8]} {json.dumps(own)}"
 
-    One difference in 64 is overlooked: a character has six bits.
-    """
-    (_, _, old), (_, _, new) = before.partition("-"), now.partition("-")
-    if not len(old) == len(new) == len(names):  # another version of this package made the file
+
+def differing(before: str, now: str, defaults: Mapping[str, Any]) -> list[str]:
+    """Return the settings that differ between two digests, as "top_k 50, now 9"; [] if that cannot be said."""
+    try:
+        old, new = (json.loads(text.partition(" ")[2]) for text in (before, now))
+    except ValueError:  # another version of this package made the file
         return []
-    return [name for name, a, b in zip(names, old, new) if a != b]
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return []
+    known = {name: _short(value) for name, value in defaults.items()}
+    old, new = known | old, known | new
+    names = [name for name in old | new if old.get(name) != new.get(name)]
+    return [f"{name} {_shown(old.get(name))}, now {_shown(new.get(name))}" for name in names]
 
 
-def _hashed(value: Any) -> bytes:
-    return hashlib.sha256(json.dumps(value).encode()).digest()
+def _short(value: Any) -> Any:
+    text = json.dumps(value)
+    return value if len(text) <= LONGEST else f"#{_hashed(value)[:6]}"
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _hashed(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
