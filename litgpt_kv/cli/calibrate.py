@@ -21,7 +21,7 @@ from litgpt_kv.calibrate import (
 from litgpt_kv.calibrate.centres import FIRST
 from litgpt_kv.cli.loading import load
 from litgpt_kv.config import shown
-from litgpt_kv.disk import check_target
+from litgpt_kv.disk import check_target, reason
 from litgpt_kv.llm.llm import LLM
 
 ONE_DEVICE = Without("devices", "num_nodes", "generate_strategy", "compile")
@@ -65,7 +65,7 @@ def calibrate(
     try:
         whole = Path(text).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise ValueError(f"The text {text!r} cannot be read: {error}.") from error
+        raise ValueError(f"The text {text!r} cannot be read: {reason(error)}.") from error
     llm = load(checkpoint_dir, device)
     ids = llm.encode_text(whole)[:max_tokens].tolist()
     size = min(length, llm.model.max_seq_length)

@@ -6,6 +6,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from litgpt.config import name_to_config
 from litgpt.scripts.convert_hf_checkpoint import convert_hf_checkpoint
@@ -53,21 +54,31 @@ def convert_to_litgpt(
         name, named = config_of(data, folder.name)
     elif data is not None:
         check_sizes(data, name_to_config[name], str(config_file), name)
-    print(
-        f"The config is litgpt's {name}." if named is None else f"The config is made of {config_file}.", file=sys.stderr
-    )
-    with _known(name, named):
-        convert_hf_checkpoint(folder, model_name=name, dtype=dtype, debug_mode=debug_mode)
+    new = [path for path in (folder / WEIGHTS, folder / "model_config.yaml") if not path.exists()]
+    try:
+        with _known(name, named):
+            convert_hf_checkpoint(folder, model_name=name, dtype=dtype, debug_mode=debug_mode)
+        _check(folder, name, data)
+    except BaseException:  # half a checkpoint would look like one
+        for path in new:
+            path.unlink(missing_ok=True)
+        raise
+    source = f"litgpt's {name}" if named is None else f"made of {config_file}"
+    print(f"The config is {source}. Try: litgpt_kv chat {folder}", file=sys.stderr)
+
+
+def _check(folder: Path, name: str, data: dict[str, Any] | None) -> None:
+    """Check the weights that were written against the config.
+
+    Raises:
+        ValueError: If they do not fit; the message has the names of configs of the right sizes.
+    """
     try:
         check_fit(folder / WEIGHTS, load_config(folder), read_weights(folder / WEIGHTS))
     except ValueError as error:
-        for made in (folder / WEIGHTS, folder / "model_config.yaml"):
-            made.unlink(missing_ok=True)
         others = [] if data is None else same_sizes(data)
         hint = f" Configs of these sizes: {', '.join(others[:5])}." if others else ""
         raise ValueError(f"{error} The config {name!r} is another model's.{hint}") from error
-    source = f"litgpt's {name}" if named is None else f"made of {config_file}"
-    print(f"The config is {source}. Try: litgpt_kv chat {folder}", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from litgpt_kv.arguments import DeviceArgs, Without, check_count
 from litgpt_kv.cli.loading import load
 from litgpt_kv.config import KVCacheArgs, shown
-from litgpt_kv.disk import write_text
+from litgpt_kv.disk import reason, write_text
 from litgpt_kv.evaluate import fidelity
 from litgpt_kv.evaluate.answering import answer
 from litgpt_kv.evaluate.candidates import Candidate, candidates
@@ -153,7 +153,7 @@ def read_file(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise ValueError(f"The text {path!r} cannot be read: {error}.") from error
+        raise ValueError(f"The text {path!r} cannot be read: {reason(error)}.") from error
 
 
 def read(llm: LLM, results: Results, compared: list[Candidate], text: str) -> None:

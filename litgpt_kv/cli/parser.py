@@ -95,7 +95,7 @@ def parse(
     args = [*args[1:], "--help"] if args[:1] == ["help"] and "help" not in commands else args
     if not args or args[0] in ("--help", "-h", "--version", "--print-completion", "--print_completion"):
         _print(_about_the_program(commands, description, args))
-    if not args[0].startswith("-") and args[0] not in commands:
+    if (args[0] == "-" or not args[0].startswith("-")) and args[0] not in commands:
         hint = registry.did_you_mean(args[0], commands)
         fail(f"There is no command {shown(args[0])}.{hint} {PROG} --help lists all.")
     only = _command_of(args, commands)
@@ -185,4 +185,10 @@ def one_line_errors() -> Iterator[None]:
     except MemoryError:
         fail("There is not enough memory for this.")
     except (ValueError, OSError) as error:
-        fail(str(error))
+        fail(_plain(error))
+
+
+def _plain(error: ValueError | OSError) -> str:
+    """Return an error's message; that of a file as "PATH: reason"."""
+    name, why = getattr(error, "filename", None), getattr(error, "strerror", None)
+    return f"{name}: {why}." if name and why else str(error)

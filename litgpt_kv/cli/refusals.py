@@ -43,8 +43,11 @@ def explain(
     if found := re.search(r'[Kk]ey "([^"]+)" is required', text):
         missing = _missing(known, args, configs) or [found[1].removeprefix(f"{command}.")]
         return f"{who} needs {' and '.join(_spelled(name, known) for name in missing)}.{_see(command)}"
-    if found := re.match(r"Unrecognized arguments: (.*)", text):
+    if found := re.match(r"Unrecognized arguments: ?(.*)", text):
         return f"{_unknown(found[1].split(), who, known)}{_see(command)}"
+    if found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", text):
+        hint = did_you_mean(found[1], re.findall(r"[\w-]+", found[2]))
+        return f"There is no command {shown(found[1])}.{hint} litgpt_kv --help lists all."
     if found := re.search(r"does not accept nested key '([^']+)'", text):
         key = found[1]
         where = next((path for path, data in configs if _has(data, key)), None)
@@ -61,7 +64,7 @@ def explain(
 
 
 def _unknown(arguments: Sequence[str], who: str, known: Mapping[str, Action]) -> str:
-    first = next((a for a in arguments if a.startswith("-")), arguments[0])
+    first = next((a for a in arguments if a.startswith("-")), arguments[0] if arguments else "")
     option = first.partition("=")[0]
     if not option.startswith("-"):
         return f"{who} does not take {shown(first)}: {_positionals(known)}."
@@ -127,6 +130,7 @@ def describe(hint: Any) -> str:
     """Return the values of a type in words: `int | None` is "a whole number or null"; "" if that is not known."""
     parts = [part for part in _flat(hint) if part is not type(None)]
     words = [word for word in dict.fromkeys(map(_words, parts)) if word]
+    words = [word for word in words if not (word == PLAIN[int] and PLAIN[float] in words)]
     if len(words) < len(set(map(str, parts))) and not words:
         return ""
     if type(None) in _flat(hint):
@@ -150,6 +154,7 @@ def _words(hint: Any) -> str:
     if origin is dict:
         return "a mapping"
     if origin is not None and getattr(origin, "__name__", "") in ("list", "Sequence", "tuple"):
-        inner = [MANY[part] for part in _flat(get_args(hint)[0]) if part in MANY]
+        kinds = _flat(get_args(hint)[0])
+        inner = [MANY[kind] for kind in kinds if kind in MANY and not (kind is int and float in kinds)]
         return f"a list of {' or '.join(inner)}, [a, b]," if inner else "a list"
     return ""

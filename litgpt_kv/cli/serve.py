@@ -6,7 +6,7 @@ import logging
 from typing import Annotated, Any
 
 from litgpt_kv.arguments import DeviceArgs, RunArgs, StoppingArgs, Without
-from litgpt_kv.cli.groups import typed_options
+from litgpt_kv.cli.groups import check_names, typed_options
 from litgpt_kv.cli.loading import load
 from litgpt_kv.cli.options import cache_fields
 from litgpt_kv.cli.output import Output
@@ -77,6 +77,7 @@ def named_caches(default: KVCacheArgs, others: dict[str, Any]) -> dict[str, KVCa
             args = KVCacheArgs(**fields)
         except TypeError as error:
             raise ValueError(f"The cache {name!r}: {error}") from error
+        check_names(fields)
         if args.options:
             args = KVCacheArgs(**{**fields, "options": typed_options(args.strategy, args.options)})
         named[name] = KVCacheArgs.of(args)

@@ -25,7 +25,7 @@ def talk(chat: Chat, multiline: bool = False) -> int:
     """Answer turns from standard input until it ends. Replies go to standard output, all else to standard error.
 
     Returns:
-        How many turns and commands were refused.
+        How many turns were refused.
     """
     refused: list[str] = []
     _say(f"Now chatting with {chat.llm.config.name}. {HELP}")
@@ -35,7 +35,7 @@ def talk(chat: Chat, multiline: bool = False) -> int:
         if text.strip() in ("/quit", "/exit"):
             break
         elif text.startswith("/") and text[1:].strip().isalpha():  # one word; anything longer is a question
-            refused += [] if _command(chat, text.strip()) else [text]
+            _command(chat, text.strip())
         elif text.strip():
             refused += [] if _reply(chat, text) else [text]
     return len(refused)
@@ -78,8 +78,7 @@ def read_turn(multiline: bool, refused: list[str] | None = None) -> str | None:
             return "\n".join([*lines, line])
 
 
-def _command(chat: Chat, text: str) -> bool:
-    """Run a command; return whether there is such a command."""
+def _command(chat: Chat, text: str) -> None:
     if text == "/reset":
         chat.reset()
         _say("A new conversation starts.")
@@ -89,8 +88,6 @@ def _command(chat: Chat, text: str) -> bool:
     else:
         hint = did_you_mean(text.split()[0], ["/reset", "/cache", "/quit"])
         _say(f"There is no command {text.split()[0]}.{hint} {HELP}")
-        return False
-    return True
 
 
 def _reply(chat: Chat, text: str) -> bool:

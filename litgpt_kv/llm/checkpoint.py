@@ -52,6 +52,8 @@ def find(name: str | Path) -> Path:
     if str(name) == "demo":
         return DEMO
     where = f"There is no checkpoint folder {str(name)!r:.200} (nor checkpoints/{name!s:.200}); 'demo' is shipped."
+    if not str(name).strip():
+        raise ValueError(where)
     try:
         folder = extend_checkpoint_dir(Path(name))
         found, is_file = folder.is_dir(), folder.is_file()

@@ -154,7 +154,7 @@ def test_resume_says_which_settings_differ(capsys: pytest.CaptureFixture, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("turns", "code"), [("x = 1\n", 0), ("/nothing\nx = 1\n", 1), ("x " * 300 + "\nx = 1\n", 1), ("/cache\n/quit\n", 0)]
+    ("turns", "code"), [("x = 1\n", 0), ("/nothing\nx = 1\n", 0), ("x " * 300 + "\nx = 1\n", 1), ("/cache\n/quit\n", 0)]
 )
 def test_a_piped_chat_that_refused_a_turn_does_not_end_with_0(
     turns: str, code: int, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
