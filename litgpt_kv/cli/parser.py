@@ -1,8 +1,8 @@
 """Parse the command line: a command is a function, and the parameters of the function are its options.
 
 If the type of a parameter is a dataclass of arguments, every field of the class is an option: without a prefix
-(`--temperature`) for the classes in `groups.FLAT`, with the parameter's name as prefix (`--kv-cache.budget`) for others. A new
-field of such a class is a new option, YAML key and line of help in every command that takes the class.
+(`--temperature`) for the classes in `groups.FLAT`, with the parameter's name as prefix (`--kv-cache.budget`) for
+others. A new field of such a class is a new option, YAML key and line of help in every command that takes the class.
 """
 
 from __future__ import annotations

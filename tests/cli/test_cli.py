@@ -12,8 +12,8 @@ import torch
 
 from litgpt_kv import LLM, registry
 from litgpt_kv.__main__ import main
-from litgpt_kv.cli.options import cache_fields, fail, normalise
 from litgpt_kv.cli.groups import typed_options
+from litgpt_kv.cli.options import cache_fields, fail, normalise
 from litgpt_kv.cli.strategies import describe
 from litgpt_kv.llm.checkpoint import DEMO
 from litgpt_kv.parallel import PARALLEL_STRATEGIES

@@ -251,7 +251,9 @@ def test_the_command(llm: LLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert "keeps 9 of 13 tokens" in err
     assert "keeps 0 of 0 tokens" in err
     assert "There is no command /nonsense" in err
-    out, err = talk("def f(x):\n" + "y" * 2000 + "\nx\n", "--max-new-tokens", "8", **io_)
+    with pytest.raises(SystemExit, match="1"):  # a script must know that a turn was refused
+        talk("def f(x):\n" + "y" * 2000 + "\nx\n", "--max-new-tokens", "8", **io_)
+    out, err = capsys.readouterr()
     assert "do not fit" in err
     assert out.count("\n") >= 2, "the conversation goes on after a turn that was too long"
 
