@@ -17,8 +17,11 @@ LONG_PROMPT = 1000  # tokens of all prompts, from which reading them may take a 
 
 
 @contextlib.contextmanager
-def loading(name: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function that shows how many bytes of how many are loaded."""
+def loading(name: str) -> Iterator[Callable[[int, int], None] | None]:
+    """Yield a function that shows how many bytes of how many are loaded; None if there is no terminal."""
+    if not sys.stderr.isatty():  # a bar starts a thread, even one that is not shown
+        yield None
+        return
     bar = _bar(f"Loading {name}", None, unit="B", unit_scale=True)
 
     def show(done: int, total: int) -> None:
