@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from litgpt_kv.arguments import DeviceArgs, RunArgs, StoppingArgs, Without
 from litgpt_kv.cli.groups import check_names, typed_options
-from litgpt_kv.cli.loading import load
+from litgpt_kv.cli.loading import budget_note, load
 from litgpt_kv.cli.options import cache_fields
 from litgpt_kv.cli.output import Output
 from litgpt_kv.config import KVCacheArgs, OptionValue, SamplingArgs, shown
@@ -54,6 +54,8 @@ def serve(
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     logging.getLogger("litgpt_kv.serve").setLevel(logging.INFO)
     llm = load(checkpoint_dir, device)
+    for note in filter(None, map(budget_note, named.values())):
+        Output.of(llm).note(note)
     server = Server(llm, named, settings, sampling=sampling, stopping=stopping, run=run)
     Output.of(llm).note(f"Listening on {server.url}, caches: {', '.join(named)}.")
     server.run()
