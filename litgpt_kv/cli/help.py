@@ -27,13 +27,13 @@ COMMON = {  # the options of classes that the short help shows
     *("batch_size", "prefill", "precision", "accelerator", "devices", "quantize", "compile"),
     *("host", "port", "rows", "max_tokens", "api_key"),
 }
-TITLES = {
+TITLES = {  # in this order
+    "KVCacheArgs": "What the cache keeps",
+    "ServeArgs": "How the server answers",
     "StoppingArgs": "When a text ends",
     "SamplingArgs": "How tokens are chosen",
-    "KVCacheArgs": "What the cache keeps",
     "RunArgs": "How prompts are read",
     "DeviceArgs": "Where it runs",
-    "ServeArgs": "How the server answers",
     "Shape": "The shape of a random model",
 }
 SHOWN = {"generate": 4, "chat": 1, "serve": 1, "strategies": 2, "plan": 1, "evaluate": 1, "download": 1}  # examples
@@ -85,7 +85,8 @@ def command_help(
     usage = " ".join([f"usage: {PROG} {name}", *(action.dest for action in positional), "[--options]"])
     lines = [usage, "", *_paragraphs(description_of(command))]
     sections = [("Options", own, True)]
-    for group in groups:
+    order = list(TITLES)
+    for group in sorted(groups, key=lambda g: order.index(g.cls.__name__) if g.cls.__name__ in order else len(order)):
         found = [by_name[group.prefix + field] for field in group.names if group.prefix + field in by_name]
         sections.append((TITLES.get(group.cls.__name__, (group.cls.__doc__ or "").partition("\n")[0]), found, False))
     for title, members, is_own in sections:
@@ -135,6 +136,8 @@ def _metavar(action: Action) -> str:
     if name in NAMES:
         return NAMES[name]
     parts = [part for part in get_args(hint) if part is not type(None)] or [hint]
+    if parts == [bool]:
+        return ""
     for part in parts:
         if (get_origin(part) or part) in METAVARS:
             return METAVARS[get_origin(part) or part]
