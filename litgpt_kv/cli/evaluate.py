@@ -24,7 +24,7 @@ from litgpt_kv.evaluate.tasks import examples as examples_of
 from litgpt_kv.llm.llm import LLM
 
 MOST = 1_000_000  # of everything that is counted
-ONE_DEVICE = Without("devices", "num_nodes", "generate_strategy", "quantize", "compile")
+ONE_DEVICE = Without("devices", "num_nodes", "generate_strategy", "compile")
 QUESTIONS = {"seen": ("seen",), "unseen": ("unseen",), "both": ("unseen", "seen")}
 
 

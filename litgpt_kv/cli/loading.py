@@ -10,6 +10,7 @@ from litgpt_kv.arguments import DeviceArgs
 from litgpt_kv.cli.output import Output
 from litgpt_kv.config import SamplingArgs
 from litgpt_kv.llm.llm import LLM
+from litgpt_kv.model.quantized import describe_refused
 
 CLI_SAMPLING = SamplingArgs(temperature=None, top_k=50, seed=1234)  # litgpt's defaults on the command line
 SMALL_MODEL = 20_000_000  # a model with fewer weights runs fastest on one CPU thread
@@ -30,6 +31,8 @@ def load(checkpoint_dir: str, device: DeviceArgs) -> LLM:
         where = device.accelerator, device.devices, device.num_nodes, device.precision, device.generate_strategy
         llm.distribute(*where, check_weights=device.check_weights)
     Output.of(llm).note(f"Loaded {checkpoint_dir} on {llm.fabric.device} in {time.perf_counter() - began:.2f} s.")
+    if not device.many and llm.model.unquantized:
+        Output.of(llm).note(describe_refused(llm.model.unquantized))
     threads = device.threads
     if threads is None and llm.fabric.device.type == "cpu":
         threads = 1 if sum(p.numel() for p in llm.model.parameters()) < SMALL_MODEL else None

@@ -18,9 +18,10 @@ from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.config import shown
 from litgpt_kv.llm.check_config import read_config
 from litgpt_kv.llm.check_weights import check_fit, check_memory, check_tables, read_weights
-from litgpt_kv.llm.quantize import quantizer
+from litgpt_kv.llm.quantize import OWN, check_own, quantizer
 from litgpt_kv.llm.safe_load import MAX_BYTES, one_line, read_json, read_text, read_yaml
 from litgpt_kv.llm.turns import Turns
+from litgpt_kv.model.quantized import to_int8
 
 DEMO = Path(__file__).parents[1] / "demo"
 ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps")
@@ -75,7 +76,9 @@ def precision_for(precision: str | None, accelerator: str) -> str:
 
 def fabric_for(precision: str | None, accelerator: str = "auto", quantize: str | None = None) -> L.Fabric:
     """Build a Fabric for one device, in the precision of `precision_for` or with quantized weights."""
-    if quantize is not None:
+    if quantize in OWN:
+        check_own(quantize, precision)
+    elif quantize is not None:
         return L.Fabric(accelerator="cuda", devices=1, plugins=quantizer(quantize, precision, accelerator))
     precision = precision_for(precision, accelerator)
     try:
@@ -94,8 +97,13 @@ def load_weights(folder: Path) -> dict[str, torch.Tensor]:
     return read_weights(folder / WEIGHTS)
 
 
-def load_model(folder: Path, config: Config, fabric: L.Fabric) -> GPT:
+def load_model(folder: Path, config: Config, fabric: L.Fabric, quantize: str | None = None) -> GPT:
     """Load the model of a checkpoint onto the fabric's device, in its precision and in inference mode.
+
+    Args:
+        folder: Of the checkpoint. config: Its config. fabric: See `fabric_for`.
+        quantize: One of `quantize.OWN`: each layer is quantized when its weight is read from the file, so the float
+            weights of no more than one layer are in memory. Other names are the fabric's business.
 
     Raises:
         ValueError: If the weights are damaged, do not fit the config, or are larger than a CPU's memory.
@@ -104,9 +112,12 @@ def load_model(folder: Path, config: Config, fabric: L.Fabric) -> GPT:
     parameters = check_fit(folder / WEIGHTS, config, weights)
     if fabric.device.type == "cpu":
         with fabric.init_tensor():
-            check_memory(config, parameters * torch.get_default_dtype().itemsize)
+            size = 1 if quantize in OWN else torch.get_default_dtype().itemsize
+            check_memory(config, parameters * size)
     with fabric.init_module(empty_init=True):
-        model = GPT(config)
+        model = GPT(config)  # on a CPU, memory that is never written is never taken
+    if quantize in OWN:
+        model.unquantized = to_int8(model, empty=True)
     check_tables(model, folder / "model_config.yaml")
     try:
         model.load_state_dict(weights)

@@ -1,0 +1,168 @@
+"""Linear layers whose weights are whole numbers of 8 bits, by torch's own operators.
+
+A weight (N, K) is stored as `q` int8 (N, K) and one scale a row (an output channel): `weight ≈ q * scale`. Scales are
+bfloat16 because the operator takes them so; they are rounded before the weights are divided by them, so `q * scale` is
+the whole error of quantizing. Inputs are rounded to bfloat16, sums are float32, outputs are rounded to bfloat16.
+
+- Up to `MOST_ROWS` rows: `torch._weight_int8pack_mm`, which reads a byte a weight. Its sum for one row does not depend
+  on the other rows: a row of a batch equals that row alone, to the bit.
+- More rows: `q` becomes bfloat16 without loss (127 needs 7 bits), and a usual product follows. Where the processor has
+  no bfloat16 instructions, `q` and the rounded inputs become float32 instead.
+
+N outputs · K inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from litgpt_kv.model.linear import PLAIN, Linear
+
+MOST_ROWS = 16  # measured: with more, the product with dequantized weights is faster
+ALIGNED = 16  # the operator loads 16 inputs at a time from aligned addresses; other sizes end in a segmentation fault
+LARGEST = 127
+PART = 2**24  # weights that are quantized at a time
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with int8 weights and a scale an output channel, for inference.
+
+    Attributes:
+        weight: (N, K) int8. scale: (N,) bfloat16. bias: (N,) in the model's dtype, or None.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: Tensor | None, device: torch.device) -> None:
+        """Allocate the weights without values.
+
+        Args:
+            in_features: K, a multiple of 16. out_features: N.
+            bias: (N,); kept as it is.
+            device: Of the weights.
+        """
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        size, on = (out_features, in_features), {"device": device}
+        self.weight = nn.Parameter(torch.empty(size, dtype=torch.int8, **on), requires_grad=False)
+        self.scale = nn.Parameter(torch.empty(size[:1], dtype=torch.bfloat16, **on), requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., K) to (..., N), in the dtype of x."""
+        rows = x.reshape(-1, self.in_features)
+        if rows.size(0) <= MOST_ROWS and not (torch.is_grad_enabled() and x.requires_grad):
+            rows = rows.to(torch.bfloat16)
+            if rows.storage_offset() % ALIGNED:
+                rows = rows.clone()
+            y = torch._weight_int8pack_mm(rows.contiguous(), self.weight, self.scale).to(x.dtype)
+        else:
+            rows, exact = rows.to(torch.bfloat16), _product_dtype(x.device.type)
+            y = F.linear(rows.to(exact), self.weight.to(exact)).to(x.dtype) * self.scale.to(x.dtype)
+        y = y.view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+    def dequantized(self) -> Tensor:
+        """The weight that the layer multiplies with, (N, K) float32."""
+        return self.weight.float() * self.scale.float().unsqueeze(1)
+
+    @torch.no_grad()
+    def set_weight(self, weight: Tensor) -> None:
+        """Quantize a weight (N, K) of any floating-point dtype on any device into this layer."""
+        q, scale = quantize_channels(weight)
+        self.weight.copy_(q)
+        self.scale.copy_(scale)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        """Quantize a float weight when it is loaded, so that a model is quantized a layer at a time; int8 stays."""
+        name = prefix + "weight"
+        weight = state_dict.get(name)
+        if weight is not None and weight.is_floating_point():
+            own = {key: value for key, value in state_dict.items() if key == prefix + "bias"}
+            try:
+                own[name], own[prefix + "scale"] = quantize_channels(weight)
+            except ValueError as error:
+                raise ValueError(f"{name!r} cannot be quantized: {error}") from error
+            state_dict = own
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+@torch.no_grad()
+def quantize_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize a weight to int8 with a scale a row: the row's largest absolute value becomes about 127.
+
+    Args:
+        weight: (N, K), of any floating-point dtype.
+
+    Returns:
+        `q` (N, K) int8 from -127 to 127, and the scales (N,) bfloat16; a row of zeros has the scale 1.
+
+    Raises:
+        ValueError: If a weight is NaN or infinite.
+    """
+    q = torch.empty_like(weight, dtype=torch.int8, memory_format=torch.contiguous_format)
+    scale = torch.empty(len(weight), dtype=torch.bfloat16, device=weight.device)
+    rows = max(1, PART // weight.size(1))  # in parts, so that the float32 copies of a large weight are small
+    for part, q_part, scale_part in zip(weight.split(rows), q.split(rows), scale.split(rows)):
+        part = part.float()
+        found = (part.abs().amax(dim=1) / LARGEST).to(torch.bfloat16)
+        if not found.isfinite().all():
+            raise ValueError("it has values that are not finite.")
+        scale_part.copy_(torch.where(found > 0, found, torch.ones_like(found)))
+        q_part.copy_((part / scale_part.float().unsqueeze(1)).round_().clamp_(-LARGEST, LARGEST))
+    return q, scale
+
+
+def to_int8(model: nn.Module, *, empty: bool = False) -> list[str]:
+    """Replace the linear layers of a model by `Int8Linear`, one at a time: each float weight is freed at once.
+
+    These stay as they are: layers whose K is no multiple of 16, which the operator cannot read; routers of mixtures of
+    experts, which are small and decide; `kv_b_proj` of latent attention, whose weight decoding multiplies with queries;
+    and adapters' layers.
+
+    Args:
+        model: Its linear layers, in place.
+        empty: Leave the int8 weights without values: a state dict with float weights is loaded next.
+
+    Returns:
+        The names of the layers that could not be replaced because of their K.
+    """
+    refused = []
+    for parent_name, parent in list(model.named_modules()):
+        for name, layer in list(parent.named_children()):
+            if type(layer) not in (PLAIN, Linear) or name in ("gate", "kv_b_proj"):
+                continue
+            if layer.in_features % ALIGNED:
+                refused.append(f"{parent_name}.{name}".lstrip("."))
+                continue
+            made = Int8Linear(layer.in_features, layer.out_features, layer.bias, layer.weight.device)
+            if not empty:
+                made.set_weight(layer.weight)
+            setattr(parent, name, made.train(layer.training))
+            del layer
+    return refused
+
+
+def describe_refused(names: Iterable[str]) -> str:
+    """One sentence that names the kinds of layers that stay as they are, "" if there are none."""
+    kinds = dict.fromkeys(name.rpartition(".")[2] for name in names)
+    return f"Not quantized, since their inputs are no multiple of {ALIGNED}: {', '.join(kinds)}." if kinds else ""
+
+
+@lru_cache
+def _product_dtype(device: str) -> torch.dtype:
+    """The dtype of products of many rows: bfloat16 where it is fast."""
+    return torch.bfloat16 if device != "cpu" or has_bf16_products() else torch.float32
+
+
+@lru_cache
+def has_bf16_products() -> bool:
+    """Return whether this processor has instructions for products in bfloat16 (AVX-512 BF16 or AMX)."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
