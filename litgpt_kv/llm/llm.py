@@ -26,6 +26,7 @@ from litgpt_kv.llm.check_weights import check_finite, check_fit
 from litgpt_kv.llm.quantize import OWN
 from litgpt_kv.llm.run import OpenRun, Pieces, Run, RunResult
 from litgpt_kv.llm.text_request import TextRequest, check_text
+from litgpt_kv.model.quantized import to_int8
 from litgpt_kv.parallel import DeviceRequest, ParallelStrategy, find_parallel_strategy
 
 
