@@ -7,6 +7,7 @@ from litgpt.scripts.merge_lora import merge_lora
 from litgpt_kv.benchmark.batches import benchmark_batches
 from litgpt_kv.benchmark.decode import benchmark
 from litgpt_kv.benchmark.serve import benchmark_serve
+from litgpt_kv.benchmark.weights import benchmark_weights
 from litgpt_kv.cli.calibrate import calibrate
 from litgpt_kv.cli.chat import chat
 from litgpt_kv.cli.convert_gguf import convert_gguf
@@ -29,6 +30,7 @@ COMMANDS = {
     "calibrate": calibrate,
     "convert_gguf": convert_gguf,
     "benchmark_serve": benchmark_serve,
+    "benchmark_weights": benchmark_weights,
 }
 COMMANDS |= {  # litgpt's own commands, unchanged
     "download": download_from_hub,
