@@ -25,7 +25,7 @@ from litgpt_kv.disk import check_target, write_text
 from litgpt_kv.llm import checkpoint
 from litgpt_kv.llm.check_config import LIMITS
 from litgpt_kv.llm.quantize import OWN
-from litgpt_kv.model.quantized import to_int8
+from litgpt_kv.model.quantized import head_inputs, to_int8
 
 MB = 1_000_000
 MOST = 1_000_000  # the limit of all counts
@@ -185,7 +185,7 @@ def _models(
         with fabric.init_module(empty_init=True):
             models[kind] = GPT(config).eval()
         if quantize in OWN:
-            models[kind].unquantized = to_int8(models[kind], empty=True)
+            models[kind].unquantized = to_int8(models[kind], head_inputs(random, state), empty=True)
         models[kind].load_state_dict(state)
     return config, models
 

@@ -21,7 +21,7 @@ from litgpt_kv.llm.check_weights import check_fit, check_memory, check_tables, r
 from litgpt_kv.llm.quantize import OWN, check_own, quantizer
 from litgpt_kv.llm.safe_load import MAX_BYTES, one_line, read_json, read_text, read_yaml
 from litgpt_kv.llm.turns import Turns
-from litgpt_kv.model.quantized import to_int8
+from litgpt_kv.model.quantized import head_inputs, to_int8
 
 DEMO = Path(__file__).parents[1] / "demo"
 ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps")
@@ -117,7 +117,7 @@ def load_model(folder: Path, config: Config, fabric: L.Fabric, quantize: str | N
     with fabric.init_module(empty_init=True):
         model = GPT(config)  # on a CPU, memory that is never written is never taken
     if quantize in OWN:
-        model.unquantized = to_int8(model, empty=True)
+        model.unquantized = to_int8(model, head_inputs(config, weights), empty=True)
     check_tables(model, folder / "model_config.yaml")
     try:
         model.load_state_dict(weights)

@@ -26,7 +26,7 @@ from litgpt_kv.llm.check_weights import check_finite, check_fit
 from litgpt_kv.llm.quantize import OWN
 from litgpt_kv.llm.run import OpenRun, Pieces, Run, RunResult
 from litgpt_kv.llm.text_request import TextRequest, check_text
-from litgpt_kv.model.quantized import to_int8
+from litgpt_kv.model.quantized import head_inputs, to_int8
 from litgpt_kv.parallel import DeviceRequest, ParallelStrategy, find_parallel_strategy
 
 
@@ -119,7 +119,7 @@ class LLM:
             with fabric.init_module():
                 gpt = GPT(config).eval()
             if quantize in OWN:
-                gpt.unquantized = to_int8(gpt)
+                gpt.unquantized = to_int8(gpt, head_inputs(config, gpt.state_dict()))
         tokenizer = checkpoint.load_tokenizer(Path(tokenizer_dir or folder))
         style = checkpoint.load_prompt(folder, config) if folder else PromptStyle.from_config(config)
         wrapped = quantize not in (None, *OWN) or "mixed" in fabric._precision.precision
