@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from litgpt_kv import GPT, LLM, KVCache
 from litgpt_kv.__main__ import main
+from litgpt_kv.cli import loading
 from litgpt_kv.llm.check_weights import read_weights
 from litgpt_kv.llm.checkpoint import DEMO, WEIGHTS
 from litgpt_kv.model import quantized
@@ -180,7 +183,7 @@ def test_the_float_weights_are_gone_and_loading_is_converting() -> None:
         loaded.load_state_dict({**state, "lm_head.weight": state["lm_head.weight"] * float("inf")})
 
 
-def test_layers_of_other_sizes_stay_and_are_named_once(capsys: pytest.CaptureFixture) -> None:
+def test_layers_of_other_sizes_stay_and_are_named_once() -> None:
     model = GPT(shrink("Llama-3.2-1B", n_embd=64, intermediate_size=56)).eval()
     refused = to_int8(model)
     assert refused == ["transformer.h.0.mlp.proj", "transformer.h.1.mlp.proj"]
@@ -223,6 +226,49 @@ def test_programs_and_python(capsys: pytest.CaptureFixture) -> None:
     main(["evaluate", "demo", *common, "--strategies", "[sink]", "--budgets", "[50%]", "--tasks", "[]",
           "--text", "prose", "--text-tokens", "60", "--text-prompt", "40"])  # fmt: skip
     assert "sink" in capsys.readouterr().out
+
+
+def test_a_large_model_in_float32_gets_a_hint(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "has_bf16_products", lambda: True)
+    for size, flags, said in ((10**6, [], 1), (10**9, [], 0), (10**6, ["--quantize", "int8"], 0)):
+        monkeypatch.setattr(loading, "SMALL_MODEL", size)
+        main(["generate", "demo", "--prompt", "x", "--max-new-tokens", "1", "--accelerator", "cpu", *flags])
+        assert capsys.readouterr().err.count(loading.BF16_HINT) == said
+
+
+def test_layers_that_stay_are_noted(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantized, "ALIGNED", 512)  # of the shipped model, only the MLPs' outputs have such inputs
+    main(["generate", "demo", "--prompt", "x", "--max-new-tokens", "1", "--accelerator", "cpu", "--quantize", "int8"])
+    note = "Not quantized, since their inputs are no multiple of 512: lm_head, qkv, proj, fc_1, fc_2.\n"
+    assert capsys.readouterr().err.count(note) == 1
+
+
+def test_the_benchmark_of_weights(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    flags = ["--accelerator", "cpu", "--steps", "2", "--repeats", "2", "--contexts", "[24]"]
+    main(["benchmark_weights", "--checkpoint-dir", "demo", *flags, "--text-tokens", "40", "--out", str(tmp_path / "o")])
+    out, report = capsys.readouterr().out, json.loads((tmp_path / "o").read_text())
+    assert report["processor"].split(",")[0] in out and f"torch {torch.__version__}" in out
+    rows = {row["weights"]: row for row in report["rows"]}
+    assert (
+        list(rows) == ["float32", "bfloat16", "int8", "int8+bfloat16"] == [r["weights"] for r in report["divergence"]]
+    )
+    bytes_of = {name: row["weight_bytes"] for name, row in rows.items()}
+    assert bytes_of["float32"] == 2 * bytes_of["bfloat16"]
+    assert 0.25 * bytes_of["float32"] < bytes_of["int8"] < 0.26 * bytes_of["float32"]
+    for row in rows.values():
+        assert row["decode_ms"][0] <= row["decode_ms"][1] and f"{row['decode_ms'][0]:.2f}" in out
+        gain = rows["float32"]["decode_ms"][0] / row["decode_ms"][0]
+        assert row["decode_gain"][0] == pytest.approx(gain)
+    kl = [row["kl"] for row in report["divergence"]]
+    assert kl[0] == 0 and 0 < kl[1] < 0.01 and 0 < kl[2] < 0.01
+    main(["benchmark_weights", *flags, "--shape.n_layer", "1", "--shape.n_embd", "96", "--weights", "[int8]"])
+    assert "mean KL" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["benchmark_weights", *flags, "--weights", "[int3]"])
+    assert "weights must be some of float32, bfloat16, int8, int8+bfloat16, got" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["benchmark_weights", *flags[:-1], "[1023]", "--checkpoint-dir", "demo"])
+    assert "do not fit" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
