@@ -68,19 +68,20 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) to (..., N), in the dtype of x."""
-        rows = x.reshape(-1, self.in_features)
-        if self.column is not None:
-            rows = rows * self.column.to(x.dtype)
-        if rows.size(0) <= MOST_ROWS and not (torch.is_grad_enabled() and x.requires_grad):
-            rows = rows.to(torch.bfloat16)
-            if not torch.compiler.is_compiling() and rows.storage_offset() % ALIGNED:
+        column, bias, dtype, size = self.column, self.bias, x.dtype, self.in_features
+        rows = x.reshape(-1, size)
+        if column is not None:
+            rows = rows * column.to(dtype)
+        if x.numel() <= MOST_ROWS * size and not (torch.is_grad_enabled() and x.requires_grad):
+            if dtype == torch.bfloat16 and not torch.compiler.is_compiling() and rows.storage_offset() % ALIGNED:
                 rows = rows.clone()  # compiled models make each layer's inputs anew, at aligned addresses
-            y = torch._weight_int8pack_mm(rows.contiguous(), self.weight, self.scale).to(x.dtype)
+            rows = rows.to(torch.bfloat16).contiguous()
+            y = torch._weight_int8pack_mm(rows, self.weight, self.scale).to(dtype)
         else:
             rows, exact = rows.to(torch.bfloat16), _product_dtype(x.device.type)
-            y = F.linear(rows.to(exact), self.weight.to(exact)).to(x.dtype) * self.scale.to(x.dtype)
+            y = F.linear(rows.to(exact), self.weight.to(exact)).to(dtype) * self.scale.to(dtype)
         y = y.view(*x.shape[:-1], self.out_features)
-        return y if self.bias is None else y + self.bias
+        return y if bias is None else y + bias
 
     def dequantized(self) -> Tensor:
         """The weight that the layer multiplies with, (N, K) float32."""
@@ -211,7 +212,7 @@ def describe_refused(names: Iterable[str]) -> str:
     return f"Not quantized, since their inputs are no multiple of {ALIGNED}: {', '.join(kinds)}." if kinds else ""
 
 
-@lru_cache
+@torch.compiler.assume_constant_result
 def _product_dtype(device: str) -> torch.dtype:
     """The dtype of products of many rows: bfloat16 where it is fast."""
     return torch.bfloat16 if device != "cpu" or has_bf16_products() else torch.float32

@@ -193,6 +193,9 @@ def test_layers_of_other_sizes_stay_and_are_named_once() -> None:
 
 
 def test_a_decode_step_is_one_graph() -> None:
+    made, x = layer()[0], torch.randn(MOST_ROWS + 1, 80)
+    with torch.inference_mode():
+        assert torch.equal(torch.compile(made, fullgraph=True, backend="eager")(x), made(x))
     torch.manual_seed(0)
     model = GPT(shrink("Llama-3.2-1B", **SHAPES)).eval()
     to_int8(model, head_inputs(model.config, model.state_dict()))
