@@ -19,6 +19,9 @@ COMMANDS = Commands(
             "litgpt_kv.benchmark.batches:benchmark_batches", "Measure the speed of many prompts", MEASURE
         ),
         "benchmark_serve": Entry("litgpt_kv.benchmark.serve:benchmark_serve", "Measure a server", MEASURE),
+        "benchmark_weights": Entry(
+            "litgpt_kv.benchmark.weights:benchmark_weights", "Measure weights of fewer bits", MEASURE
+        ),
         "calibrate": Entry("litgpt_kv.cli.calibrate:calibrate", "Compute the calibration file of a strategy", MEASURE),
         # litgpt's own, but for the check of what is converted
         "download": Entry(

@@ -90,8 +90,8 @@ class DeviceArgs:
             split over the devices of one machine) or data_parallel (each has the whole model and some of the prompts).
         threads: Number of CPU threads. None: one for a small model, which more threads slow down; torch's
             default for others.
-        quantize: Quantize the weights with bitsandbytes, which needs an NVIDIA GPU: bnb.nf4, bnb.nf4-dq, bnb.fp4,
-            bnb.fp4-dq or bnb.int8.
+        quantize: Quantize the weights. int8: by torch's own operators, a scale an output channel. bnb.nf4, bnb.nf4-dq,
+            bnb.fp4, bnb.fp4-dq or bnb.int8: with bitsandbytes, which needs an NVIDIA GPU.
         compile: Compile the decode step: it starts slower and runs faster.
         check_weights: Refuse weights that are NaN or infinite; this reads all weights once more.
     """

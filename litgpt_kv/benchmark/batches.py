@@ -19,7 +19,7 @@ from litgpt_kv.generate import Request, Stats, generate, serve
 from litgpt_kv.llm.llm import LLM
 
 MOST = 10_000_000  # the limit of all counts
-ONE_DEVICE = Without("devices", "num_nodes", "generate_strategy", "quantize", "compile")
+ONE_DEVICE = Without("devices", "num_nodes", "generate_strategy", "compile")
 GREEDY = SamplingArgs(temperature=0)
 
 
@@ -78,7 +78,7 @@ def benchmark_batches(
         raise ValueError("benchmark_batches needs a cache, kv_cache 'none' has none: choose a strategy.")
     if device.threads is not None:
         torch.set_num_threads(device.threads)
-    where = {"precision": device.precision, "accelerator": device.accelerator}
+    where = {"precision": device.precision, "accelerator": device.accelerator, "quantize": device.quantize}
     llm = LLM.load(checkpoint_dir, check_weights=device.check_weights, **where)
     g = torch.Generator().manual_seed(SamplingArgs(seed=seed).seed)
     ragged = torch.randint(shortest, longest + 1, (prompts,), generator=g).tolist()

@@ -177,13 +177,13 @@ def benchmark(
     print(f"{report['machine']}, torch {torch.__version__}; memory reads at most {limit / 1e9:.1f} GB/s")
     with tqdm(total=len(contexts) * repeats, file=sys.stderr, disable=None, leave=False) as bar, torch.inference_mode():
         for context in contexts:
-            contenders = _contenders(model, context, steps, batch_size, strategies, budget, litgpt, device.compile)
+            compared = contenders(model, context, steps, batch_size, strategies, budget, litgpt, device.compile)
             tokens = torch.randint(config.vocab_size, (batch_size, context + steps), device=fabric.device)
             for i in range(repeats + 1):  # the first round warms up
-                for contender in contenders:
+                for contender in compared:
                     _measure(contender, tokens, context, steps, keep=i > 0)
                 bar.update(i > 0)
-            rows = [_row(c, context, steps, batch_size, weights, limit) for c in contenders]
+            rows = [_row(c, context, steps, batch_size, weights, limit) for c in compared]
             report["rows"] += rows
             bar.clear()
             _print(rows, repeats)
@@ -196,7 +196,7 @@ def _check_contexts(contexts: list[int], steps: int, config: Config) -> None:
         raise ValueError(f"A context of {bad[0]} and {steps} steps do not fit the model's {config.block_size} tokens.")
 
 
-def _contenders(
+def contenders(
     model: GPT,
     context: int,
     steps: int,
@@ -277,12 +277,12 @@ def _measure(contender: Contender, tokens: Tensor, context: int, steps: int, kee
     device = tokens.device
     contender.reset()
     before = _resident(device, reset=True)
-    began = _now(device)
+    began = now(device)
     contender.prefill(tokens[:, :context])
-    read = _now(device)
+    read = now(device)
     for pos in range(context, context + steps):
         contender.step(tokens[:, pos : pos + 1], pos)
-    end = _now(device)
+    end = now(device)
     peak = _resident(device)
     if keep:
         contender.prefill_seconds.append(read - began)
@@ -334,13 +334,13 @@ def bandwidth(device: torch.device) -> float:
     x = torch.ones(64 * 2**20, device=device)
     times = []
     for _ in range(6):
-        began = _now(device)
+        began = now(device)
         x.sum()
-        times.append(_now(device) - began)
+        times.append(now(device) - began)
     return x.numel() * x.element_size() / min(times)
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

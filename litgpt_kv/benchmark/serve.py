@@ -29,7 +29,7 @@ from litgpt_kv.llm.llm import LLM
 
 MOST = 1_000_000  # of everything that is counted
 START_SECONDS = 300
-ONE_DEVICE = Without("devices", "num_nodes", "generate_strategy", "quantize", "compile", "check_weights")
+ONE_DEVICE = Without("devices", "num_nodes", "generate_strategy", "compile", "check_weights")
 PERCENTS = (50, 90, 99)
 
 
@@ -111,7 +111,7 @@ def benchmark_serve(
     if url is not None and not url.startswith("http://"):
         raise ValueError(f"url must begin with http://, got {shown(url)}.")
     args = KVCacheArgs.of(kv_cache)
-    llm = LLM.load(checkpoint_dir, precision=device.precision, accelerator=device.accelerator)
+    llm = LLM.load(checkpoint_dir, precision=device.precision, accelerator=device.accelerator, quantize=device.quantize)
     if device.threads is not None:
         torch.set_num_threads(device.threads)
     rng, size = random.Random(seed), llm.model.lm_head.out_features

@@ -24,7 +24,7 @@ from litgpt_kv.evaluate.tasks import examples as examples_of
 from litgpt_kv.llm.llm import LLM
 
 MOST = 1_000_000  # of everything that is counted
-ONE_DEVICE = Without("devices", "num_nodes", "generate_strategy", "quantize", "compile")
+ONE_DEVICE = Without("devices", "num_nodes", "generate_strategy", "compile")
 QUESTIONS = {"seen": ("seen",), "unseen": ("unseen",), "both": ("unseen", "seen")}
 
 
@@ -92,6 +92,8 @@ def evaluate(
     settings = {"checkpoint": checkpoint_dir, "examples": examples, "haystack": haystack, "seed": seed}
     settings |= {"text": text, "text_tokens": text_tokens, "text_prompt": text_prompt}
     settings["kv_cache"] = {k: v for k, v in asdict(base).items() if k not in ("strategy", "budget")}
+    if device.quantize is not None:  # results of other weights are not continued with these
+        settings["quantize"] = device.quantize
     results = Results(settings, None if out is None else Path(out))
     if results.folder is not None:
         results.folder.mkdir(parents=True, exist_ok=True)

@@ -50,6 +50,7 @@ EXAMPLES: dict[str, list[tuple[str, str]]] = {
         ),
     ],
     "benchmark_batches": [("benchmark_batches --rows 8", "batches against rows that take the next prompt")],
+    "benchmark_weights": [("benchmark_weights --steps 16", "speed and divergence of int8 weights")],
     "benchmark_serve": [("benchmark_serve --clients 8", "a server under load")],
     "calibrate": [("calibrate demo --text README.md --out demo.safetensors", "a file for the strategy triattention")],
     "download": [("download EleutherAI/pythia-160m", "weights from the Hugging Face Hub")],

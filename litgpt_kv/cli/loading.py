@@ -12,9 +12,14 @@ from litgpt_kv.cli.output import Output
 from litgpt_kv.cli.progress import loading
 from litgpt_kv.config import KVCacheArgs, SamplingArgs
 from litgpt_kv.llm.llm import LLM
-from litgpt_kv.llm.threads import best_threads
+from litgpt_kv.llm.threads import SMALL_MODEL, best_threads
+from litgpt_kv.model.quantized import describe_refused, has_bf16_products
 
 CLI_SAMPLING = SamplingArgs(temperature=None, top_k=50, seed=1234)  # litgpt's defaults on the command line
+BF16_HINT = (
+    "This processor multiplies in bfloat16: --precision bf16-true reads prompts faster, --quantize int8 also makes "
+    "steps faster; both round more than float32."
+)
 
 
 def load(checkpoint_dir: str, device: DeviceArgs) -> LLM:
@@ -35,6 +40,12 @@ def load(checkpoint_dir: str, device: DeviceArgs) -> LLM:
         where = device.accelerator, device.devices, device.num_nodes, device.precision, device.generate_strategy
         llm.distribute(*where, check_weights=device.check_weights)
     Output.of(llm).note(f"Loaded {checkpoint_dir} on {llm.fabric.device} in {time.perf_counter() - began:.2f} s.")
+    if not device.many and llm.model.unquantized:
+        Output.of(llm).note(describe_refused(llm.model.unquantized))
+    large = not device.many and sum(p.numel() for p in llm.model.parameters()) >= SMALL_MODEL
+    default = device.precision is None and device.quantize is None and llm.fabric.device.type == "cpu"
+    if large and default and has_bf16_products():
+        Output.of(llm).note(BF16_HINT)
     threads = best_threads(llm.model, llm.fabric.device) if device.threads is None else device.threads
     if threads is not None:
         torch.set_num_threads(threads)

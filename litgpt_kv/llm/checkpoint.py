@@ -21,9 +21,10 @@ from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.config import shown
 from litgpt_kv.llm.check_config import read_config
 from litgpt_kv.llm.check_weights import check_fit, check_memory, check_tables, read_weights
-from litgpt_kv.llm.quantize import quantizer
+from litgpt_kv.llm.quantize import OWN, check_own, quantizer
 from litgpt_kv.llm.safe_load import MAX_BYTES, one_line, read_json, read_text, read_yaml
 from litgpt_kv.llm.turns import Turns
+from litgpt_kv.model.quantized import head_inputs, to_int8
 from litgpt_kv.registry import did_you_mean
 
 DEMO = Path(__file__).parents[1] / "demo"
@@ -100,7 +101,9 @@ def precision_for(precision: str | None, accelerator: str) -> str:
 
 def fabric_for(precision: str | None, accelerator: str = "auto", quantize: str | None = None) -> L.Fabric:
     """Build a Fabric for one device, in the precision of `precision_for` or with quantized weights."""
-    if quantize is not None:
+    if quantize in OWN:
+        check_own(quantize, precision)
+    elif quantize is not None:
         return L.Fabric(accelerator="cuda", devices=1, plugins=quantizer(quantize, precision, accelerator))
     precision = precision_for(precision, accelerator)
     try:
@@ -120,12 +123,18 @@ def load_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def load_model(
-    folder: Path, config: Config, fabric: L.Fabric, on_progress: Callable[[int, int], None] | None = None
+    folder: Path,
+    config: Config,
+    fabric: L.Fabric,
+    quantize: str | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> GPT:
     """Load the model of a checkpoint onto the fabric's device, in its precision and in inference mode.
 
     Args:
-        folder: The checkpoint. config: Its config. fabric: The device and the precision.
+        folder: The checkpoint. config: Its config. fabric: The device and the precision; see `fabric_for`.
+        quantize: One of `quantize.OWN`: each layer is quantized when its weight is read from the file, so the float
+            weights of no more than one layer are in memory. Other names are the fabric's business.
         on_progress: Called with the bytes of the weights that are loaded, and of all.
 
     Raises:
@@ -135,9 +144,12 @@ def load_model(
     parameters = check_fit(folder / WEIGHTS, config, weights)
     if fabric.device.type == "cpu":
         with fabric.init_tensor():
-            check_memory(config, parameters * torch.get_default_dtype().itemsize)
+            size = 1 if quantize in OWN else torch.get_default_dtype().itemsize
+            check_memory(config, parameters * size)
     with fabric.init_module(empty_init=True):
-        model = GPT(config)
+        model = GPT(config)  # on a CPU, memory that is never written is never taken
+    if quantize in OWN:
+        model.unquantized = to_int8(model, head_inputs(config, weights), empty=True)
     check_tables(model, folder / "model_config.yaml")
     try:
         with _reporting(model, weights, on_progress):

@@ -24,9 +24,11 @@ from litgpt_kv.llm.beginning import encode_first
 from litgpt_kv.llm.chat import Chat, conversation_text
 from litgpt_kv.llm.check_weights import check_finite, check_fit
 from litgpt_kv.llm.generated import GeneratedText
+from litgpt_kv.llm.quantize import OWN
 from litgpt_kv.llm.run import OpenRun, Pieces, Run, RunResult
 from litgpt_kv.llm.text_request import TextRequest, check_text
 from litgpt_kv.llm.threads import best_threads
+from litgpt_kv.model.quantized import head_inputs, to_int8
 from litgpt_kv.parallel import DeviceRequest, ParallelStrategy, find_parallel_strategy
 
 
@@ -92,8 +94,9 @@ class LLM:
             tokenizer_dir: The folder of the tokenizer, if it is not the checkpoint's; needed for `init="random"`.
             precision: Lightning Fabric's; None is "32-true" on a CPU and "bf16-true" (or "16-true") on a GPU.
             accelerator: "auto", "cpu", "cuda" or "mps".
-            quantize: Quantize weights while they are loaded, as litgpt does, with bitsandbytes on an NVIDIA GPU:
-                "bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq" or "bnb.int8".
+            quantize: Quantize weights while they are loaded: "int8" by torch's own operators, on any device (see
+                `litgpt_kv.model.quantized`; `model.unquantized` names the layers that could not be); as litgpt does,
+                with bitsandbytes on an NVIDIA GPU, "bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq" or "bnb.int8".
             distribute: With None, no weights are loaded; call the method `distribute` next.
             check_weights: Refuse weights that are NaN or infinite; this reads all weights once more.
             threads: How many CPU threads a run of this model uses; torch's own number is left alone between runs.
@@ -118,7 +121,7 @@ class LLM:
         if init == "pretrained":
             folder = checkpoint.find(model)
             config = checkpoint.load_config(folder)
-            gpt = None if distribute is None else checkpoint.load_model(folder, config, fabric, on_progress)
+            gpt = None if distribute is None else checkpoint.load_model(folder, config, fabric, quantize, on_progress)
             if gpt is not None and check_weights:
                 check_finite(gpt.named_parameters(), str(folder / checkpoint.WEIGHTS))
         else:
@@ -127,9 +130,11 @@ class LLM:
             config = Config.from_name(str(model))
             with fabric.init_module():
                 gpt = GPT(config).eval()
+            if quantize in OWN:
+                gpt.unquantized = to_int8(gpt, head_inputs(config, gpt.state_dict()))
         tokenizer = checkpoint.load_tokenizer(Path(tokenizer_dir or folder))
         style = checkpoint.load_prompt(folder, config) if folder else PromptStyle.from_config(config)
-        wrapped = quantize is not None or "mixed" in fabric._precision.precision
+        wrapped = quantize not in (None, *OWN) or "mixed" in fabric._precision.precision
         llm = cls(
             fabric.setup_module(gpt) if gpt is not None and wrapped else gpt,
             tokenizer,

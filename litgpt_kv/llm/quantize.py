@@ -1,4 +1,4 @@
-"""Quantize weights while they are loaded, as litgpt does, with Lightning's plugin for bitsandbytes."""
+"""How weights can be quantized while they are loaded: by torch's own operators, or by bitsandbytes, as litgpt does."""
 
 from __future__ import annotations
 
@@ -10,7 +10,18 @@ from lightning.fabric.plugins import BitsandbytesPrecision
 from litgpt_kv.config import shown
 
 QUANTIZERS = ("bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8")
+OWN = ("int8",)  # see `litgpt_kv.model.quantized`
 DTYPES = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "32-true": torch.float32}
+
+
+def check_own(name: str, precision: str | None) -> None:
+    """Check the precision of a model whose weights are quantized by one of `OWN`.
+
+    Raises:
+        ValueError: If it is a mixed or a float64 precision: products with such weights are in bfloat16.
+    """
+    if precision is not None and (not isinstance(precision, str) or precision not in DTYPES):
+        raise ValueError(f"quantize {name!r} needs one of the precisions {', '.join(DTYPES)}, got {shown(precision)}.")
 
 
 def quantizer(name: str, precision: str | None, accelerator: str) -> BitsandbytesPrecision:
@@ -26,7 +37,7 @@ def quantizer(name: str, precision: str | None, accelerator: str) -> Bitsandbyte
         ValueError: If the plugin cannot run; the message says what is missing.
     """
     if not isinstance(name, str) or name not in QUANTIZERS:
-        raise ValueError(f"quantize must be one of {', '.join(QUANTIZERS)}, got {shown(name)}.")
+        raise ValueError(f"quantize must be one of {', '.join((*OWN, *QUANTIZERS))}, got {shown(name)}.")
     if precision is not None and (not isinstance(precision, str) or precision not in DTYPES):
         raise ValueError(f"quantize {name!r} needs one of the precisions {', '.join(DTYPES)}, got {shown(precision)}.")
     if name == "bnb.int8" and precision not in (None, "16-true"):

@@ -7,6 +7,8 @@ B rows · T tokens · C embedding size · V vocabulary · N length of the rope t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -42,9 +44,11 @@ class GPT(base.GPT):
 
     Attributes:
         sharing: Where other devices hold the other heads, how a cache hears of them; None on one device.
+        unquantized: After `to_int8`, the names of the layers that could not be quantized.
     """
 
     sharing: Sharing | None = None
+    unquantized: Sequence[str] = ()
     _rope: tuple[Tensor, RopeTables] | None = None  # a class attribute: litgpt's LoRA models skip our __init__
 
     def __init__(self, config: Config) -> None:

@@ -39,7 +39,7 @@ DEVICE = {
     "--precision": ["32-true", "bf16-true", "16-true", "64-true", "bf16-mixed"],
     "--accelerator": ["cpu", "auto", "cuda", "tpu"],
     "--threads": ["1", "2"],
-    "--quantize": ["bnb.nf4", "bnb.int8"],
+    "--quantize": ["int8", "bnb.nf4", "bnb.int8"],
 }
 GENERATE = {
     **CACHE,

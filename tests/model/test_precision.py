@@ -67,7 +67,7 @@ def test_without_a_gpu_one_line_says_what_is_missing(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("int4", None, "auto"), "quantize must be one of bnb.nf4, .*, got 'int4'"),
+        (("int4", None, "auto"), "quantize must be one of int8, bnb.nf4, .*, got 'int4'"),
         (("bnb.nf4", "bf16-mixed", "auto"), "precisions 16-true, bf16-true, 32-true, got 'bf16-mixed'"),
         (("bnb.int8", "bf16-true", "auto"), "needs precision 16-true, got 'bf16-true'"),
         (("bnb.nf4", None, "cpu"), "needs an NVIDIA GPU; accelerator is 'cpu'"),

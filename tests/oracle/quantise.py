@@ -137,3 +137,21 @@ class NaiveKivi(Storage):
 def naive(name: str) -> type[Storage]:
     """The naive twin of the storage of that name."""
     return NaiveKivi if name == "kivi" else type("Naive", (Naive,), {"name": name, "options": ("group",)})
+
+
+def int8_linear(
+    x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None, column: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """A linear layer with int8 weights by its definition, in float64, but for the rounding of its outputs.
+
+    Args:
+        x: (M, K). q: (N, K) int8. scale: (N,). bias: (N,) or None.
+        column: (K,) that inputs are multiplied with before they are rounded to bfloat16; None: nothing.
+
+    Returns:
+        (M, N) outputs, and the sums of absolute values (M, N), which errors of adding are relative to.
+    """
+    rounded = (x if column is None else x * column).to(torch.bfloat16).double()
+    weight = q.double() * scale.double().unsqueeze(1)
+    y = rounded @ weight.mT
+    return y if bias is None else y + bias.double(), rounded.abs() @ weight.abs().mT
