@@ -18,7 +18,7 @@ from litgpt_kv.attention.kernels import choose_kernel
 from litgpt_kv.cache.plan import LayerPlan
 from litgpt_kv.cache.readers import FreshTokens, QueryRing
 from litgpt_kv.cache.slots import Slots
-from litgpt_kv.cache.strategies.base import RECEIVED, LayerConstants, Tokens
+from litgpt_kv.cache.strategies.base import RECEIVED, LayerConstants
 from litgpt_kv.cache.table import Table, build_storages
 from litgpt_kv.config import KVCacheArgs
 
@@ -138,7 +138,7 @@ class LayerCache(nn.Module):
         pos = torch.arange(T, device=fresh.v.device).expand(fresh.v.size(0), sets, T)
         pos = pos.masked_fill(pos >= length.view(-1, 1, 1), -1)
         zeros = dict.fromkeys(slots.names, torch.zeros_like(pos, dtype=slots.dtype))
-        tokens = Tokens(pos, length - 1, length, self.spec, {**zeros, **statistics}, fresh)
+        tokens = slots.view(pos, length - 1, length, self.spec, {**zeros, **statistics}, fresh)
         own = slots.strategy.enter(tokens) if slots.enters else {}
         own = {name: slots.own(x) for name, x in own.items()}
         tokens.statistics = {**tokens.statistics, **own}

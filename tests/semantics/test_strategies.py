@@ -30,7 +30,11 @@ OPTIONS = {  # small enough for the budget
     "expected_attention": [dict(window=6, future=3), dict(window=40, future=1, epsilon=0.01)],
     "triattention": [dict(farthest=5)],
     "duo": [{}],
-    "criticalkv": [dict(base="h2o"), dict(base="keydiff")],
+    "criticalkv": [
+        dict(base="h2o", first=0.0),
+        dict(base="keydiff", first=0.25),
+        dict(base="kvzip", base_options="chunk=5"),
+    ],
     "kvzip": [dict(chunk=5), {}],
 }
 CASES = [(name, options) for name, every in OPTIONS.items() for options in every]
@@ -165,6 +169,10 @@ def test_a_strategy_without_its_calibration_says_what_makes_it(gqa: GPT) -> None
         ("criticalkv", dict(base="criticalkv"), "base must be one of .*, got 'criticalkv'"),
         ("criticalkv", dict(base="triattention"), "base must be one of .*, got 'triattention'"),
         ("criticalkv", dict(base=3), "base must be one of .*, got 3"),
+        ("criticalkv", dict(base_options="window"), "base_options must be like .*, got 'window'"),
+        ("criticalkv", dict(base_options="window=0"), "window must be a whole number from 1 to 4,096, got 0"),
+        ("criticalkv", dict(base_options="chunk=3"), "chunk"),
+        ("criticalkv", dict(first=1.5), "first must be a number from 0 to 1, got 1.5"),
     ],
 )
 def test_options_are_refused_by_name(gqa: GPT, name: str, options: dict, message: str) -> None:
