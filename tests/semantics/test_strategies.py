@@ -101,6 +101,19 @@ def test_pools_and_one_choice_for_a_layer(calibration: str, name: str, options: 
         check(model, policy_of(name, options, calibration, positions, select=select, pools=pools), prompts=[C + 5])
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "length"),
+    [("h2o", {}, 281), ("keydiff", {}, 156), ("snapkv", dict(window=4, kernel=3), 156)],
+    ids=["h2o", "keydiff", "snapkv"],
+)
+def test_128_tokens_leave_at_once(name: str, options: dict, length: int) -> None:
+    """As R-KV and TriAttention evict: 128 leave when token 150 enters, and again when token 278 does."""
+    sizes = dict(n_layer=1, n_head=2, n_query_groups=1, n_embd=12, intermediate_size=8, block_size=288)
+    model = tiny(seed=6, **sizes, padded_vocab_size=288, vocab_size=288)
+    rows = [torch.randperm(288, generator=torch.Generator().manual_seed(2)).tolist()[:length]]
+    compare(model, Policy(name, 150, 4, 8, interval=128, options=options), rows, [146], "full")
+
+
 @pytest.mark.parametrize(("name", "options"), list(dict(CASES).items()), ids=ids)
 def test_one_budget_for_all_layers(gqa: GPT, calibration: str, name: str, options: dict) -> None:
     policy = policy_of(name, options, calibration, select="model", interval=2)
