@@ -88,6 +88,7 @@ class LayerCache(nn.Module):
             self.ring = QueryRing(batch_size, spec.heads, self.window, width, dtype, device)
         self.kernel = choose_kernel(args.attention, keys, values, device)
         self.reads_tokens = bool(plan.strategy.needs) or slots.enters
+        self.needs_unrotated = self.stores_unrotated or "rope" in plan.strategy.needs
         self.want = tuple(name for name in RECEIVED if name in plan.strategy.statistics)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LayerCache:
@@ -108,7 +109,7 @@ class LayerCache(nn.Module):
         """
         slots, kept, statistics = step.slots, step.kept, {}
         if isinstance(slots, Table):
-            step.held.append((self, fresh.held(self.stores_unrotated or self.reads_tokens), received))
+            step.held.append((self, fresh.held(self.needs_unrotated), received))
             return
         if kept is None:
             score, statistics = self.score_prompt(slots, step.length, fresh, received)
