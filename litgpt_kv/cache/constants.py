@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ def set_constants(
             continue
         constants = LayerConstants(theta[which[spec.index]], dtype)
         if sharing is not None:
-            constants.largest = sharing.largest
+            constants.largest, constants.mean = sharing.largest, partial(sharing.score, per_head=True)
             constants.first_head = 0 if plan.select == "layer" else sharing.heads.groups.start
         if "output_weight" in strategy.needs:
             weight = weight_of(block.attn.proj)  # (C, H * Dv)

@@ -18,7 +18,7 @@ from litgpt_kv.attention.kernels import choose_kernel
 from litgpt_kv.cache.plan import LayerPlan
 from litgpt_kv.cache.readers import FreshTokens, QueryRing
 from litgpt_kv.cache.slots import Slots
-from litgpt_kv.cache.strategies.base import RECEIVED, LayerConstants, Tokens
+from litgpt_kv.cache.strategies.base import RECEIVED, LayerConstants
 from litgpt_kv.cache.table import Table, build_storages
 from litgpt_kv.config import KVCacheArgs
 
@@ -88,6 +88,7 @@ class LayerCache(nn.Module):
             self.ring = QueryRing(batch_size, spec.heads, self.window, width, dtype, device)
         self.kernel = choose_kernel(args.attention, keys, values, device)
         self.reads_tokens = bool(plan.strategy.needs) or slots.enters
+        self.needs_unrotated = self.stores_unrotated or "rope" in plan.strategy.needs
         self.want = tuple(name for name in RECEIVED if name in plan.strategy.statistics)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LayerCache:
@@ -108,7 +109,7 @@ class LayerCache(nn.Module):
         """
         slots, kept, statistics = step.slots, step.kept, {}
         if isinstance(slots, Table):
-            step.held.append((self, fresh.held(self.stores_unrotated or self.reads_tokens), received))
+            step.held.append((self, fresh.held(self.needs_unrotated), received))
             return
         if kept is None:
             score, statistics = self.score_prompt(slots, step.length, fresh, received)
@@ -138,7 +139,7 @@ class LayerCache(nn.Module):
         pos = torch.arange(T, device=fresh.v.device).expand(fresh.v.size(0), sets, T)
         pos = pos.masked_fill(pos >= length.view(-1, 1, 1), -1)
         zeros = dict.fromkeys(slots.names, torch.zeros_like(pos, dtype=slots.dtype))
-        tokens = Tokens(pos, length - 1, length, self.spec, {**zeros, **statistics}, fresh)
+        tokens = slots.view(pos, length - 1, length, self.spec, {**zeros, **statistics}, fresh)
         own = slots.strategy.enter(tokens) if slots.enters else {}
         own = {name: slots.own(x) for name, x in own.items()}
         tokens.statistics = {**tokens.statistics, **own}

@@ -246,7 +246,7 @@ def _resolve_select(
     return select, args.pools, floor
 
 
-def pattern(name: str, budget: int, layers: int, most_tokens: int) -> list[int]:
+def pattern(name: str, budget: int, layers: int, most_tokens: int = 2**31) -> list[int]:
     """Budgets of the layers, `layers` times `budget` in sum: a straight line from most to least, or what a file says.
 
     "pyramid" has most in the first layer, as PyramidKV (arXiv 2406.02069, Zefan-Cai/KVCache-Factory), "funnel" in the

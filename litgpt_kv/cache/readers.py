@@ -25,7 +25,7 @@ class FreshTokens:
 
     Attributes:
         spec: The layer.
-        rotated, unrotated: (B, G, T, D) keys at their positions, and before rotation.
+        rotated, unrotated: (B, G, T, D) keys at their positions, and before rotation, None where nobody kept them.
         v: (B, G, T, Dv) values.
         q: (B, H, n, D) queries at the positions from `first_query` on, rotated as the keys they meet.
         raw_q: The same, unrotated.
@@ -36,7 +36,7 @@ class FreshTokens:
 
     spec: LayerSpec
     rotated: Tensor
-    unrotated: Tensor
+    unrotated: Tensor | None
     v: Tensor
     q: Tensor
     raw_q: Tensor
@@ -50,14 +50,24 @@ class FreshTokens:
         return self.spec.window
 
     def held(self, unrotated: bool) -> FreshTokens:
-        """The same to be kept for a while: of the queries only those of interest, unrotated keys where they matter."""
+        """The same to be kept for a while: of the queries only those of interest; unrotated keys, or else these are
+        made of the rotated ones if anyone asks."""
         (q, _), (raw_q, _) = self.last(self.q), self.last(self.raw_q)
-        return replace(self, unrotated=self.unrotated if unrotated else self.rotated, q=q, raw_q=raw_q)
+        kept = self.unrotated if unrotated and self.unrotated is not None else None
+        return replace(
+            self,
+            rotated=_alone(self.rotated),
+            unrotated=None if kept is None else _alone(kept),
+            v=_alone(self.v),
+            q=q,
+            raw_q=raw_q,
+        )
 
     def row(self, b: int, n: int) -> FreshTokens:
         """One row of `held` ones, of `n` tokens, without pads."""
         count = min(n, self.q.size(2))
-        rotated, unrotated, v = (x[b : b + 1, :, :n] for x in (self.rotated, self.unrotated, self.v))
+        rotated, v = (x[b : b + 1, :, :n] for x in (self.rotated, self.v))
+        unrotated = None if self.unrotated is None else self.unrotated[b : b + 1, :, :n]
         q, raw_q = (x[b : b + 1, :, x.size(2) - count :] for x in (self.q, self.raw_q))
         tensors = dict(rotated=rotated, unrotated=unrotated, v=v, q=q, raw_q=raw_q)
         return replace(self, **tensors, length=self.length[b : b + 1], first_query=n - count)
@@ -66,7 +76,13 @@ class FreshTokens:
         return torch.cat((self.rotated, self.v), dim=-1) if self.spec.latent else self.rotated
 
     def unrotated_keys(self) -> Tensor:
-        return self.unrotated
+        if self.unrotated is not None:
+            return self.unrotated
+        if self.constants is None:
+            raise ValueError("A cache made without its model knows nothing of it: use KVCache.build.")
+        pos = torch.arange(self.rotated.size(2), device=self.rotated.device)
+        angles = angles_at(self.constants.theta, pos, self.constants.dtype)
+        return unrotate(self.rotated, angles, self.spec.rope_size)
 
     def values(self) -> Tensor:
         return self.v
@@ -87,6 +103,11 @@ class FreshTokens:
         index = (pos - self.first_query).clamp(0, max(0, q.size(2) - 1))
         index = index.view(pos.size(0), 1, n, 1).expand(-1, q.size(1), -1, q.size(3))
         return q.gather(2, index), pos.clamp(min=-1)
+
+
+def _alone(x: Tensor) -> Tensor:
+    """The tensor in memory of its own: a part of a larger one, like values of a joint projection, keeps all of it."""
+    return x if x.untyped_storage().nbytes() == x.nbytes else x.clone()
 
 
 class QueryRing(nn.Module):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from litgpt.model import do_softcapping
-from litgpt_kv.attention.eager import MASS_BLOCK, slot_attention
+from litgpt_kv.attention.eager import MASS_BLOCK
 from litgpt_kv.attention.masks import visible
 from litgpt_kv.attention.rope import Angles, RopeTables, rotate, rows_at
 from litgpt_kv.cache.layer import LayerCache, PrefillMetadata
@@ -70,16 +70,13 @@ class RereadView:
         keys, values = torch.cat((held.keys, k), dim=2), torch.cat((held.values, v), dim=2)  # (B, G, T + c, .)
         prompt = torch.arange(T, device=q.device).expand(q.size(0), T)
         key_pos = torch.cat((prompt.masked_fill(prompt >= self.length.unsqueeze(1), -1), self.pos), dim=1)
-        mask = visible(self.pos, key_pos, spec.window)  # (B, c, T + c)
+        y, largest = attend_again(q, keys, values, self.pos, key_pos, self.real, spec)
         if held.reread is not None:
-            largest = largest_attention(q, keys, mask, self.real, spec)[..., :T]  # (B, G, T)
-            largest = largest.amax(dim=1, keepdim=True) if spec.latent else largest
+            largest = largest[..., :T].amax(dim=1, keepdim=True) if spec.latent else largest[..., :T]  # (B, G, T)
             held.reread = torch.maximum(held.reread, largest)
         if self.final:
             self._seed()
-        if self.last is not None:
-            q, mask = q[:, :, :1], mask[:, :1]
-        y, _ = slot_attention(q, keys, values, mask.unsqueeze(1), scale=spec.scale, softcap=spec.softcap)
+        y = y if self.last is None else y[:, :, :1]
         return y.transpose(1, 2)  # (B, c, H, Dv)
 
     def _seed(self) -> None:
@@ -93,31 +90,37 @@ class RereadView:
         self.layer.seed(self.step, held.fresh, {**held.received, "reread": reread})
 
 
-def largest_attention(q: Tensor, k: Tensor, mask: Tensor, real: Tensor, spec: LayerSpec) -> Tensor:
-    """The largest attention that each key receives from any query, in blocks of queries.
+def attend_again(
+    q: Tensor, k: Tensor, v: Tensor, pos: Tensor, key_pos: Tensor, real: Tensor, spec: LayerSpec
+) -> tuple[Tensor, Tensor]:
+    """Attention of a part of the second reading, and the largest that each key receives, in blocks of queries.
 
     Args:
-        q: (B, H, c, D). k: (B, G, N, D). mask: (B, c, N) True where a query sees a key.
-        real: (B, c) queries that count.
+        q: (B, H, c, D). k, v: (B, G, N, D) and (B, G, N, Dv).
+        pos: (B, c) positions of the queries. key_pos: (B, N) of the keys, -1 where there is none.
+        real: (B, c) queries whose attention counts.
 
     Returns:
-        (B, G, N) over queries and the query heads of a group; float32 (float64 for a float64 model).
+        (B, H, c, Dv), and (B, G, N) over queries and the query heads of a group; float32 (float64 for a float64 model).
     """
     exact = torch.promote_types(q.dtype, torch.float32)
     (B, H, c, _), (G, N) = q.shape, k.shape[1:3]
     keys, best = k.to(exact).mT, torch.zeros(B, G, N, dtype=exact, device=q.device)
-    q = q.to(exact).unflatten(1, (G, H // G)) * spec.scale  # (B, G, R, c, D)
+    y = q.new_empty(B, G, H // G, c, v.size(-1))
+    q = q.unflatten(1, (G, H // G))  # (B, G, R, c, D)
     with torch.autocast(q.device.type, enabled=False):
         for first in range(0, c, MASS_BLOCK):
             rows = slice(first, first + MASS_BLOCK)
-            scores = (q[:, :, :, rows].flatten(2, 3) @ keys).unflatten(2, (H // G, -1))  # (B, G, R, b, N)
+            part = q[:, :, :, rows].flatten(2, 3).to(exact) * spec.scale
+            scores = (part @ keys).unflatten(2, (H // G, -1))  # (B, G, R, b, N)
             if spec.softcap is not None:
                 scores = do_softcapping(scores, spec.softcap)
-            hidden = ~mask[:, None, None, rows]
-            probs = scores.masked_fill(hidden, torch.finfo(exact).min).softmax(dim=-1)
-            probs = probs.masked_fill(hidden | ~real[:, None, None, rows, None], 0.0)
+            hidden = ~visible(pos[:, rows], key_pos, spec.window)[:, None, None]
+            probs = scores.masked_fill_(hidden, torch.finfo(exact).min).softmax(dim=-1)
+            y[:, :, :, rows] = (probs.to(v.dtype).flatten(2, 3) @ v).unflatten(2, (H // G, -1))
+            probs.masked_fill_(hidden | ~real[:, None, None, rows, None], 0.0)
             best = torch.maximum(best, probs.amax(dim=(2, 3)))
-    return best
+    return y.flatten(1, 2), best
 
 
 @dataclass(eq=False)
@@ -139,6 +142,9 @@ class Rereading:
 
     def hold(self, layer: LayerCache, step: PrefillMetadata, held: HeldPrompt) -> None:
         """Keep what a layer has of the prompts; its cache is seeded now, or after the second reading if it asks."""
+        held.fresh = held.fresh.held(layer.needs_unrotated)
+        if not layer.spec.latent:  # one copy of both
+            held.keys, held.values = held.fresh.rotated, held.fresh.v
         if step.slots.strategy.rereads and self.longest > step.slots.plan.slots:
             B, groups, T = held.fresh.v.shape[:3]
             exact = torch.promote_types(held.keys.dtype, torch.float32)

@@ -133,12 +133,25 @@ class Slots(nn.Module):
             statistics = {n: pool.per_head(s, self.owner, self.heads, 0.0) for n, s in statistics.items()}
         if self.strategy.needs:
             return [
-                Tokens(pos[i], now, prompt_length, spec, {n: s[i] for n, s in statistics.items()}, readers[i])
+                self.view(pos[i], now, prompt_length, spec, {n: s[i] for n, s in statistics.items()}, readers[i])
                 for i, spec in enumerate(self.layers)
             ]
         stack = pos.size(0)
         flat = {name: s.flatten(0, 1) for name, s in statistics.items()}
-        return [Tokens(pos.flatten(0, 1), now.repeat(stack), prompt_length.repeat(stack), self.layers[0], flat)]
+        return [self.view(pos.flatten(0, 1), now.repeat(stack), prompt_length.repeat(stack), self.layers[0], flat)]
+
+    def view(
+        self,
+        pos: Tensor,
+        now: Tensor,
+        prompt_length: Tensor,
+        layer: LayerSpec,
+        statistics: Mapping[str, Tensor],
+        reader: TokenReader | None = None,
+    ) -> Tokens:
+        """Tokens at positions (B, P, N) as the strategy sees them."""
+        protected = self.protected(pos, now, prompt_length) if self.strategy.needs else None
+        return Tokens(pos, now, prompt_length, layer, statistics, reader, self.plan.slots, protected)
 
     def _one_choice(self, score: Tensor) -> Tensor:
         """A score (B, G, N) made from every head's keys, where the heads of a layer choose together: its mean."""

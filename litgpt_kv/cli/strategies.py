@@ -62,6 +62,7 @@ def looks_at(strategy: Strategy) -> str:
         return "position"
     kinds = {"mass": "attention of all queries", "last": "attention of the newest query"}
     parts = [text for kind, text in kinds.items() if kind in strategy.statistics]
+    parts += ["a second reading"] if strategy.rereads else []
     if "queries" in strategy.needs:
         parts.append(f"last {strategy.window} queries")  # type: ignore[attr-defined]
     others = {"keys": "keys", "values": "values", "output_weight": "output weights", "calibration": "calibration file"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from litgpt_kv import GPT, KVCache, KVCacheArgs
 from litgpt_kv.cache.constants import connect
+from litgpt_kv.cache.door import own_pools
 from litgpt_kv.cache.serialize import checksum
 from tests.oracle.reference import Policy, compare, kept_of, logits_of, tiny
 
@@ -158,3 +160,26 @@ def test_what_is_refused(model: GPT) -> None:
     part = SimpleNamespace(sharing=SimpleNamespace(heads=heads), theta=model.theta, rope=model.rope)
     with pytest.raises(ValueError, match="one device: this one has 1 of 2 key/value heads"):
         connect(KVCache.build(model, args_of()), part)
+
+
+@torch.no_grad()
+def test_rows_of_one_step_are_seen_together_and_marked_until_it_ends(model: GPT) -> None:
+    cache, rows, seen = KVCache.build(model, args_of(), 2), rows_of(), []
+    logits_of(model, cache, [rows[0][:19], rows[2][:12]], [19, 12], "full")
+    tokens = torch.tensor([[1], [2]])
+    step = cache.begin_decode(1, model.rope())
+    step.views[0].observer = seen.append
+    model.transformer.h[0](model.embed(tokens), step.views[0])
+    assert [queries.shape for queries in seen] == [(2, 4, 1, 6)]
+    with pytest.raises(ValueError, match="Rows 0, 1 are in the middle of a step"):
+        model(tokens, cache)
+
+
+def test_pools_lie_within_devices() -> None:
+    args = KVCacheArgs("h2o", 8, select="pool")
+    with pytest.raises(ValueError, match=r"pools 1 would cross devices: the 4 key/value heads .* multiple of 2"):
+        own_pools(args, 4, 2)
+    with pytest.raises(ValueError, match=r"pools 3 would cross devices: the 3 key/value heads .* multiple of 2"):
+        own_pools(replace(args, pools=3), 3, 2)
+    assert own_pools(replace(args, pools=4), 4, 2).pools == 2
+    assert own_pools(args, 1, 2) == args and own_pools(replace(args, select="head"), 4, 2).pools == 1

@@ -343,9 +343,14 @@ def duo(view: View) -> Scores:
 
 
 def criticalkv(view: View) -> Scores:
-    base = NAIVE[view.option("base", "snapkv")](view)
+    policy, text = view.oracle.policies[view.layer], view.option("base_options", "")
+    options = {x.split("=")[0]: int(x.split("=")[1]) for x in text.replace(" ", "").split(",") if x}
+    base = NAIVE[view.option("base", "snapkv")](replace(view, options=options, known={}))
     low = min([0.0, *base.values()])
-    return {p: (base[p] - low + 1e-4) * view.statistic(p, output_norm) for p in view.held}
+    safe = {p for p in view.held if policy.worth(p, view.now, 0.0, None) == math.inf}
+    best_first = sorted(view.held, key=lambda p: (-math.inf if p in safe else -base[p], p))
+    sure = best_first[: int(view.option("first", 0.5) * policy.budget)]
+    return {p: 2.0**100 if p in sure else (base[p] - low + 1e-4) * view.statistic(p, output_norm) for p in view.held}
 
 
 def output_norm(view: View, p: int) -> float:

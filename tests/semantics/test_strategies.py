@@ -30,7 +30,11 @@ OPTIONS = {  # small enough for the budget
     "expected_attention": [dict(window=6, future=3), dict(window=40, future=1, epsilon=0.01)],
     "triattention": [dict(farthest=5)],
     "duo": [{}],
-    "criticalkv": [dict(base="h2o"), dict(base="keydiff")],
+    "criticalkv": [
+        dict(base="h2o", first=0.0),
+        dict(base="keydiff", first=0.25),
+        dict(base="kvzip", base_options="chunk=5"),
+    ],
     "kvzip": [dict(chunk=5), {}],
 }
 CASES = [(name, options) for name, every in OPTIONS.items() for options in every]
@@ -97,10 +101,23 @@ def test_pools_and_one_choice_for_a_layer(calibration: str, name: str, options: 
         check(model, policy_of(name, options, calibration, positions, select=select, pools=pools), prompts=[C + 5])
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "length"),
+    [("h2o", {}, 281), ("keydiff", {}, 156), ("snapkv", dict(window=4, kernel=3), 156)],
+    ids=["h2o", "keydiff", "snapkv"],
+)
+def test_128_tokens_leave_at_once(name: str, options: dict, length: int) -> None:
+    """As R-KV and TriAttention evict: 128 leave when token 150 enters, and again when token 278 does."""
+    sizes = dict(n_layer=1, n_head=2, n_query_groups=1, n_embd=12, intermediate_size=8, block_size=288)
+    model = tiny(seed=6, **sizes, padded_vocab_size=288, vocab_size=288)
+    rows = [torch.randperm(288, generator=torch.Generator().manual_seed(2)).tolist()[:length]]
+    compare(model, Policy(name, 150, 4, 8, interval=128, options=options), rows, [146], "full")
+
+
 @pytest.mark.parametrize(("name", "options"), list(dict(CASES).items()), ids=ids)
 def test_one_budget_for_all_layers(gqa: GPT, calibration: str, name: str, options: dict) -> None:
     policy = policy_of(name, options, calibration, select="model", interval=2)
-    check(gqa, policy, prompts=[C + 6, C - 2], new=4)
+    check(gqa, policy, prompts=[C + 4, C - 1], new=3)
 
 
 @pytest.mark.parametrize(("name", "options"), CASES, ids=ids)
@@ -165,6 +182,10 @@ def test_a_strategy_without_its_calibration_says_what_makes_it(gqa: GPT) -> None
         ("criticalkv", dict(base="criticalkv"), "base must be one of .*, got 'criticalkv'"),
         ("criticalkv", dict(base="triattention"), "base must be one of .*, got 'triattention'"),
         ("criticalkv", dict(base=3), "base must be one of .*, got 3"),
+        ("criticalkv", dict(base_options="window"), "base_options must be like .*, got 'window'"),
+        ("criticalkv", dict(base_options="window=0"), "window must be a whole number from 1 to 4,096, got 0"),
+        ("criticalkv", dict(base_options="chunk=3"), "chunk"),
+        ("criticalkv", dict(first=1.5), "first must be a number from 0 to 1, got 1.5"),
     ],
 )
 def test_options_are_refused_by_name(gqa: GPT, name: str, options: dict, message: str) -> None:

@@ -33,6 +33,7 @@ class LayerConstants:
         dtype: Of scores and statistics: float32, or float64 for a float64 model.
         first_head: The number of this device's first set of kept tokens; not 0 on a device that has later heads.
         largest: From numbers (B, G, ...) of this device's query heads, the largest of all devices; None on one.
+        mean: From scores (B, G, N) of this device's query heads, the mean of all devices; None on one.
         output_weight: (C, H, Dv) the output projection, of each query head; where "output_weight" is needed.
         calibration: By name, what a calibration file says of this layer; where "calibration" is needed.
     """
@@ -41,6 +42,7 @@ class LayerConstants:
     dtype: torch.dtype = torch.float32
     first_head: int = 0
     largest: Callable[[Tensor], Tensor] | None = None
+    mean: Callable[[Tensor], Tensor] | None = None
     output_weight: Tensor | None = None
     calibration: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -73,6 +75,8 @@ class Tokens:
         prompt_length: (B,) int64 tokens of each row's prompt.
         layer: Static facts of the layer; of a stack of layers, those of its first one.
         statistics: By name, (B, P, N).
+        budget: Tokens that a set keeps; of heads that share slots, the mean.
+        protected: (B, P, N) bool, what never leaves; None: nothing.
     """
 
     pos: Tensor
@@ -81,6 +85,8 @@ class Tokens:
     layer: LayerSpec
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
     reader: TokenReader | None = None
+    budget: int = 0
+    protected: Tensor | None = None
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.statistics:
@@ -152,6 +158,11 @@ class Tokens:
         """The largest of numbers (B, G, R, ...) of the query heads of each group: (B, G, ...)."""
         x, constants = x.amax(dim=2), self._constants("queries")
         return x if constants.largest is None else constants.largest(x)
+
+    def mean_of_devices(self, score: Tensor) -> Tensor:
+        """Scores (B, G, N) made from query heads, the mean over devices that have some of the heads of a group."""
+        mean = self._constants("queries").mean
+        return score if mean is None else mean(score)
 
     @property
     def output_norm(self) -> Tensor:

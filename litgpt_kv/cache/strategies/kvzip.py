@@ -23,10 +23,12 @@ class KVzip(Strategy):
     The prompt is read, then read once more after itself; a token is worth the largest attention that any query of the
     second reading paid it, over the query heads of a group. It knows no question. Differences from the official code
     (snu-mllab/KVzip): the text follows itself directly, without words that ask to repeat it; a part of the second
-    reading is scored against the whole prompt, not against its own part of it; each layer has its own budget (the
-    official code's is shared by all layers; `select` "pool" shares that of a layer); and it goes on while decoding:
-    later tokens are worth more than any of the prompt, the newest most, as are all tokens of a prompt that fits the
-    budget. A prompt that is compressed takes about twice as long to read.
+    reading is scored against the whole prompt, not against its own part of it; and it goes on while decoding, where the
+    official code keeps all later tokens beyond the budget: here they are worth more than any of the prompt, the newest
+    most, as are all tokens of a prompt that fits the budget. The official budget is one threshold for all layers and
+    heads: that is `select` "model" (with "pool" each layer has its own, with "head", the default, each head), and
+    `floor` 0, as it has no safeguard (by default 20% of the budget are sure to each head). It never evicts the system
+    prompt: here `sinks` can say how long that is. A prompt that is compressed takes about three times as long to read.
 
     Args:
         chunk: How many tokens are read again at once; the prompt and they must fit the model's context.
