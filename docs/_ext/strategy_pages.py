@@ -1,5 +1,188 @@
-"""Sphinx extension."""
+"""Sphinx extension: a section for each registered strategy, and links to files outside of docs/.
+
+`docs/strategies.md` ends with a comment; before Sphinx reads the page it is replaced by what `sections` returns. What is
+said of a strategy comes from its class, from `strategy_notes.yaml`, and from `results/smollm2-135m.json`, if it is there.
+"""
+
+from __future__ import annotations
+
+import html
+import inspect
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from litgpt_kv import registry
+from litgpt_kv.cli.strategies import looks_at, summary
+
+DOCS = Path(__file__).parents[1]
+RESULTS = DOCS.parent / "results" / "smollm2-135m.json"
+MARK = re.compile(r"^<!-- strategies:.*-->$", re.MULTILINE)
+OUTSIDE = re.compile(r"(!?)\[([^\]]*)\]\(((?:\.\./)+[^)#\s]+)(#[^)]*)?\)")
+ARXIV = re.compile(r"arXiv (\d{4}\.\d{4,5})")
+Cell = dict[str, Any]
 
 
-def setup(app):
-    return {"parallel_read_safe": True}
+def setup(app: Any) -> dict[str, bool]:
+    app.connect("source-read", lambda app, name, source: source.__setitem__(0, prepared(name, source[0])))
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
+
+
+def prepared(name: str, text: str) -> str:
+    """Return a page's source as Sphinx shall read it."""
+    text = MARK.sub(lambda _: sections(), text) if name == "strategies" else text
+    folder = (DOCS / name).parent
+
+    def outside(link: re.Match) -> str:
+        target = (folder / link[3]).resolve()
+        if link[1] or target.is_relative_to(DOCS):
+            return link[0]
+        path = target.relative_to(DOCS.parent)
+        return f"{link[2]} (`{path}`)"
+
+    return OUTSIDE.sub(outside, text)
+
+
+def sections() -> str:
+    """Return Markdown: a section for each strategy of this package, in the order of `strategy_notes.yaml`."""
+    notes: dict[str, dict[str, str]] = yaml.safe_load((DOCS / "strategy_notes.yaml").read_text(encoding="utf-8"))
+    cells = measured()
+    return "\n\n".join(section(name, note, cells) for name, note in notes.items())
+
+
+def section(name: str, note: Mapping[str, str], cells: list[Cell]) -> str:
+    """Return the section of one strategy."""
+    cls = registry.get("strategy", name)
+    strategy = cls()
+    detail, _, options = (inspect.getdoc(cls) or "").partition("\n")[2].partition("Args:\n")
+    rows = {
+        "score": f"`{note['formula']}`",
+        "reads": looks_at(strategy),
+        "protects": protects(strategy),
+        "costs": cost(strategy),
+        "positions · select": f"{strategy.positions} · {strategy.select}",
+        "latent attention": "yes" if strategy.latent else "no",
+        "source": ARXIV.sub(r"[arXiv \1](https://arxiv.org/abs/\1)", cls.paper) or "–",
+    }
+    lines = [f"## {name}", summary(cls), f"**When to use it:** {note['use']}", "| | |\n|---|---|"]
+    lines[-1] += "".join(f"\n| {key} | {value} |" for key, value in rows.items())
+    if detail.strip():
+        lines.append(detail.strip())
+    if options.strip():
+        defaults = {f.name: f.default for f in fields(cls)}
+        found = re.findall(r"^    (\w+): (.*(?:\n      +.*)*)", options, re.MULTILINE)
+        lines.append("\n".join(f"- `{n}` ({defaults[n]}): {' '.join(text.split())}" for n, text in found))
+    lines += curve(name, cells)
+    return "\n\n".join(lines)
+
+
+def protects(strategy: Any) -> str:
+    """Return the tokens that a strategy protects by default."""
+    parts = []
+    for what, at_100, at_200 in zip(("first", "last"), strategy.protected(100), strategy.protected(200)):
+        if at_100:
+            share = f"{at_100}% of the budget" if at_200 == 2 * at_100 else f"{at_100}"
+            parts.append(f"the {what} {share}")
+    return " and ".join(parts) or "nothing but the newest token"
+
+
+def cost(strategy: Any) -> str:
+    """Return what a strategy costs, in memory beside keys and values, and in time."""
+    if not strategy.evicts or strategy.recency:
+        return "nothing: the score is the position" if strategy.evicts else "memory for every token"
+    parts = []
+    if strategy.statistics:
+        parts.append(f"{4 * len(strategy.statistics)} bytes for each kept token and head")
+    if "queries" in strategy.needs:
+        parts.append(f"the last {strategy.window} queries of each row, kept")
+    if strategy.rereads:
+        parts.append("a compressed prompt is read twice")
+    if {"mass", "last"} & set(strategy.statistics):
+        parts.append("attention weights of prompts are summed in a second pass over keys")
+    if strategy.needs:
+        parts.append("a full row reads what it keeps, layer by layer; `interval` makes that rare")
+    else:
+        parts.append("all layers are scored at once")
+    return "; ".join(parts)
+
+
+# -- what was measured -------------------------------------------------------------------------------------------------
+
+
+def measured() -> list[Cell]:
+    """Return the cells of the measurement on a real model; none if there is no file."""
+    if not RESULTS.exists():
+        return []
+    return [cell for cell in json.loads(RESULTS.read_text(encoding="utf-8"))["cells"] if "error" not in cell]
+
+
+def base_of(cell: Cell) -> str:
+    """Return the strategy of a cell, without its way to select and its storage."""
+    return re.split(r"[:@]", cell["cache"])[0]
+
+
+def points(cells: list[Cell], cache: str) -> list[tuple[float, float]]:
+    """Return bytes and the share of answers found, in percent, of a cache at each budget: the mean over all tasks."""
+    by_budget: dict[Any, list[Cell]] = {}
+    for cell in cells:
+        if cell["cache"] == cache and "score" in cell:
+            by_budget.setdefault(cell["budget"], []).append(cell)
+    means = [(max(c["bytes"] for c in g), 100 * sum(c["score"] for c in g) / len(g)) for g in by_budget.values()]
+    return sorted(means)
+
+
+def curve(name: str, cells: list[Cell]) -> list[str]:
+    """Return a picture and a table of what was measured of a strategy; nothing if it was not."""
+    own = [cell for cell in cells if base_of(cell) == name]
+    if not own:
+        return []
+    parts = ["**Measured** on SmolLM2-135M-Instruct (`results/smollm2-135m.json`):"]
+    drawn = {cache: points(cells, cache) for cache in dict.fromkeys(c["cache"] for c in cells)}
+    if any(drawn[cell["cache"]] for cell in own):
+        parts.append(picture(drawn, {cell["cache"] for cell in own}))
+    rows = ["| cache | budget | bytes | answers found | KL to full | perplexity |\n|---|---|---|---|---|---|"]
+    for cache, budget in dict.fromkeys((c["cache"], c["budget"]) for c in own):
+        group = [c for c in own if (c["cache"], c["budget"]) == (cache, budget)]
+        scores = [c["score"] for c in group if "score" in c]
+        text = next((c for c in group if "perplexity" in c), {})
+        found = f"{100 * sum(scores) / len(scores):.0f}%" if scores else ""
+        kl = f"{text['kl']:.4f}" if text.get("kl") is not None else ""
+        perplexity = f"{text['perplexity']:.2f}" if text else ""
+        size = max(c["bytes"] for c in group)
+        rows.append(f"| {cache} | {'all' if budget is None else budget} | {size:,} | {found} | {kl} | {perplexity} |")
+    return [*parts, "\n".join(rows)]
+
+
+def picture(drawn: Mapping[str, list[tuple[float, float]]], marked: set[str]) -> str:
+    """Return an SVG: answers found against bytes, this strategy in colour, the others in grey."""
+    width, height, left, top, plot_w, plot_h = 520, 240, 48, 14, 452, 180
+    largest = max(x for line in drawn.values() for x, _ in line)
+
+    def place(x: float, y: float) -> str:
+        return f"{left + plot_w * x / largest:.1f},{top + plot_h * (1 - y / 100):.1f}"
+
+    out = [f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" font-family="sans-serif">']
+    out.append(f'<rect width="{width}" height="{height}" rx="8" fill="#ffffff"/>')
+    for y in (0, 50, 100):
+        at = top + plot_h * (1 - y / 100)
+        out.append(f'<line x1="{left}" y1="{at}" x2="{left + plot_w}" y2="{at}" stroke="#dddddd"/>')
+        out.append(f'<text x="{left - 6}" y="{at + 4}" font-size="11" text-anchor="end" fill="#444444">{y}%</text>')
+    for cache, line in sorted(drawn.items(), key=lambda item: item[0] in marked):
+        colour, thick = ("#1f6fb5", 2.2) if cache in marked else ("#c8c8c8", 1)
+        where = " ".join(place(*point) for point in line)
+        out.append(f'<polyline points="{where}" fill="none" stroke="{colour}" stroke-width="{thick}"/>')
+        if cache in marked:
+            dots = [place(*point).split(",") for point in line]
+            out += [f'<circle cx="{x}" cy="{y}" r="3.5" fill="{colour}"/>' for x, y in dots]
+            if dots:
+                x, y = map(float, dots[0])
+                label = html.escape(cache)
+                out.append(f'<text x="{x + 6}" y="{y - 7}" font-size="12" fill="{colour}">{label}</text>')
+    foot = f"bytes of a row, to {largest / 1e6:.1f} MB; answers found; other caches in grey"
+    out.append(f'<text x="{left}" y="{height - 14}" font-size="11" fill="#444444">{foot}</text></svg>')
+    return "```{raw} html\n" + "\n".join(out) + "\n```"
