@@ -1,7 +1,7 @@
 """Sphinx extension: a section for each registered strategy, and links to files outside of docs/.
 
-`docs/strategies.md` ends with a comment; before Sphinx reads the page it is replaced by what `sections` returns. What is
-said of a strategy comes from its class, from `strategy_notes.yaml`, and from `results/smollm2-135m.json`, if it is there.
+`docs/strategies.md` ends with a comment. Before Sphinx reads the page, it is replaced by what `sections` returns. That
+comes from each strategy's class, from `strategy_notes.yaml`, and from `results/smollm2-135m.json`, if it is there.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def section(name: str, note: Mapping[str, str], cells: list[Cell]) -> str:
         "costs": cost(strategy),
         "positions · select": f"{strategy.positions} · {strategy.select}",
         "latent attention": "yes" if strategy.latent else "no",
-        "source": ARXIV.sub(r"[arXiv \1](https://arxiv.org/abs/\1)", cls.paper) or "–",
+        "source": ARXIV.sub(r"[arXiv \1](https://arxiv.org/abs/\1)", cls.paper) or "none",
     }
     lines = [f"## {name}", summary(cls), f"**When to use it:** {note['use']}", "| | |\n|---|---|"]
     lines[-1] += "".join(f"\n| {key} | {value} |" for key, value in rows.items())

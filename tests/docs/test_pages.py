@@ -1,48 +1,61 @@
-"""Every command and every Python example in the README is run."""
+"""Every command and every Python example of the README and of docs/ is run."""
+
+from __future__ import annotations
 
 import contextlib
 import io
 import re
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from litgpt_kv import registry
 from litgpt_kv.__main__ import main
 from tests import warm
+from tests.docs.pages import ROOT, Block, blocks, commands
 from tests.model import low_precision
 
-ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
 LONG = ("litgpt_kv benchmark",)  # minutes: run with a small setting instead
-MAKE = {"make demo", "make test", "make help", "make lint", "make wheel"}  # `make test` runs these tests
+COMMANDS = commands()
+EXAMPLES = blocks("python")
 
 
-def commands():
-    lines = [line for kind, block in BLOCKS if kind == "bash" for line in block.replace("\\\n", " ").splitlines()]
-    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+@pytest.fixture(autouse=True)
+def _registry() -> Iterator[None]:
+    """Forget the strategies of the examples."""
+    known, imported = dict(registry._KINDS["strategy"]), dict(registry.IMPORTED)
+    yield
+    for table, before in ((registry._KINDS["strategy"], known), (registry.IMPORTED, imported)):
+        table.clear()
+        table.update(before)
+    for name in [name for name in sys.modules if name.startswith("litgpt_kv_file_")]:
+        del sys.modules[name]
 
 
-def test_the_readme_has_commands():
-    assert len(commands()) >= 8
-    assert "make test" in commands()
-    assert "make demo" in commands()
+def test_the_pages_have_commands() -> None:
+    assert len(COMMANDS) >= 30
+    assert COMMANDS["make test"] == COMMANDS["make demo"] == "README.md"
+    assert len(EXAMPLES) >= 10
 
 
-@pytest.mark.parametrize("command", commands())
-def test_command(command, monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
+    for block in EXAMPLES:
+        if block.file and block.page == COMMANDS[command]:
+            (tmp_path / block.file).write_text(block.text)
     said, _, piped = command.rpartition(" | ")
     text = shlex.split(said)[1] + "\n" if said else ""  # echo "..." | litgpt_kv
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
     words = shlex.split(piped, comments=True)
     if words[0] == "make":
-        target = words[1]
-        assert f"make {target}" in MAKE
-        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
         return
     if words[:2] == ["python", "tests/model/low_precision.py"]:
         monkeypatch.setattr(sys, "argv", [*words[1:], "--steps", "3", "--families", "demo"])
@@ -78,24 +91,10 @@ def test_command(command, monkeypatch, capsys, tmp_path):
         assert "Now chatting" in err
 
 
-@pytest.mark.parametrize("number", range(sum(kind == "python" for kind, _ in BLOCKS)))
-def test_python_example(number, monkeypatch, tmp_path):
+@pytest.mark.parametrize("block", EXAMPLES, ids=lambda block: f"{block.page}-{block.number}")
+def test_python_example(block: Block, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    code = [block for kind, block in BLOCKS if kind == "python"][number]
-    if "torch.compile" in code:
+    if "torch.compile" in block.text:
         torch.compiler.reset()  # earlier tests of this process may have reached the limit of graphs for our forward
     with contextlib.redirect_stdout(io.StringIO()):
-        exec(compile(code, f"README example {number}", "exec"), {"__name__": "readme"})
-
-
-def test_every_strategy_is_in_the_table():
-    from litgpt_kv import registry
-
-    for name in registry.names("strategy"):
-        if registry.get("strategy", name).__module__.startswith("litgpt_kv."):
-            assert f"| `{name}` |" in TEXT
-
-
-def test_links_to_files_exist():
-    for target in re.findall(r"\]\(([^)#:]+)\)", TEXT):
-        assert (ROOT / target).exists(), target
+        exec(compile(block.text, f"{block.page}, example {block.number}", "exec", dont_inherit=True), {"__name__": "readme"})

@@ -1,0 +1,53 @@
+"""The pages for users, and what their code blocks say."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+OWN_TEST = {"docs/serve.md"}  # tests/serve/test_docs.py: its commands start a server
+PAGES = [p for p in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if "_build" not in p.parts]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A code block: its page, its kind ("bash", "python", "text", ...), its number on the page, and its lines."""
+
+    page: str
+    kind: str
+    number: int
+    text: str
+
+    @property
+    def file(self) -> str | None:
+        """The name of the file that a Python block is, as its first line says: `# my_file.py`."""
+        found = re.match(r"# (\w+\.py)\n", self.text)
+        return found[1] if self.kind == "python" and found else None
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks(kind: str) -> list[Block]:
+    """All blocks of one kind, of the README and of every page in docs/."""
+    out = []
+    for page in PAGES:
+        if name_of(page) in OWN_TEST:
+            continue
+        found = re.findall(r"^```(\w+)\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+        texts = [text for k, text in found if k == kind]
+        out += [Block(name_of(page), kind, n, text) for n, text in enumerate(texts)]
+    return out
+
+
+def commands() -> dict[str, str]:
+    """Every command of a bash block, and the first page that has it."""
+    out: dict[str, str] = {}
+    for block in blocks("bash"):
+        for line in block.text.replace("\\\n", " ").splitlines():
+            if line.strip() and not line.startswith("#"):
+                out.setdefault(line.strip(), block.page)
+    return out
