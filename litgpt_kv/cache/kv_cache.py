@@ -35,10 +35,14 @@ class KVCache(nn.Module):
     its rows marked, and later calls refuse them by name until `reset`.
 
     Attributes:
-        args: What the user asked for. max_tokens: How many tokens a row may see. context: The model's.
+        args: What the user asked for.
+        max_tokens: How many tokens a row may see.
+        context: The model's context.
         dtype: Of the model, for which the cache was built.
-        limit: The most tokens a row may see, None without an end; why: The reason.
-        longest_block: The most tokens of one decode step. first_chunk: The most prompt tokens that every layer keeps.
+        limit: The most tokens a row may see, None without an end.
+        why: The reason of the limit, in words.
+        longest_block: The most tokens of one decode step.
+        first_chunk: The most prompt tokens that every layer keeps.
         exact_blocks: Whether a block of tokens gives what they give one at a time, whatever attention they pay.
         rereads: Whether prompts may be read twice, in one pass then.
         evicting: In static mode, whether the next step may find a row full; False saves it the search for victims.

@@ -36,7 +36,8 @@ class LLM:
     """Generate text with a model and its tokenizer.
 
     Attributes:
-        model: The `GPT`, in inference mode. tokenizer, prompt_style, config, checkpoint_dir: as in litgpt's `LLM`.
+        model: The `GPT`, in inference mode.
+        tokenizer, prompt_style, config, checkpoint_dir: As in litgpt's `LLM`.
         fabric: The device and precision.
         last_run: The last run that ended, None before the first.
         decoder: Runs the one-token steps: the model, or the compiled model after `compile`.
