@@ -1,7 +1,8 @@
 """Sphinx extension: a section for each registered strategy, and links to files outside of docs/.
 
 `docs/strategies.md` ends with a comment. Before Sphinx reads the page, it is replaced by what `sections` returns. That
-comes from each strategy's class, from `strategy_notes.yaml`, and from `results/smollm2-135m.json`, if it is there.
+comes from each strategy's class, from `strategy_notes.yaml`, and from `results/smollm2-135m.json`, if it is there. A
+comment `<!-- picture: FILE | TEXT -->` becomes a picture if the file is there.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import html
 import inspect
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import fields
@@ -23,29 +25,53 @@ from litgpt_kv.cli.strategies import looks_at, summary
 DOCS = Path(__file__).parents[1]
 RESULTS = DOCS.parent / "results" / "smollm2-135m.json"
 MARK = re.compile(r"^<!-- strategies:.*-->$", re.MULTILINE)
-OUTSIDE = re.compile(r"(!?)\[([^\]]*)\]\(((?:\.\./)+[^)#\s]+)(#[^)]*)?\)")
+DRAWING = re.compile(r"^<!-- picture: (\S+) \| (.*) -->$", re.MULTILINE)
+LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)#:\s]+)(#[^)]*)?\)")
+PAGES = {  # files outside of docs/ that a page includes
+    "CONTRIBUTING.md": "contributing.md",
+    "litgpt_kv/cache/README.md": "one_step.md",
+    "tests/semantics/README.md": "exactness.md",
+}
 ARXIV = re.compile(r"arXiv (\d{4}\.\d{4,5})")
 Cell = dict[str, Any]
 
 
 def setup(app: Any) -> dict[str, bool]:
-    app.connect("source-read", lambda app, name, source: source.__setitem__(0, prepared(name, source[0])))
+    app.connect("source-read", on_page)
+    app.connect("include-read", on_include)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 
-def prepared(name: str, text: str) -> str:
-    """Return a page's source as Sphinx shall read it."""
-    text = MARK.sub(lambda _: sections(), text) if name == "strategies" else text
-    folder = (DOCS / name).parent
+def on_page(app: Any, name: str, source: list[str]) -> None:
+    """Change a page's source before Sphinx reads it."""
+    text = MARK.sub(lambda _: sections(), source[0]) if name == "strategies" else source[0]
+    text = DRAWING.sub(lambda found: f"![{found[2]}]({found[1]})" if (DOCS / found[1]).exists() else "", text)
+    source[0] = with_links(text, (DOCS / name).parent, (DOCS / name).parent)
 
-    def outside(link: re.Match) -> str:
-        target = (folder / link[3]).resolve()
-        if link[1] or target.is_relative_to(DOCS):
+
+def on_include(app: Any, path: Path, name: str, source: list[str]) -> None:
+    """Change the source of a file that a page includes: its links start at its own folder."""
+    source[0] = with_links(source[0], (DOCS / path).resolve().parent, (DOCS / name).parent)
+
+
+def with_links(text: str, folder: Path, page: Path) -> str:
+    """Return Markdown whose links, which start at `folder`, start at a page's folder.
+
+    A link to a file that a page includes leads to that page. Of other files outside of docs/ the path is shown.
+    """
+
+    def moved(link: re.Match) -> str:
+        title, target, anchor = link[1], (folder / link[2]).resolve(), link[3] or ""
+        path = os.path.relpath(target, DOCS.parent)
+        if not target.exists():
             return link[0]
-        path = target.relative_to(DOCS.parent)
-        return f"{link[2]} (`{path}`)"
+        if path in PAGES:
+            target, anchor = DOCS / PAGES[path], ""
+        if not target.is_relative_to(DOCS):
+            return f"{title} (`{path}`)" if title.strip("`") != path else title
+        return f"[{title}]({os.path.relpath(target, page)}{anchor})"
 
-    return OUTSIDE.sub(outside, text)
+    return LINK.sub(moved, text)
 
 
 def sections() -> str:
@@ -86,7 +112,7 @@ def protects(strategy: Any) -> str:
     parts = []
     for what, at_100, at_200 in zip(("first", "last"), strategy.protected(100), strategy.protected(200)):
         if at_100:
-            share = f"{at_100}% of the budget" if at_200 == 2 * at_100 else f"{at_100}"
+            share = f"{at_100}% of the budget" if at_200 == 2 * at_100 else "token" if at_100 == 1 else f"{at_100}"
             parts.append(f"the {what} {share}")
     return " and ".join(parts) or "nothing but the newest token"
 
@@ -103,7 +129,7 @@ def cost(strategy: Any) -> str:
     if strategy.rereads:
         parts.append("a compressed prompt is read twice")
     if {"mass", "last"} & set(strategy.statistics):
-        parts.append("attention weights of prompts are summed in a second pass over keys")
+        parts.append("attention weights must be added up, those of prompts, too")
     if strategy.needs:
         parts.append("a full row reads what it keeps, layer by layer; `interval` makes that rare")
     else:
@@ -115,46 +141,52 @@ def cost(strategy: Any) -> str:
 
 
 def measured() -> list[Cell]:
-    """Return the cells of the measurement on a real model; none if there is no file."""
+    """Return the answered questions of the measurement on a real model, of the length that all caches share.
+
+    Caches with a storage of their own are left out. None if there is no file.
+    """
     if not RESULTS.exists():
         return []
-    return [cell for cell in json.loads(RESULTS.read_text(encoding="utf-8"))["cells"] if "error" not in cell]
+    cells = json.loads(RESULTS.read_text(encoding="utf-8"))["cells"]
+    cells = [cell for cell in cells if "score" in cell and "@" not in cell["cache"]]
+    shortest = min((cell["tokens"] for cell in cells), default=0)
+    return [cell for cell in cells if cell["tokens"] == shortest]
 
 
-def base_of(cell: Cell) -> str:
-    """Return the strategy of a cell, without its way to select and its storage."""
-    return re.split(r"[:@]", cell["cache"])[0]
+def mean(cells: list[Cell]) -> float | None:
+    """Return the share of answers found, in percent; None for no cells."""
+    return 100 * sum(cell["score"] for cell in cells) / len(cells) if cells else None
 
 
-def points(cells: list[Cell], cache: str) -> list[tuple[float, float]]:
-    """Return bytes and the share of answers found, in percent, of a cache at each budget: the mean over all tasks."""
+def points(cells: list[Cell], cache: str, question: str) -> list[tuple[float, float]]:
+    """Return bytes and the share of answers found of a cache, at each budget."""
     by_budget: dict[Any, list[Cell]] = {}
     for cell in cells:
-        if cell["cache"] == cache and "score" in cell:
+        if (cell["cache"], cell["question"]) == (cache, question):
             by_budget.setdefault(cell["budget"], []).append(cell)
-    means = [(max(c["bytes"] for c in g), 100 * sum(c["score"] for c in g) / len(g)) for g in by_budget.values()]
-    return sorted(means)
+    return sorted((max(c["bytes"] for c in group), mean(group) or 0.0) for group in by_budget.values())
 
 
 def curve(name: str, cells: list[Cell]) -> list[str]:
     """Return a picture and a table of what was measured of a strategy; nothing if it was not."""
-    own = [cell for cell in cells if base_of(cell) == name]
+    own = [cell for cell in cells if cell["cache"].partition(":")[0] == name]
     if not own:
         return []
-    parts = ["**Measured** on SmolLM2-135M-Instruct (`results/smollm2-135m.json`):"]
-    drawn = {cache: points(cells, cache) for cache in dict.fromkeys(c["cache"] for c in cells)}
+    caches = dict.fromkeys(cell["cache"] for cell in cells)
+    drawn = {cache: points(cells, cache, "unseen") for cache in caches}
+    text = (
+        f"**Measured** on SmolLM2-135M-Instruct, {own[0]['tokens']} tokens (`results/smollm2-135m.json`): answers found"
+    )
+    parts = [f"{text}, with the question seen or not seen while the text was compressed. The curve is for not seen."]
     if any(drawn[cell["cache"]] for cell in own):
         parts.append(picture(drawn, {cell["cache"] for cell in own}))
-    rows = ["| cache | budget | bytes | answers found | KL to full | perplexity |\n|---|---|---|---|---|---|"]
+    rows = ["| cache | budget | bytes of a row | not seen | seen |\n|---|---|---|---|---|"]
     for cache, budget in dict.fromkeys((c["cache"], c["budget"]) for c in own):
         group = [c for c in own if (c["cache"], c["budget"]) == (cache, budget)]
-        scores = [c["score"] for c in group if "score" in c]
-        text = next((c for c in group if "perplexity" in c), {})
-        found = f"{100 * sum(scores) / len(scores):.0f}%" if scores else ""
-        kl = f"{text['kl']:.4f}" if text.get("kl") is not None else ""
-        perplexity = f"{text['perplexity']:.2f}" if text else ""
+        found = [mean([c for c in group if c["question"] == question]) for question in ("unseen", "seen")]
+        shown = " | ".join("" if share is None else f"{share:.0f}%" for share in found)
         size = max(c["bytes"] for c in group)
-        rows.append(f"| {cache} | {'all' if budget is None else budget} | {size:,} | {found} | {kl} | {perplexity} |")
+        rows.append(f"| `{cache}` | {'all' if budget is None else budget} | {size:,} | {shown} |")
     return [*parts, "\n".join(rows)]
 
 
@@ -183,6 +215,11 @@ def picture(drawn: Mapping[str, list[tuple[float, float]]], marked: set[str]) ->
                 x, y = map(float, dots[0])
                 label = html.escape(cache)
                 out.append(f'<text x="{x + 6}" y="{y - 7}" font-size="12" fill="{colour}">{label}</text>')
+    for _, y in drawn.get("dense", [])[:1]:
+        at = top + plot_h * (1 - y / 100)
+        dash = 'stroke="#777777" stroke-dasharray="4 3"'
+        out.append(f'<line x1="{left}" y1="{at:.1f}" x2="{left + plot_w}" y2="{at:.1f}" {dash}/>')
+        out.append(f'<text x="{left + 4}" y="{at + 13:.1f}" font-size="11" fill="#777777">dense</text>')
     foot = f"bytes of a row, to {largest / 1e6:.1f} MB; answers found; other caches in grey"
     out.append(f'<text x="{left}" y="{height - 14}" font-size="11" fill="#444444">{foot}</text></svg>')
     return "```{raw} html\n" + "\n".join(out) + "\n```"
