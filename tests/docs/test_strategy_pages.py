@@ -12,7 +12,7 @@ from litgpt_kv import registry
 from tests.docs.pages import ROOT
 
 sys.path.append(str(ROOT / "docs" / "_ext"))
-import strategy_pages  # noqa: E402  (found through the line above)
+import strategy_pages
 
 
 def cell(cache: str, budget: str | None, score: float, question: str = "unseen", tokens: int = 700) -> dict:
