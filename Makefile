@@ -84,6 +84,7 @@ docs: $(STAMP)  ## the documentation, build/docs/index.html; a warning is an err
 	@echo build/docs/index.html
 
 notebooks: $(STAMP)  ## run the notebooks of docs/notebooks and store their outputs
+	$(PIP) $(PIP_EXTRA_ARGS) -e ".[notebooks]"
 	$(BIN)/python docs/notebooks/store.py
 
 lint: $(DEV_STAMP)  ## ruff, as the pre-commit hooks run it

@@ -15,7 +15,7 @@ author = "the litgpt_kv authors"
 copyright = author
 version = release = __version__
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "strategy_pages"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "strategy_pages"]
 exclude_patterns = ["_ext", "notebooks/.ipynb_checkpoints"]
 default_role = "literal"  # docstrings put names between single backticks
 
@@ -26,7 +26,7 @@ html_show_sourcelink = False
 html_show_copyright = False
 
 myst_heading_anchors = 3
-nb_execution_mode = "off"  # the notebooks are stored with their outputs; the tests run them
+source_suffix = {".md": "markdown", ".ipynb": "markdown"}  # strategy_pages makes Markdown of notebooks
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings give shapes and dtypes

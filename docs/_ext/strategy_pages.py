@@ -1,4 +1,4 @@
-"""Sphinx extension: a section for each registered strategy, and links to files outside of docs/.
+"""Sphinx extension: a section for each registered strategy, notebooks, and links to files outside of docs/.
 
 `docs/strategies.md` ends with a comment. Before Sphinx reads the page, it is replaced by what `sections` returns. That
 comes from each strategy's class, from `strategy_notes.yaml`, and from `results/smollm2-135m.json`, if it is there. A
@@ -44,7 +44,8 @@ def setup(app: Any) -> dict[str, bool]:
 
 def on_page(app: Any, name: str, source: list[str]) -> None:
     """Change a page's source before Sphinx reads it."""
-    text = MARK.sub(lambda _: sections(), source[0]) if name == "strategies" else source[0]
+    text = markdown(json.loads(source[0])) if app.env.doc2path(name).suffix == ".ipynb" else source[0]
+    text = MARK.sub(lambda _: sections(), text) if name == "strategies" else text
     text = DRAWING.sub(lambda found: f"![{found[2]}]({found[1]})" if (DOCS / found[1]).exists() else "", text)
     source[0] = with_links(text, (DOCS / name).parent, (DOCS / name).parent)
 
@@ -52,6 +53,21 @@ def on_page(app: Any, name: str, source: list[str]) -> None:
 def on_include(app: Any, path: Path, name: str, source: list[str]) -> None:
     """Change the source of a file that a page includes: its links start at its own folder."""
     source[0] = with_links(source[0], (DOCS / path).resolve().parent, (DOCS / name).parent)
+
+
+def markdown(notebook: Mapping[str, Any]) -> str:
+    """Return a notebook as Markdown, with the outputs that are stored in it."""
+    parts = []
+    for cell in notebook["cells"]:
+        text = "".join(cell["source"])
+        parts.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
+        for output in cell.get("outputs", ()):
+            if image := output.get("data", {}).get("image/png"):
+                data = "".join(image).replace("\n", "")
+                parts.append(f'```{{raw}} html\n<img alt="" src="data:image/png;base64,{data}"/>\n```')
+            elif output["output_type"] == "stream":
+                parts.append("```text\n" + "".join(output["text"]).rstrip() + "\n```")
+    return "\n\n".join(parts)
 
 
 def with_links(text: str, folder: Path, page: Path) -> str:

@@ -10,7 +10,7 @@ import pytest
 from tests import warm
 from tests.docs.pages import ROOT
 
-for package in ("sphinx", "myst_nb", "furo"):
+for package in ("sphinx", "myst_parser", "furo"):
     pytest.importorskip(package)
 
 
@@ -23,4 +23,6 @@ def test_the_documentation_builds_without_warnings(tmp_path: Path) -> None:
         assert (tmp_path / "html" / page.with_suffix(".html")).exists(), page
     strategies = (tmp_path / "html" / "strategies.html").read_text(encoding="utf-8")
     assert 'id="h2o"' in strategies and "When to use it" in strategies  # made from the registry
+    notebook = (tmp_path / "html" / "notebooks" / "read_once.html").read_text(encoding="utf-8")
+    assert "data:image/png;base64," in notebook and "of 8 answers" in notebook  # with the stored outputs
     assert 'id="litgpt_kv.KVCache.build"' in (tmp_path / "html" / "api" / "cache.html").read_text(encoding="utf-8")
