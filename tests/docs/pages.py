@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-OWN_TEST = {"docs/serve.md"}  # tests/serve/test_docs.py: its commands start a server
+OWN_TEST = {"docs/serve.md", "docs/inspect.md", "docs/lm_eval.md"}  # tests/serve, tests/inspect, tests/evaluate
 PAGES = [p for p in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if "_build" not in p.parts]
 
 
