@@ -67,10 +67,12 @@ def test_dependencies_are_what_is_imported_and_nothing_else() -> None:
     others = {
         "test",
         "dev",
+        "docs",
         "hf",
+        "notebooks",
         "quantize",
         "ray",
-    }  # what tests and extensions need, and what litgpt imports by itself
+    }  # what tests, docs and extensions need, and what litgpt imports by itself
     extras = [name for name in PROJECT["optional-dependencies"] if name not in others]
     optional = {name for extra in extras for name in required(PROJECT["optional-dependencies"][extra])}
     assert imported(ROOT / "litgpt_kv") == required(PROJECT["dependencies"]) | optional

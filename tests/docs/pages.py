@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from litgpt_kv import registry
 
 ROOT = Path(__file__).parents[2]
 OWN_TEST = {"docs/serve.md", "docs/inspect.md", "docs/lm_eval.md"}  # tests/serve, tests/inspect, tests/evaluate
@@ -51,3 +56,19 @@ def commands() -> dict[str, str]:
             if line.strip() and not line.startswith("#"):
                 out.setdefault(line.strip(), block.page)
     return out
+
+
+@contextlib.contextmanager
+def own_strategies_forgotten() -> Iterator[None]:
+    """Forget the strategies that examples register and the files that they import, so that other tests meet none."""
+    imported = dict(registry.IMPORTED)
+    try:
+        yield
+    finally:
+        table = registry._KINDS["strategy"]
+        for name in [name for name, cls in table.items() if not cls.__module__.startswith(("litgpt_kv.", "tests."))]:
+            del table[name]
+        registry.IMPORTED.clear()
+        registry.IMPORTED.update(imported)
+        for name in [name for name in sys.modules if name.startswith("litgpt_kv_file_")]:
+            del sys.modules[name]

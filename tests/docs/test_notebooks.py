@@ -12,8 +12,7 @@ from types import ModuleType
 
 import pytest
 
-from litgpt_kv import registry
-from tests.docs.pages import ROOT
+from tests.docs.pages import ROOT, own_strategies_forgotten
 
 plt = pytest.importorskip("matplotlib.pyplot")
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
@@ -24,10 +23,8 @@ def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Draw nothing on a screen, and forget strategies and figures."""
     monkeypatch.setattr(plt, "show", lambda: None)
     plt.switch_backend("Agg")
-    known = dict(registry._KINDS["strategy"])
-    yield
-    registry._KINDS["strategy"].clear()
-    registry._KINDS["strategy"].update(known)
+    with own_strategies_forgotten():
+        yield
     plt.close("all")
 
 

@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from litgpt_kv import registry
 from litgpt_kv.__main__ import main
 from tests import warm
-from tests.docs.pages import ROOT, Block, blocks, commands
+from tests.docs.pages import ROOT, Block, blocks, commands, own_strategies_forgotten
 from tests.model import low_precision
 from tests.serve.test_docs import parsed
 
@@ -28,13 +27,8 @@ EXAMPLES = blocks("python")
 @pytest.fixture(autouse=True)
 def _registry() -> Iterator[None]:
     """Forget the strategies of the examples."""
-    known, imported = dict(registry._KINDS["strategy"]), dict(registry.IMPORTED)
-    yield
-    for table, before in ((registry._KINDS["strategy"], known), (registry.IMPORTED, imported)):
-        table.clear()
-        table.update(before)
-    for name in [name for name in sys.modules if name.startswith("litgpt_kv_file_")]:
-        del sys.modules[name]
+    with own_strategies_forgotten():
+        yield
 
 
 def test_the_pages_have_commands() -> None:

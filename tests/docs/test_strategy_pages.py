@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from litgpt_kv import registry
 from tests.docs.pages import ROOT
 
 sys.path.append(str(ROOT / "docs" / "_ext"))
-import strategy_pages
+strategy_pages = importlib.import_module("strategy_pages")
 
 
 def cell(cache: str, budget: str | None, score: float, question: str = "unseen", tokens: int = 700) -> dict:
