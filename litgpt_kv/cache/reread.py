@@ -39,6 +39,16 @@ class HeldPrompt:
     received: Mapping[str, Tensor]
     reread: Tensor | None = None
 
+    def seed(self, layer: LayerCache, step: PrefillMetadata, length: Tensor) -> None:
+        """Seed a layer whose second reading is complete, for prompts of `length` (B,) tokens."""
+        if self.reread is None:
+            return
+        slots = step.slots
+        reread = self.reread if slots.sharing is None else slots.sharing.largest(self.reread)
+        fits = length <= slots.plan.slots  # a row that fits is as it is alone: not read again
+        reread = reread.clamp(min=torch.finfo(torch.float32).tiny).masked_fill(fits.view(-1, 1, 1), 0.0)
+        layer.seed(step, self.fresh, {**self.received, "reread": reread})
+
 
 @dataclass(eq=False)
 class RereadView:
@@ -74,20 +84,10 @@ class RereadView:
         if held.reread is not None:
             largest = largest[..., :T].amax(dim=1, keepdim=True) if spec.latent else largest[..., :T]  # (B, G, T)
             held.reread = torch.maximum(held.reread, largest)
-        if self.final:
-            self._seed()
+        if self.final:  # the prompt is not held any longer than it needs to be
+            held.seed(self.layer, self.step, self.length)
         y = y if self.last is None else y[:, :, :1]
         return y.transpose(1, 2)  # (B, c, H, Dv)
-
-    def _seed(self) -> None:
-        """Let the cache take what it keeps; the prompt is not held any longer than it needs to be."""
-        held, slots = self.held, self.step.slots
-        if held.reread is None:
-            return
-        reread = held.reread if slots.sharing is None else slots.sharing.largest(held.reread)
-        fits = self.length <= slots.plan.slots  # a row that fits is as it is alone: not read again
-        reread = reread.clamp(min=torch.finfo(torch.float32).tiny).masked_fill(fits.view(-1, 1, 1), 0.0)
-        self.layer.seed(self.step, held.fresh, {**held.received, "reread": reread})
 
 
 def attend_again(

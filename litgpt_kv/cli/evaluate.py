@@ -14,13 +14,12 @@ from litgpt_kv.cli.loading import load
 from litgpt_kv.config import KVCacheArgs, shown
 from litgpt_kv.disk import reason, write_text
 from litgpt_kv.evaluate import fidelity
-from litgpt_kv.evaluate.answering import answer
 from litgpt_kv.evaluate.candidates import Candidate, candidates
 from litgpt_kv.evaluate.haystack import prose
 from litgpt_kv.evaluate.picture import draw
 from litgpt_kv.evaluate.results import Results, standard_error
+from litgpt_kv.evaluate.runs import ask
 from litgpt_kv.evaluate.tasks import check_task
-from litgpt_kv.evaluate.tasks import examples as examples_of
 from litgpt_kv.llm.llm import LLM
 
 MOST = 1_000_000  # of everything that is counted
@@ -104,46 +103,12 @@ def evaluate(
     llm = load(checkpoint_dir, device)
     if words is not None:  # first: a text that is too short is noticed at once
         read(llm, results, compared, words)
-    ask(llm, results, compared, asked, lengths or [700], QUESTIONS[questions], batch_size)
+    ask(llm, results, compared, asked, lengths or [700], QUESTIONS[questions], examples, batch_size)
     print(results.tables())
     if results.folder is not None:
         write_text(results.folder / "results.md", results.tables())
         files = ["results.json", "results.md", *(path.name for path in draw(results.cells, results.folder))]
         print(f"Written to {out}: {', '.join(files)}.", file=sys.stderr)
-
-
-def ask(
-    llm: LLM,
-    results: Results,
-    compared: list[Candidate],
-    tasks: list[str],
-    lengths: list[int],
-    questions: tuple[str, ...],
-    batch_size: int,
-) -> None:
-    """Measure the cells of all questions that are not measured yet."""
-    settings = results.settings
-
-    def count(text: str) -> int:
-        return len(llm.tokenizer.encode(text, bos=False))
-
-    cells = [(c, t, n, q) for t in tasks for n in lengths for q in questions for c in compared]
-    with tqdm(cells, unit="cell", disable=None, file=sys.stderr) as bar:
-        for candidate, task, tokens, question in bar:
-            bar.set_description(f"{candidate.name}, {task}, {tokens}, {question}")
-            key = {"cache": candidate.spec, "budget": candidate.budget, "task": task, "tokens": tokens}
-            key |= {"question": question}
-            if results.find(**key) is not None:
-                continue
-            try:
-                made = examples_of(task, settings["examples"], tokens, count, settings["seed"], settings["haystack"])
-                found = answer(llm, made, candidate.args, question == "seen", batch_size)
-            except ValueError as error:
-                results.add({**key, "error": str(error)})
-                continue
-            score = {"score": sum(found.scores) / len(found.scores), "standard_error": standard_error(found.scores)}
-            cost = {"seconds": found.seconds, "prefill_seconds": found.prefill_seconds, "bytes": found.bytes}
-            results.add({**key, **score, "examples": len(made), **cost, "kept": found.kept})
 
 
 def read_file(path: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import os
 import platform
 import statistics
 from collections.abc import Sequence
@@ -27,30 +28,43 @@ class Results:
 
     Attributes:
         settings: What the numbers depend on besides the cells' own keys. cells: One a cache, task, length and question.
-        folder: Where files go; None: nowhere.
+        folder: Where files go; None: nowhere. name: Of the JSON file.
     """
 
     settings: dict[str, Any]
     folder: Path | None = None
     cells: list[Cell] = field(default_factory=list)
+    name: str = "results.json"
 
     @property
     def path(self) -> Path | None:
-        return None if self.folder is None else self.folder / "results.json"
+        return None if self.folder is None else self.folder / self.name
 
     def find(self, **key: Any) -> Cell | None:
         """The cell with these values, if it was measured."""
         return next((cell for cell in self.cells if all(cell.get(k) == key.get(k) for k in KEY)), None)
 
     def add(self, cell: Cell) -> None:
-        """Take a cell, and write the file anew: a run that is stopped loses one cell at most."""
-        self.cells.append(cell)
+        """Take a cell, in the place of one with the same key, and write the file anew: little is lost in a stop."""
+        known = self.find(**{k: cell.get(k) for k in KEY})
+        if known is None:
+            self.cells.append(cell)
+        else:
+            self.cells[self.cells.index(known)] = cell
         if self.path is not None:
-            write_text(self.path, json.dumps(self.as_dict(), indent=1) + "\n")
+            write_text(self.path, self.as_json())
+
+    def as_json(self) -> str:
+        """One line a cell, so that a file can be read, and compared with another, by people."""
+        whole = self.as_dict()
+        cells = ",\n".join(f"  {json.dumps(cell)}" for cell in whole.pop("cells"))
+        return json.dumps(whole, indent=1).removesuffix("\n}") + f',\n "cells": [\n{cells}\n ]\n}}\n'
 
     def as_dict(self) -> dict[str, Any]:
         versions = {"litgpt_kv": __version__, "torch": torch.__version__, "python": platform.python_version()}
         machine = f"{processor()}, {torch.get_num_threads()} threads"
+        if hasattr(os, "getloadavg"):
+            machine += f", load average {os.getloadavg()[1]:.1f}"
         date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
         return {"settings": self.settings, "date": date, "machine": machine, "versions": versions, "cells": self.cells}
 

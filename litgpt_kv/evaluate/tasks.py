@@ -103,9 +103,10 @@ def _needles(keys: int, values: int, asked: int) -> Callable[..., Example]:
         key = " and of the ".join(dict.fromkeys(name for name, _ in wanted))
         what = "is the secret number" if len(wanted) == 1 else "are all the secret numbers"
         lead = f"The secret number{'' if len(wanted) == 1 else 's'} of the {key} {what.split()[0]}"
-        question = f"What {what} of the {key} in the text above?"
+        question = f"What {what} of the {key}?"
         values_wanted = tuple(value for _, value in wanted)
-        return Example(context, question, lead, values_wanted, 12 * len(wanted), depth if len(wanted) == 1 else None)
+        new_tokens = 10 if len(wanted) == 1 else 12 * len(wanted)
+        return Example(context, question, lead, values_wanted, new_tokens, depth if len(wanted) == 1 else None)
 
     return make
 
