@@ -7,20 +7,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-from tqdm import tqdm
-
 from litgpt_kv.arguments import DeviceArgs, Without, check_count
 from litgpt_kv.cli.loading import load
 from litgpt_kv.config import KVCacheArgs, shown
 from litgpt_kv.disk import reason, write_text
-from litgpt_kv.evaluate import fidelity
-from litgpt_kv.evaluate.candidates import Candidate, candidates
+from litgpt_kv.evaluate.candidates import candidates
 from litgpt_kv.evaluate.haystack import prose
 from litgpt_kv.evaluate.picture import draw
-from litgpt_kv.evaluate.results import Results, standard_error
-from litgpt_kv.evaluate.runs import ask
+from litgpt_kv.evaluate.results import Results
+from litgpt_kv.evaluate.runs import ask, read
 from litgpt_kv.evaluate.tasks import check_task
-from litgpt_kv.llm.llm import LLM
 
 MOST = 1_000_000  # of everything that is counted
 ONE_DEVICE = Without("devices", "num_nodes", "generate_strategy", "compile")
@@ -102,7 +98,8 @@ def evaluate(
             raise ValueError(f"{results.path} exists: --resume continues it, or choose another folder.")
     llm = load(checkpoint_dir, device)
     if words is not None:  # first: a text that is too short is noticed at once
-        read(llm, results, compared, words)
+        ids = llm.encode_text(words)[:text_tokens].unsqueeze(0)
+        read(llm, results, compared, ids, text_prompt)
     ask(llm, results, compared, asked, lengths or [700], QUESTIONS[questions], examples, batch_size)
     print(results.tables())
     if results.folder is not None:
@@ -121,30 +118,3 @@ def read_file(path: str) -> str:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ValueError(f"The text {path!r} cannot be read: {reason(error)}.") from error
-
-
-def read(llm: LLM, results: Results, compared: list[Candidate], text: str) -> None:
-    """Measure the cells of a text that are not measured yet, all in one pass over it."""
-    settings = results.settings
-    ids = llm.encode_text(text)[: settings["text_tokens"]]
-    start, tokens = settings["text_prompt"], len(ids) - settings["text_prompt"] - 1
-    key = {"task": "text", "tokens": tokens, "question": None}
-    todo, args = [], {}
-    for candidate in compared:
-        own = {"cache": candidate.spec, "budget": candidate.budget, **key}
-        if results.find(**own) is None:
-            try:
-                fidelity.check(llm, candidate.args, len(ids), start)
-                todo.append((own, candidate.name))
-                args[candidate.name] = candidate.args
-            except ValueError as error:
-                results.add({**own, "error": str(error)})
-    if not todo:
-        return
-    with tqdm(total=tokens, unit="token", disable=None, file=sys.stderr) as bar:
-        found = fidelity.measure(llm, ids, start, args, on_block=lambda read: bar.update(read - start - bar.n))
-    for own, name in todo:
-        one = found[name]
-        kl, top1, lost = (sum(x) / len(x) if x else None for x in (one.kl, one.agrees, one.lost))
-        what = {"perplexity": one.perplexity, "kl": kl, "kl_standard_error": standard_error(one.kl)}
-        results.add({**own, **what, "top1": top1, "lost": lost, "seconds": one.seconds, "bytes": one.bytes})

@@ -6,13 +6,17 @@ import sys
 import time
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
+from litgpt_kv.evaluate import fidelity
 from litgpt_kv.evaluate.answering import Answered, Questions
 from litgpt_kv.evaluate.candidates import Candidate
 from litgpt_kv.evaluate.results import Cell, Results, standard_error
 from litgpt_kv.evaluate.tasks import examples as examples_of
 from litgpt_kv.llm.llm import LLM
+
+CURVE = 250  # tokens of each point of a curve
 
 
 def ask(
@@ -109,3 +113,50 @@ def _more(cell: Cell, found: Answered, reading_seconds: float) -> Cell:
 def _failed(cell: Cell, error: ValueError) -> Cell:
     key = {k: v for k, v in cell.items() if k in ("cache", "budget", "task", "tokens", "question")}
     return {**key, "error": str(error)}
+
+
+def read(
+    llm: LLM,
+    results: Results,
+    compared: list[Candidate],
+    ids: Tensor,
+    start: int,
+    task: str = "text",
+    **options: Any,
+) -> None:
+    """Read texts token by token with every cache, all side by side.
+
+    Args:
+        results: Where to put cells, one a cache.
+        ids: (R, N) texts. start: Tokens of their prompts. task: The cells' key.
+        options: Of `fidelity.measure`.
+    """
+    rows, total = ids.shape
+    key = {"task": task, "tokens": rows * (total - start - 1), "question": None}
+    todo: list[tuple[Cell, str]] = []
+    args = {}
+    for candidate in compared:
+        own = {"cache": candidate.spec, "budget": candidate.budget, **key}
+        if results.find(**own) is None:
+            try:
+                fidelity.check(llm, candidate.args, total, start)
+                todo.append((own, candidate.name))
+                args[candidate.name] = candidate.args
+            except ValueError as error:
+                results.add({**own, "error": str(error)})
+    if not todo:
+        return
+    with tqdm(total=total - start - 1, unit="token", desc=task, disable=None, file=sys.stderr) as bar:
+        found = fidelity.measure(llm, ids, start, args, lambda done: bar.update(done - start - bar.n), **options)
+    for own, name in todo:
+        one = found[name]
+        kl, top1, lost = (sum(x) / len(x) if x else None for x in (one.kl, one.agrees, one.lost))
+        what = {"perplexity": one.perplexity, "kl": kl, "kl_standard_error": standard_error(one.kl)}
+        curve = [sum(part) / len(part) for part in batched(one.nll, CURVE)] if rows == 1 else []
+        cost = {"seconds": round(one.seconds, 3), "bytes": one.bytes, "text": total}
+        results.add({**own, **what, "top1": top1, "lost": lost, **cost, "nll": curve})
+
+
+def batched(values: list[float], size: int) -> list[list[float]]:
+    """Parts of a list, the last one shorter."""
+    return [values[i : i + size] for i in range(0, len(values), size)]

@@ -13,9 +13,10 @@ import torch
 from litgpt_kv import LLM, KVCache, KVCacheArgs, registry
 from litgpt_kv.__main__ import main
 from litgpt_kv.evaluate import fidelity
-from litgpt_kv.evaluate.answering import answer, encode
+from litgpt_kv.evaluate.answering import Answered, Questions, encode
 from litgpt_kv.evaluate.candidates import candidates
 from litgpt_kv.evaluate.haystack import prose
+from litgpt_kv.evaluate.recording import record
 from litgpt_kv.evaluate.results import Results, standard_error
 from litgpt_kv.evaluate.tasks import TASKS, Example, examples
 from litgpt_kv.generate import prefill
@@ -81,12 +82,47 @@ def test_a_question_is_cut_off_without_changing_a_token(demo: LLM) -> None:
     assert torch.equal(torch.cat((cut.context, cut.question)), whole)
 
 
+def answer(llm: LLM, made: list[Example], args: KVCacheArgs, seen: bool) -> Answered:
+    return Questions(llm, made, len(made)).read(0, len(made)).answer(args, seen)
+
+
 def test_a_full_cache_answers_the_same_whether_it_saw_the_question_or_not(demo: LLM) -> None:
     made = examples("needle", 3, 60, words)
-    seen, unseen = (answer(demo, made, KVCacheArgs("dense"), flag, 2) for flag in (True, False))
+    seen, unseen = (answer(demo, made, KVCacheArgs("dense"), flag) for flag in (True, False))
     assert seen.texts == unseen.texts and len(seen.texts) == 3
-    small = answer(demo, made, KVCacheArgs("window", budget="25%"), False, 2)
+    small = answer(demo, made, KVCacheArgs("window", budget="25%"), False)
     assert small.texts != seen.texts and small.bytes < 0.3 * seen.bytes and small.kept < 0.3 * seen.kept
+
+
+@pytest.mark.parametrize("strategy", ["dense", "h2o", "snapkv:pool", "criticalkv", "kvzip", "kvzip:pool"])
+@pytest.mark.parametrize("short", [False, True])
+def test_a_recording_seeds_what_a_prefill_seeds(strategy: str, short: bool, demo: LLM) -> None:
+    ids = demo.encode_text(Path(fidelity.__file__).read_text())
+    prompts, name, _, select = [ids[:150], ids[50:130]], *strategy.partition(":")
+    recording = record(demo.model, prompts)
+    lengths = [120, 60] if short else [150, 80]
+    given = torch.tensor(lengths) if short else None
+    for budget in (40, 30):  # the second time, a second reading is there already
+        args = KVCacheArgs(name, budget=None if name == "dense" else budget, select=select or None)
+        seeded, expected = (KVCache.build(demo.model, args, 2, 200) for _ in range(2))
+        recording.seed(seeded, given)
+        logits, _ = prefill(demo.model, [p[:n] for p, n in zip(prompts, lengths)], expected, "full")
+        assert short or torch.allclose(recording.logits, logits, atol=1e-5)
+        assert seeded.tokens() == expected.tokens()
+        with torch.inference_mode():
+            token = torch.tensor([[5], [7]])
+            assert torch.allclose(demo.model(token, seeded), demo.model(token, expected), atol=1e-4)
+
+
+def test_a_second_reading_is_done_once_for_all_budgets(demo: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    recording, calls = record(demo.model, [demo.encode_text("import os\n" * 40)]), []
+    embed = demo.model.embed
+    monkeypatch.setattr(demo.model, "embed", lambda idx: calls.append(idx.size(1)) or embed(idx))
+    for budget in (40, 30, 20):
+        recording.seed(KVCache.build(demo.model, KVCacheArgs("kvzip", budget=budget), 1, 200))
+    assert sum(calls) == int(recording.length)
+    recording.seed(KVCache.build(demo.model, KVCacheArgs("kvzip", budget=20, options={"chunk": 16}), 1, 200))
+    assert sum(calls) == 2 * int(recording.length), "parts of another size: read anew"
 
 
 # -- fidelity ----------------------------------------------------------------------------------------------------------
@@ -118,6 +154,23 @@ def test_lost_attention_is_what_goes_to_tokens_outside_the_window(demo: LLM) -> 
     expected = [head.statistics["last"][:30].sum() for layer in full.inspect(0) for head in layer.heads]
     assert fidelity.lost_attention(full, cache) == pytest.approx(float(sum(expected) / len(expected)), abs=1e-5)
     assert fidelity.REFERENCE not in registry.names("strategy")
+
+
+def test_texts_side_by_side_and_in_blocks_give_what_each_alone_gives() -> None:
+    demo = LLM.load("demo", accelerator="cpu", precision="64-true")  # else rounding to int8 depends on the batch
+    ids = demo.encode_text(Path(fidelity.__file__).read_text())[:200].view(2, 100)
+    args = {"sink": KVCacheArgs("sink", budget=50), "h2o": KVCacheArgs("h2o", budget=50)}
+    args["int8"] = KVCacheArgs("window", budget=70, storage="int8")
+    both = fidelity.measure(demo, ids, 40, args, blocks=True)
+    for name in args:
+        alone = [fidelity.measure(demo, text, 40, {name: args[name]})[name] for text in ids]
+        for what in ("nll", "kl", "lost"):
+            together, apart = getattr(both[name], what), getattr(alone[0], what) + getattr(alone[1], what)
+            assert sorted(together) == pytest.approx(sorted(apart), abs=1e-5)
+        assert both[name].bytes == alone[0].bytes
+    assert not fidelity.measure(demo, ids, 40, {"all": KVCacheArgs("dense")}, compare=False)["all"].kl
+    small = fidelity.measure(demo, ids, 40, {"all": KVCacheArgs("dense")}, dtype=torch.bfloat16)["all"]
+    assert 1e-7 < sum(small.kl) / len(small.kl) < 1e-2 and small.bytes < 0.3 * both["h2o"].bytes * 100 / 50
 
 
 def test_a_text_longer_than_the_context_has_no_full_cache(demo: LLM) -> None:
