@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,17 +15,23 @@ import torch
 
 from litgpt_kv import LLM, KVCacheArgs, registry
 from litgpt_kv.calibrate import query_centres, write_calibration
+from litgpt_kv.disk import write_text
 from litgpt_kv.evaluate.candidates import Candidate, candidates
 from litgpt_kv.evaluate.haystack import prose
+from litgpt_kv.evaluate.picture import draw, draw_ranking, draw_storages, draw_streams
+from litgpt_kv.evaluate.report import report
 from litgpt_kv.evaluate.results import Results
-from litgpt_kv.evaluate.runs import ask
+from litgpt_kv.evaluate.runs import ask, read
 
-HERE = Path(__file__).parent
 NAME = "smollm2-135m"
 BUDGETS: list[int | str] = ["50%", "25%"]
 POOLED = ["keydiff:pool", "expected_attention:pool", "snapkv:pool", "kvzip:pool"]
-LONGER = [1000, 2000, 4000]
+STORAGES = ["float8", "int8", "k8v4", "int4", "int4-hadamard", "kivi"]
+EVICTING_STORAGES = ["int8", "k8v4", "int4-hadamard"]
+LONGER = {1000: 20, 2000: 20, 4000: 20}  # tokens of a text: questions
 BATCH = 15
+ROWS, PROMPT, READ = 16, 500, 125  # texts for the storages, side by side; tokens of each
+STREAM, WINDOW, STREAM_PROMPT = 20_000, 1024, 512
 
 
 def calibrated(llm: LLM, folder: Path) -> dict[str, Path]:
@@ -43,30 +49,73 @@ def calibrated(llm: LLM, folder: Path) -> dict[str, Path]:
 
 def every_strategy(files: dict[str, Path]) -> list[Candidate]:
     """Every registered strategy, and some whose heads share their slots."""
-    slow = {"kvzip"}
-    names = [n for n in registry.names("strategy") if n not in slow] + POOLED[:-1] + ["kvzip", POOLED[-1]]
+    made = candidates([*registry.names("strategy"), *POOLED], BUDGETS, KVCacheArgs())
     return [
         replace(c, args=replace(c.args, options={"calibration": str(files[c.spec])})) if c.spec in files else c
-        for c in candidates(names, BUDGETS, KVCacheArgs())
+        for c in made
     ]
+
+
+def storages() -> list[Candidate]:
+    """Every storage with all tokens, and half and a quarter of the tokens with some of them."""
+    full = candidates(["dense", *(f"dense@{name}" for name in STORAGES)], BUDGETS, KVCacheArgs())
+    return full + candidates(["keydiff", *(f"keydiff@{name}" for name in EVICTING_STORAGES)], BUDGETS, KVCacheArgs())
+
+
+def streams() -> list[Candidate]:
+    """What goes on for ever: with the first four tokens, and without them."""
+    window = KVCacheArgs("window", budget=WINDOW, positions="cache")
+    return [Candidate("sink", WINDOW, KVCacheArgs("sink", budget=WINDOW)), Candidate("window", WINDOW, window)]
+
+
+def measure(llm: LLM, results: Results, folder: Path) -> None:
+    """Measure all that is not measured yet, what is asked for most first."""
+    asked = every_strategy(calibrated(llm, folder))
+    again = [c for c in asked if c.spec.startswith("kvzip")]  # they read every text twice
+    ask(llm, results, [c for c in asked if c not in again], ["needle"], [700], ("unseen", "seen"), 30, BATCH)
+    words = llm.encode_text(" ".join(prose()))
+    size = PROMPT + READ + 1
+    read(llm, results, storages(), words[: ROWS * size].view(ROWS, size), PROMPT, dtype=torch.bfloat16)
+    context = llm.model.max_seq_length
+    options = {"blocks": True, "compare": False}
+    read(llm, results, streams(), words[:STREAM].view(1, -1), STREAM_PROMPT, "stream", **options)
+    dense = [Candidate("dense", None, KVCacheArgs("dense"))]
+    read(llm, results, dense, words[:context].view(1, -1), STREAM_PROMPT, "stream", **options)
+    for tokens, count in LONGER.items():
+        ask(llm, results, dense, ["needle"], [tokens], ("unseen",), count, BATCH)
+    ask(llm, results, again, ["needle"], [700], ("unseen", "seen"), 30, BATCH)
+
+
+def publish(results: Results, folder: Path, context: int) -> None:
+    """Write the tables and the pictures."""
+    write_text(folder / f"{NAME}.md", report(results, NAME))
+    needles = [c for c in results.cells if c["task"] == "needle" and c["tokens"] == 700 and "score" in c]
+    draw_ranking(needles, folder / f"{NAME}-needles")
+    draw(needles, folder, f"{NAME}-bytes")
+    draw_storages([c for c in results.cells if c["task"] == "text" and "kl" in c], folder / f"{NAME}-storages")
+    streamed = [c for c in results.cells if c["task"] == "stream" and "nll" in c]
+    draw_streams(streamed, folder / f"{NAME}-stream", 250, STREAM_PROMPT, context)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoint")
-    parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("checkpoint", help="a folder in litgpt's layout; calibration files are put there")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="where results go")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--fresh", action="store_true")
+    parser.add_argument("--fresh", action="store_true", help="measure everything anew")
     options = parser.parse_args()
+    began = time.perf_counter()
     torch.set_num_threads(options.threads)
     llm = LLM.load(options.checkpoint, accelerator="cpu")
-    results = Results({"checkpoint": llm.config.name, "seed": 1, "haystack": "prose"}, options.out, name=f"{NAME}.json")
+    settings = {"checkpoint": llm.config.name, "seed": 1, "haystack": "prose"}
+    results = Results(settings, options.out, name=f"{NAME}.json")
     if not options.fresh:
         results.resume()
-    files = calibrated(llm, Path(options.checkpoint))
-    ask(llm, results, candidates(["dense"], BUDGETS, KVCacheArgs()), ["needle"], [700], ("seen",), 30, BATCH)
-    ask(llm, results, every_strategy(files), ["needle"], [700], ("unseen", "seen"), 30, BATCH)
-    print(results.tables(), file=sys.stderr)
+    try:
+        measure(llm, results, Path(options.checkpoint))
+    finally:  # what there is, if it is stopped
+        publish(results, options.out, llm.model.max_seq_length)
+    print(f"{options.out / NAME}.md is complete after {(time.perf_counter() - began) / 60:.0f} minutes of this run.")
 
 
 if __name__ == "__main__":

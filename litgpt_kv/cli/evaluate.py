@@ -48,8 +48,9 @@ def evaluate(
     Args:
         checkpoint_dir: A checkpoint folder in litgpt's layout, or "demo" for the shipped model.
         strategies: Which caches to compare (default: all that need no calibration file): NAME, NAME:pool,
-            NAME:model, NAME@STORAGE, my_file.py:MyStrategy.
-        budgets: Of the strategies that evict: tokens, or shares of the longest row (default: 50% and 25%).
+            NAME@STORAGE, "NAME OPTION=VALUE", my_file.py:MyStrategy.
+        budgets: Of the strategies that evict: tokens, or shares of the longest row (default: --kv-cache.budget,
+            or 50% and 25%).
         tasks: Kinds of questions (default: needle): needle, multi-key, multi-value, multi-query, variables,
             common-words, frequent-words; an empty list asks none.
         lengths: Tokens of the texts (default: 700).
@@ -64,7 +65,7 @@ def evaluate(
         seed: Of the questions.
         out: A folder for results.json, results.md and quality.png and .svg.
         resume: Go on with the results in that folder.
-        kv_cache: What all caches have in common: positions, sinks, interval, options.
+        kv_cache: What all caches have in common: positions, sinks, interval, and options for those that have them.
         device: Where to run.
     """
     counts = {"examples": examples, "text_tokens": text_tokens, "text_prompt": text_prompt, "batch_size": batch_size}
@@ -77,7 +78,8 @@ def evaluate(
     base = KVCacheArgs.of(kv_cache)
     if base is None:
         raise ValueError("kv_cache 'none' keeps nothing: choose strategies with --strategies.")
-    compared = candidates(strategies, budgets or ["50%", "25%"], base)
+    own = base.budget if isinstance(base.budget, (int, str)) else None
+    compared = candidates(strategies, budgets or ([own] if own is not None else ["50%", "25%"]), base)
     asked = ["needle"] if tasks is None else tasks
     for name in asked:
         check_task(name, haystack)

@@ -1,15 +1,24 @@
-"""Quality against memory, one line a cache, as PNG and SVG."""
+"""Pictures of results as PNG and SVG: answers found, quality against bytes, storages, and perplexity along a text."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
+Cells = list[dict[str, Any]]
 MARKERS = "osD^vPX*<>hp"
+FIXED = {"random": ("0.5", "x"), "dense": ("black", "s")}
 
 
-def draw(cells: list[dict[str, Any]], folder: Path) -> list[Path]:
-    """Draw the share of answers found against bytes, a panel for each kind of question; return the files written.
+def draw(cells: Cells, folder: Path, name: str = "quality") -> list[Path]:
+    """Draw the share of answers found against bytes, one line a cache, a panel for each kind of question.
+
+    Args:
+        cells: Of all kinds. folder: Where the files go. name: Of the files.
+
+    Returns:
+        The files written, PNG and SVG; none if no question was asked.
 
     Raises:
         ValueError: If matplotlib is not installed.
@@ -17,18 +26,11 @@ def draw(cells: list[dict[str, Any]], folder: Path) -> list[Path]:
     answered = [cell for cell in cells if "score" in cell]
     if not answered:
         return []
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise ValueError('The picture needs matplotlib: pip install "litgpt_kv[evaluate]".') from error
+    plt = _pyplot()
     panels = list(dict.fromkeys(cell["question"] for cell in answered))
-    figure, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels), 4.8), sharey=True, squeeze=False)
-    names = list(dict.fromkeys(cell["cache"] for cell in answered))
-    styles = {name: (f"C{i % 10}", MARKERS[i % len(MARKERS)]) for i, name in enumerate(names)}
-    styles |= {"random": ("0.5", "x"), "dense": ("black", "s")}
+    figure, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels), 5.2), sharey=True, squeeze=False)
+    names = _best_first(answered)
+    styles = {name: (f"C{i % 10}", MARKERS[i % len(MARKERS)]) for i, name in enumerate(names)} | FIXED
     for axis, question in zip(axes[0], panels):
         for name in names:
             points = _points([c for c in answered if c["cache"] == name and c["question"] == question])
@@ -37,22 +39,128 @@ def draw(cells: list[dict[str, Any]], folder: Path) -> list[Path]:
             sizes, scores, errors = zip(*points)
             colour, marker = styles[name]
             line = {"color": colour, "marker": marker, "linewidth": 1.4, "markersize": 6, "label": name}
-            axis.errorbar([s / 1e6 for s in sizes], scores, errors, capsize=2, **line)
+            axis.errorbar([s / 1e6 for s in sizes], scores, errors, capsize=2, elinewidth=0.6, **line)
         axis.set(title=f"question {question} while compressing", xlabel="cache of a row in MB", ylim=(-3, 103))
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("answers found in %")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    return _save(figure, folder / name)
+
+
+def draw_ranking(cells: Cells, path: Path) -> list[Path]:
+    """Draw a row for each cache, best first, and in it a dot for each budget; a panel for each kind of question.
+
+    Args:
+        cells: Of one task and length. path: Of the files, without PNG and SVG.
+    """
+    plt = _pyplot()
+    panels = list(dict.fromkeys(cell["question"] for cell in cells))
+    budgets = [b for b in dict.fromkeys(cell["budget"] for cell in cells) if b is not None]
+    names = _best_first(cells)
+    size = (4.6 * len(panels) + 1.6, 0.27 * len(names) + 1.4)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
+    for axis, question in zip(axes[0], panels):
+        for i, budget in enumerate([None, *budgets]):
+            found = [c for c in cells if c["question"] == question and c["budget"] == budget]
+            if not found:
+                continue
+            label = "all tokens kept" if budget is None else f"{budget} kept"
+            colour = "black" if budget is None else f"C{i - 1}"
+            where = [
+                names.index(c["cache"]) + (0 if budget is None else 0.16 * (2 * i - 1 - len(budgets))) for c in found
+            ]
+            scores, errors = ([100 * c[k] for c in found] for k in ("score", "standard_error"))
+            marker = "s" if budget is None else "osD^v"[(i - 1) % 5]
+            dot = {"fmt": marker, "color": colour, "markersize": 5.5, "elinewidth": 1, "label": label}
+            axis.errorbar(scores, where, xerr=errors, **dot)
+        axis.set(title=f"question {question} while compressing", xlabel="answers found in %", xlim=(-4, 104))
+        axis.grid(alpha=0.3)
+    axes[0][0].set_yticks(range(len(names)), names)
+    axes[0][0].invert_yaxis()
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(labels), frameon=False)
+    return _save(figure, path)
+
+
+def draw_storages(cells: Cells, path: Path) -> list[Path]:
+    """Draw the divergence from the full cache against bytes a token, a point with its name for each cache."""
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(8.2, 5.2))
+    cells = sorted((c for c in cells if c.get("kl")), key=lambda c: c["bytes"])
+    families = list(dict.fromkeys(c["cache"].partition("@")[0] for c in cells))
+    for i, family in enumerate(families):
+        points = [c for c in cells if c["cache"].partition("@")[0] == family]
+        marker = {"marker": MARKERS[i], "color": "black" if family == "dense" else f"C{i}", "s": 42, "label": family}
+        axis.scatter([c["bytes"] / c["text"] for c in points], [c["kl"] for c in points], **marker)
+        for c in points:
+            name = c["cache"].partition("@")[2] or "plain"
+            label = name if c["budget"] is None else f"{name}, {c['budget']}"
+            axis.annotate(
+                label, (c["bytes"] / c["text"], c["kl"]), xytext=(6, 4), textcoords="offset points", fontsize=8
+            )
+    axis.set(xscale="log", yscale="log", xlabel="bytes of the cache for each token of the text")
+    axis.set_ylabel("KL divergence from the full cache in nats a token")
+    axis.margins(0.12)
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(frameon=False, loc="upper right")
+    return _save(figure, path)
+
+
+def draw_streams(cells: Cells, path: Path, size: int, start: int, context: int) -> list[Path]:
+    """Draw perplexity along a text, a line for each cache.
+
+    Args:
+        cells: With `nll`, the means of `size` tokens each. start: Position of the first of them.
+        context: Of the model, a vertical line.
+    """
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(8.2, 4.4))
+    for i, c in enumerate(cells):
+        at = [start + size * (n + 0.5) for n in range(len(c["nll"]))]
+        name = c["cache"] if c["budget"] is None else f"{c['cache']}, {c['budget']:,} tokens"
+        colour = "black" if c["cache"].startswith("dense") else f"C{i}"
+        line = {"color": colour, "label": f"{name}: {c['bytes'] / 1e6:.0f} MB", "linewidth": 1.3}
+        axis.plot(at, [math.exp(min(x, 50)) for x in c["nll"]], **line)
+    axis.axvline(context, color="0.4", linestyle=":", linewidth=1.2)
+    axis.annotate("trained context", (context, 0.97), xycoords=("data", "axes fraction"), xytext=(5, 0),
+                  textcoords="offset points", va="top", fontsize=9, color="0.3")  # fmt: skip
+    axis.set(yscale="log", xlabel="position in the text in tokens", ylabel=f"perplexity, {size} tokens at a time")
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(frameon=False)
+    return _save(figure, path)
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ValueError('The picture needs matplotlib: pip install "litgpt_kv[evaluate]".') from error
+    plt.rcParams["svg.hashsalt"] = "litgpt_kv"  # the same file for the same results
+    return plt
+
+
+def _save(figure: Any, path: Path) -> list[Path]:
     figure.tight_layout()
-    files = [folder / f"quality.{kind}" for kind in ("png", "svg")]
+    files = [path.parent / f"{path.name}.{kind}" for kind in ("png", "svg")]
     for file in files:
         figure.savefig(file, bbox_inches="tight", dpi=150, metadata={"Date": None} if file.suffix == ".svg" else None)
-    plt.close(figure)
+    _pyplot().close(figure)
     return files
 
 
-def _points(cells: list[dict[str, Any]]) -> list[tuple[float, float, float]]:
+def _best_first(cells: Cells) -> list[str]:
+    scores: dict[str, list[float]] = {}
+    for cell in cells:
+        scores.setdefault(cell["cache"], []).append(cell["score"])
+    return sorted(scores, key=lambda name: -sum(scores[name]) / len(scores[name]))
+
+
+def _points(cells: Cells) -> list[tuple[float, float, float]]:
     """For each budget the bytes, and the mean of all tasks in percent with its standard error."""
-    by_budget: dict[Any, list[dict[str, Any]]] = {}
+    by_budget: dict[Any, Cells] = {}
     for cell in cells:
         by_budget.setdefault(cell["budget"], []).append(cell)
     points = []

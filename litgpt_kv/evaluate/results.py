@@ -100,6 +100,11 @@ class Results:
         return "\n".join(parts + ["Not run:\n\n" + "\n".join(f"- {line}" for line in failed)] * bool(failed))
 
 
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table in Markdown."""
+    return "\n".join([_row(*head), _row(*["---"] * len(head)), *(_row(*row) for row in rows)])
+
+
 def standard_error(values: Sequence[float]) -> float:
     """The standard error of a mean; 0 for a single value."""
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0

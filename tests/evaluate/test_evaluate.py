@@ -192,6 +192,28 @@ def test_names_of_caches() -> None:
         candidates(["h3o"], ["50%"], KVCacheArgs())
 
 
+def test_options_go_to_the_caches_that_have_them() -> None:
+    base = KVCacheArgs(budget=9, budget_pattern="pyramid", options={"window": 16}, storage_options={"group": 32})
+    names = ["dense", "snapkv", "snapkv window=8 interval=4", "h2o@int4", "window positions=cache budget_pattern=null"]
+    dense, snapkv, own, h2o, window = candidates(names, [40], base)
+    assert dense.args.options == {} and dense.args.budget_pattern is None and dense.args.storage_options == {}
+    assert snapkv.args.options == {"window": 16} and snapkv.args.budget_pattern == "pyramid"
+    assert own.args.options == {"window": 8} and own.args.interval == 4 and own.name == f"{names[2]} 40"
+    assert h2o.args.storage_options == {"group": 32} and h2o.args.options == {}
+    assert window.args.positions == "cache" and window.args.budget_pattern is None
+    for spec, message in (
+        ("snapkv windw=8", "has no option 'windw'; it takes window,"),
+        ("snapkv budget=8", "has no option 'budget'"),
+        ("snapkv window", "Caches are named NAME"),
+        ("snapkv window=[", "no value that can be read"),
+        ("", "Unknown strategy ''"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            candidates([spec], [40], KVCacheArgs())
+    with pytest.raises(ValueError, match="No cache that is compared has the option 'window'"):
+        candidates(["dense", "h2o"], [40], KVCacheArgs(options={"window": 16}))
+
+
 def test_standard_error() -> None:
     assert standard_error([0, 1, 1, 0]) == pytest.approx(math.sqrt(1 / 3 / 4)) and standard_error([1]) == 0
 
