@@ -85,7 +85,7 @@ def evaluate(
         check_task(name, haystack)
     for length in lengths or ():
         check_count("lengths", length, 1, MOST)
-    words = None if text is None else " ".join(prose()) if text == "prose" else read_file(text)
+    words = None if text is None else text_of(text)
     settings = {"checkpoint": checkpoint_dir, "examples": examples, "haystack": haystack, "seed": seed}
     settings |= {"text": text, "text_tokens": text_tokens, "text_prompt": text_prompt}
     settings["kv_cache"] = {k: v for k, v in asdict(base).items() if k not in ("strategy", "budget")}
@@ -110,12 +110,14 @@ def evaluate(
         print(f"Written to {out}: {', '.join(files)}.", file=sys.stderr)
 
 
-def read_file(path: str) -> str:
-    """A text file.
+def text_of(path: str) -> str:
+    """A text file, or Python's manual for "prose".
 
     Raises:
         ValueError: If it cannot be read.
     """
+    if path == "prose":
+        return " ".join(prose())
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:

@@ -15,6 +15,7 @@ NOISE = (
     "It was quiet in the yard all afternoon.",
 )
 HAYSTACKS = ("prose", "noise")
+Haystack = str | tuple[str, ...]
 
 
 @cache
@@ -28,11 +29,11 @@ def prose() -> tuple[str, ...]:
     return tuple(dict.fromkeys(s for s in sentences if 40 <= len(s) <= 240 and plain.fullmatch(s)))
 
 
-def sentences_of(kind: str, random: Random) -> Callable[[], str]:
-    """A source of sentences: prose goes on from a random sentence, noise is drawn anew each time."""
+def sentences_of(kind: Haystack, random: Random) -> Callable[[], str]:
+    """A source of sentences: a text goes on from a random sentence, noise is drawn anew each time."""
     if kind == "noise":
         return lambda: random.choice(NOISE)
-    text = prose()
+    text = prose() if kind == "prose" else kind
     at = random.randrange(len(text))
 
     def following() -> str:
@@ -43,13 +44,13 @@ def sentences_of(kind: str, random: Random) -> Callable[[], str]:
     return following
 
 
-def hide(needles: list[str], depth: float | None, tokens: int, kind: str, random: Random, count: Callable) -> str:
+def hide(needles: list[str], depth: float | None, tokens: int, kind: Haystack, random: Random, count: Callable) -> str:
     """A text of about `tokens` tokens with sentences hidden in it.
 
     Args:
         needles: The sentences. depth: Where the first one is, from 0 (the beginning) to 1 (the end), the others being
             anywhere; None: all are anywhere, in their order.
-        tokens: Length of the text, the needles included. kind: "prose" or "noise".
+        tokens: Length of the text, the needles included. kind: "prose", "noise", or sentences of a text.
         random: Decides everything. count: Tokens of a text.
     """
     left = tokens - sum(count(" " + needle) for needle in needles)

@@ -11,7 +11,7 @@ from itertools import pairwise
 from random import Random
 
 from litgpt_kv.config import shown
-from litgpt_kv.evaluate.haystack import HAYSTACKS, hide
+from litgpt_kv.evaluate.haystack import HAYSTACKS, Haystack, hide
 
 Count = Callable[[str], int]
 
@@ -49,14 +49,14 @@ class Example:
 
 
 def examples(
-    task: str, number: int, tokens: int, count: Count, seed: int = 0, haystack: str = "prose"
+    task: str, number: int, tokens: int, count: Count, seed: int = 0, haystack: Haystack = "prose"
 ) -> list[Example]:
     """Examples of a task, the same ones for the same seed.
 
     Args:
         task: One of `TASKS`. number: How many; their depths are spread evenly.
         tokens: Length of each text. count: Tokens of a text.
-        haystack: "prose" or "noise"; tasks that count words have none.
+        haystack: "prose", "noise", or sentences of a text; tasks that count words have none.
 
     Raises:
         ValueError: If there is no such task or haystack, or a task cannot make so long a text.
@@ -69,11 +69,11 @@ def examples(
     return made
 
 
-def check_task(task: str, haystack: str = "prose") -> None:
+def check_task(task: str, haystack: Haystack = "prose") -> None:
     """Raise ValueError if there is no such task or haystack."""
     if task not in TASKS:
         raise ValueError(f"tasks must be some of {', '.join(TASKS)}, got {shown(task)}.")
-    if haystack not in HAYSTACKS:
+    if isinstance(haystack, str) and haystack not in HAYSTACKS:
         raise ValueError(f"haystack must be one of {', '.join(HAYSTACKS)}, got {shown(haystack)}.")
 
 
@@ -93,7 +93,7 @@ def _needle(key: str, value: str) -> str:
 def _needles(keys: int, values: int, asked: int) -> Callable[..., Example]:
     """Sentences with numbers in a text: how many keys there are, values of the first key, keys that are asked for."""
 
-    def make(random: Random, depth: float, tokens: int, haystack: str, count: Count) -> Example:
+    def make(random: Random, depth: float, tokens: int, haystack: Haystack, count: Count) -> Example:
         names = _keys(random, keys)
         wanted = [(names[0], _digits(random)) for _ in range(values)]
         others = [(name, _digits(random)) for name in names[1:]]
@@ -111,7 +111,7 @@ def _needles(keys: int, values: int, asked: int) -> Callable[..., Example]:
     return make
 
 
-def _variables(random: Random, depth: float, tokens: int, haystack: str, count: Count) -> Example:
+def _variables(random: Random, depth: float, tokens: int, haystack: Haystack, count: Count) -> Example:
     """A value goes through a chain of five variables; a second chain distracts."""
     names = ["".join(random.sample("ABCDEFGHJKLMNPQRSTUVWXYZ", 4)) for _ in range(10)]
     chains, values = (names[:5], names[5:]), (_digits(random, 5), _digits(random, 5))
@@ -126,7 +126,7 @@ def _variables(random: Random, depth: float, tokens: int, haystack: str, count: 
     return Example(context, question, f"The variables with the value {values[0]} are", tuple(chains[0]), 40)
 
 
-def _common_words(random: Random, depth: float, tokens: int, haystack: str, count: Count) -> Example:
+def _common_words(random: Random, depth: float, tokens: int, haystack: Haystack, count: Count) -> Example:
     """Among words that stand there three times, find five that stand there six to thirty times."""
     common, words = random.sample(THINGS, 5), []
     times = max(6, min(30, tokens // 130))
@@ -147,7 +147,7 @@ def _numbered(words: list[str]) -> str:
     return " ".join(f"{i + 1}. {word}" for i, word in enumerate(words))
 
 
-def _frequent_words(random: Random, depth: float, tokens: int, haystack: str, count: Count) -> Example:
+def _frequent_words(random: Random, depth: float, tokens: int, haystack: Haystack, count: Count) -> Example:
     """Made-up words whose frequency falls as 1/rank squared: find the first three."""
     syllables = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
     vocabulary = list(dict.fromkeys("".join(random.choices(syllables, k=3)) for _ in range(40)))
@@ -160,7 +160,7 @@ def _frequent_words(random: Random, depth: float, tokens: int, haystack: str, co
     return Example(" ".join(words), question, "The three most frequent words are", tuple(ranked[:3]), 24)
 
 
-TASKS: dict[str, Callable[[Random, float, int, str, Count], Example]] = {
+TASKS: dict[str, Callable[[Random, float, int, Haystack, Count], Example]] = {
     "needle": _needles(keys=1, values=1, asked=1),
     "multi-key": _needles(keys=8, values=1, asked=1),
     "multi-value": _needles(keys=4, values=3, asked=1),

@@ -1,0 +1,174 @@
+"""Which cache for this model, context and memory: caches that fit, measured on a text, and three to choose from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from litgpt_kv.cache.kv_cache import KVCache
+from litgpt_kv.config import KVCacheArgs, shown
+from litgpt_kv.evaluate import fidelity
+from litgpt_kv.evaluate.answering import Questions
+from litgpt_kv.evaluate.candidates import Candidate, candidates
+from litgpt_kv.evaluate.tasks import examples
+from litgpt_kv.llm.llm import LLM
+
+FULL = ["dense", "dense@int8", "dense@k8v4", "dense@int4-hadamard"]
+EVICTING = ["keydiff:pool", "keydiff:pool@int8", "sink"]
+BUDGETS: list[int | str] = ["50%", "25%"]
+SAME_TOKEN = {"balanced": 0.95, "smallest": 0.85}  # least share of tokens for which the most probable one is the same
+FORGOTTEN = {"balanced": 0.125, "smallest": 0.375}  # most numbers that are not found, of those that a full cache finds
+NEEDLES = 8
+UNITS = {"": 1, "k": 1024, "m": 1024**2}
+BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_tokens(text: str | int) -> int:
+    """Tokens of "32k" (32 times 1,024) or "5000".
+
+    Raises:
+        ValueError: For anything else.
+    """
+    match = re.fullmatch(r"(\d{1,9})([km]?)", str(text).strip().lower())
+    if isinstance(text, bool) or match is None or int(match[1]) < 1:
+        raise ValueError(f"context must be a number of tokens, as 32k or 5000, got {shown(text)}.")
+    return int(match[1]) * UNITS[match[2]]
+
+
+def parse_bytes(text: str | int | float) -> int:
+    """Bytes of "24GB" (24 times 10^9), "512MiB" or a number of GB.
+
+    Raises:
+        ValueError: For anything else.
+    """
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d+)?)\s*([KMGT]?I?B)?", str(text).strip().upper())
+    size = 0 if match is None or isinstance(text, bool) else int(float(match[1]) * BYTES.get(match[2] or "GB", 0))
+    if size < 1:
+        raise ValueError(f"memory must be a size, as 24GB or 512MiB, got {shown(text)}.")
+    return size
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A cache that fits, and what it costs.
+
+    Attributes:
+        candidate: The cache. bytes: Of the whole cache, for all rows of the asked context.
+        kl: Mean divergence from the full cache, in nats a token. top1: Share of tokens for which the most probable one
+            is the full cache's. found: Numbers hidden in the text that were found, of `NEEDLES`.
+        seconds: A decode step of one row took, here.
+    """
+
+    candidate: Candidate
+    bytes: int
+    kl: float
+    top1: float
+    found: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for: tokens of a row, rows, bytes of memory for weights and cache."""
+
+    context: int
+    batch_size: int
+    memory: int
+
+
+def fitting(llm: LLM, asked: Request) -> tuple[list[tuple[Candidate, int]], list[tuple[str, str]]]:
+    """The caches that fit into memory beside the weights, with their bytes; the others, with the reason."""
+    weights = weights_bytes(llm)
+    dtype = llm.model.transformer.wte.weight.dtype
+    fit, refused = [], []
+    base = KVCacheArgs()
+    for candidate in [*candidates(FULL, BUDGETS, base), *candidates(EVICTING, BUDGETS, base)]:
+        args = candidate.args.resolved(asked.context)
+        try:
+            fidelity.check(llm, args, asked.context, 1)
+            size = KVCache.nbytes(llm.model.config, args, asked.batch_size, asked.context, dtype)["total"]
+        except ValueError as error:
+            refused.append((candidate.name, str(error)))
+            continue
+        if weights + size > asked.memory:
+            refused.append((candidate.name, f"needs {(weights + size) / 1e9:.3f} GB with the weights"))
+        else:
+            fit.append((candidate, size))
+    return fit, refused
+
+
+def measure(
+    llm: LLM,
+    fit: Sequence[tuple[Candidate, int]],
+    text: str,
+    tokens: int,
+    prompt: int,
+    on_part: Callable[[str], None] = lambda what: None,
+) -> list[Measured]:
+    """Measure caches on a text: token by token, and with numbers hidden in it.
+
+    Args:
+        text: Of the kind that the model will read. tokens: How much of it is read token by token.
+        prompt: How much is read before that, at once. Needles are hidden in as much.
+        on_part: Called with what is done next.
+
+    Raises:
+        ValueError: If the text is too short.
+    """
+    ids = llm.encode_text(text)
+    if len(ids) < prompt + tokens + 1:
+        raise ValueError(f"The text has {len(ids)} tokens: {prompt + tokens + 1} are needed.")
+    on_part("reading the text")
+    caches = {candidate.name: candidate.args for candidate, _ in fit}
+    read = fidelity.measure(llm, ids[: prompt + tokens + 1], prompt, caches)
+    made = examples("needle", NEEDLES, prompt, lambda t: len(llm.tokenizer.encode(t, bos=False)), 1, sentences(text))
+    questions = Questions(llm, made, NEEDLES)
+    found = dict.fromkeys(caches, 0.0)
+    for start in range(0, NEEDLES, questions.rows):
+        reading = questions.read(start, min(start + questions.rows, NEEDLES))
+        for name, args in caches.items():
+            on_part(f"needles, {name}")
+            found[name] += sum(reading.answer(args, seen=False).scores)
+    out = []
+    for candidate, size in fit:
+        one, count = read[candidate.name], round(found[candidate.name])
+        kl, top1 = sum(one.kl) / len(one.kl), sum(one.agrees) / len(one.agrees)
+        out.append(Measured(candidate, size, max(0.0, kl), top1, count, one.seconds / len(one.nll)))
+    return out
+
+
+def choose(measured: Sequence[Measured]) -> dict[str, Measured]:
+    """Three caches: "safest", "balanced" and "smallest".
+
+    Safest loses least. The others are the smallest that lose little enough, see `SAME_TOKEN` and `FORGOTTEN`; of
+    numbers only where the safest finds half of them, as small models do not. If none is good enough, it is the safest.
+    """
+    safest = min(measured, key=lambda m: (m.kl > 1e-6, m.kl if m.kl > 1e-6 else 0.0, m.bytes))
+    chosen = {"safest": safest}
+    counts = 2 * safest.found >= NEEDLES
+    for name, least in SAME_TOKEN.items():
+        enough = (1 - FORGOTTEN[name]) * safest.found if counts else 0
+        good = [m for m in measured if m.top1 >= least and m.found >= enough and m.bytes <= safest.bytes]
+        chosen[name] = min(good, key=lambda m: m.bytes, default=safest)
+    return chosen
+
+
+def sentences(text: str) -> tuple[str, ...]:
+    """A text as sentences, or as lines where it has none."""
+    parts = (" ".join(part.split()) for part in re.split(r"(?<=[.!?])\s+|\n+", text))
+    return tuple(part for part in parts if part)
+
+
+def options(candidate: Candidate, context: int) -> str:
+    """A cache as options of a command line."""
+    args = candidate.args.resolved(context)
+    words = [f"--kv-cache {args.strategy}"]
+    given = {"budget": args.budget, "select": args.select, "storage": None if args.storage == "plain" else args.storage}
+    words += [f"--kv-cache.{name} {value}" for name, value in given.items() if value is not None]
+    return " ".join(words)
+
+
+def weights_bytes(llm: LLM) -> int:
+    """Bytes of a model's weights."""
+    return sum(p.numel() * p.element_size() for p in llm.model.parameters())
