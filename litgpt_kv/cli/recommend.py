@@ -46,8 +46,9 @@ def recommend(
         memory: For the weights and the cache, as 24GB (24 times 10^9 bytes) or 512MiB; a number alone is GB.
         text: A text file of the kind that the model will read; "prose" is Python's manual.
         batch_size: The number of rows.
-        text_tokens: How much of the text is read token by token. Budgets are shares, here as in the whole context.
-        text_prompt: How much of it is read before that, at once; numbers are hidden in as much.
+        text_tokens: How much of the text is read token by token, in up to five pieces.
+        text_prompt: How much is read before each piece, at once; numbers are hidden in as much. Budgets are shares of
+            both together, as they are shares of the whole context later.
         device: Where to run.
     """
     asked = Request(parse_tokens(context), batch_size, parse_bytes(memory))
