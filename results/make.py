@@ -30,6 +30,7 @@ STORAGES = ["float8", "int8", "k8v4", "int4", "int4-hadamard", "kivi"]
 EVICTING_STORAGES = ["int8", "k8v4", "int4-hadamard"]
 LONGER = {1000: 20, 2000: 20, 4000: 20}  # tokens of a text: questions
 BATCH = 15
+INTERVAL = 8  # tokens that leave a full row together: some scores cost more than all else in a decode step
 ROWS, PROMPT, READ = 16, 500, 125  # texts for the storages, side by side; tokens of each
 STREAM, WINDOW, STREAM_PROMPT = 20_000, 1024, 512
 
@@ -49,7 +50,7 @@ def calibrated(llm: LLM, folder: Path) -> dict[str, Path]:
 
 def every_strategy(files: dict[str, Path]) -> list[Candidate]:
     """Every registered strategy, and some whose heads share their slots."""
-    made = candidates([*registry.names("strategy"), *POOLED], BUDGETS, KVCacheArgs())
+    made = candidates([*registry.names("strategy"), *POOLED], BUDGETS, KVCacheArgs(interval=INTERVAL))
     return [
         replace(c, args=replace(c.args, options={"calibration": str(files[c.spec])})) if c.spec in files else c
         for c in made

@@ -5,6 +5,7 @@ The families are RULER's; texts, words and counts are our own, so that figures a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -65,8 +66,14 @@ def examples(
     made = []
     for i in range(number):
         random = Random(f"{seed} {task} {i}")
-        made.append(TASKS[task](random, (i + 0.5) / number, tokens, haystack, count))
+        made.append(TASKS[task](random, depth(i, number), tokens, haystack, count))
     return made
+
+
+def depth(i: int, number: int) -> float:
+    """Depth of an example: all are spread evenly, and so are those of any part of them, as far as possible."""
+    step = next(n for n in range(round(0.618 * number), 2 * number) if math.gcd(n, number) == 1)
+    return (i * step % number + 0.5) / number
 
 
 def check_task(task: str, haystack: Haystack = "prose") -> None:

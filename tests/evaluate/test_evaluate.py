@@ -18,7 +18,7 @@ from litgpt_kv.evaluate.candidates import candidates
 from litgpt_kv.evaluate.haystack import prose
 from litgpt_kv.evaluate.recording import record
 from litgpt_kv.evaluate.results import Results, standard_error
-from litgpt_kv.evaluate.tasks import TASKS, Example, examples
+from litgpt_kv.evaluate.tasks import TASKS, Example, depth, examples
 from litgpt_kv.generate import prefill
 
 
@@ -41,9 +41,16 @@ def test_examples_hold_their_answers_at_their_depth_and_come_from_the_seed(task:
         assert all(found in example.context for found in example.answers)
         assert example.score(" and ".join(example.answers).upper()) == 1 and example.score("none") == 0
         if example.depth is not None:
-            assert example.depth == (i + 0.5) / 4
+            assert example.depth == depth(i, 4)
             at = example.context.index(example.answers[0]) / len(example.context)
             assert abs(at - example.depth) < 0.15
+
+
+def test_depths_are_even_in_every_part() -> None:
+    for number in (1, 2, 8, 15, 30):
+        depths = [depth(i, number) for i in range(number)]
+        assert sorted(depths) == pytest.approx([(i + 0.5) / number for i in range(number)])
+    assert sorted(int(8 * depth(i, 24)) for i in range(8)) == list(range(8))
 
 
 def test_variables_are_told_in_order_and_words_are_counted_right() -> None:
