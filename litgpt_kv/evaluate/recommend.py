@@ -79,10 +79,10 @@ class Request:
 
 
 def fitting(llm: LLM, asked: Request) -> tuple[list[tuple[Candidate, int]], list[tuple[str, str]]]:
-    """The caches that fit into memory beside the weights, with their bytes; the others, with the reason."""
+    """The caches that fit into memory beside the weights, with their bytes; the others and why, largest first."""
     weights = weights_bytes(llm)
     dtype = llm.model.transformer.wte.weight.dtype
-    fit, refused = [], []
+    fit, refused, large = [], [], []
     base = KVCacheArgs()
     for candidate in [*candidates(FULL, BUDGETS, base), *candidates(EVICTING, BUDGETS, base)]:
         args = candidate.args.resolved(asked.context)
@@ -93,10 +93,10 @@ def fitting(llm: LLM, asked: Request) -> tuple[list[tuple[Candidate, int]], list
             refused.append((candidate.name, str(error)))
             continue
         if weights + size > asked.memory:
-            refused.append((candidate.name, f"needs {(weights + size) / 1e9:.3f} GB with the weights"))
+            large.append((size, candidate.name, f"it needs {(weights + size) / 1e9:.3f} GB with the weights"))
         else:
             fit.append((candidate, size))
-    return fit, refused
+    return fit, refused + [(name, why) for _, name, why in sorted(large, reverse=True)]
 
 
 def measure(
