@@ -8,6 +8,7 @@ from typing import Any
 
 Cells = list[dict[str, Any]]
 MARKERS = "osD^vPX*<>hp"
+COLOURS = [f"C{i}" for i in range(10) if i != 7]  # 7 is the grey of `random`
 FIXED = {"random": ("0.5", "x"), "dense": ("black", "s")}
 
 
@@ -30,7 +31,7 @@ def draw(cells: Cells, folder: Path, name: str = "quality") -> list[Path]:
     panels = sorted({cell["question"] for cell in answered}, reverse=True)
     figure, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels), 5.2), sharey=True, squeeze=False)
     names = _best_first(answered)
-    styles = {cache: (f"C{i % 10}", MARKERS[i % len(MARKERS)]) for i, cache in enumerate(names)} | FIXED
+    styles = {cache: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, cache in enumerate(names)} | FIXED
     for axis, question in zip(axes[0], panels):
         for cache in names:
             points = _points([c for c in answered if c["cache"] == cache and c["question"] == question])
@@ -83,30 +84,37 @@ def draw_ranking(cells: Cells, path: Path) -> list[Path]:
 
 
 def draw_storages(cells: Cells, path: Path) -> list[Path]:
-    """Draw the divergence from the full cache against bytes a token, a point with its name for each cache."""
+    """Draw the divergence from the full cache against bytes a token: colours for storages, markers for what is kept."""
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(8.2, 5.2))
-    cells = sorted((c for c in cells if c.get("kl")), key=lambda c: c["bytes"])
-    families = list(dict.fromkeys(c["cache"].partition("@")[0] for c in cells))
-    for i, family in enumerate(families):
-        points = [c for c in cells if c["cache"].partition("@")[0] == family]
-        marker = {"marker": MARKERS[i], "color": "black" if family == "dense" else f"C{i}", "s": 42, "label": family}
-        axis.scatter([c["bytes"] / c["text"] for c in points], [c["kl"] for c in points], **marker)
-        for c in points:
-            name = c["cache"].partition("@")[2] or "plain"
-            label, up = (name, False) if c["budget"] is None else (f"{name}, {c['budget']}", True)
-            turn = {"rotation": 30, "va": "bottom"} if up else {"rotation": -30, "va": "top"}
-            axis.annotate(
-                label, (c["bytes"] / c["text"], c["kl"]), xytext=(3, 4 if up else -4), textcoords="offset points",
-                rotation_mode="anchor", fontsize=8, **turn,
-            )  # fmt: skip
+    cells = [c for c in cells if c["kl"] > 0]
+    storages = list(dict.fromkeys(c["cache"].partition("@")[2] or "plain" for c in cells))
+    colours = {"plain": "black"} | {
+        name: COLOURS[i % len(COLOURS)] for i, name in enumerate(storages) if name != "plain"
+    }
+    kept = list(dict.fromkeys((c["cache"].partition("@")[0], c["budget"]) for c in cells))
+    for c in cells:
+        family, _, storage = c["cache"].partition("@")
+        marker = MARKERS[kept.index((family, c["budget"])) % len(MARKERS)]
+        point = {"color": colours[storage or "plain"], "marker": marker, "s": 55, "zorder": 2}
+        axis.scatter(c["bytes"] / c["text"], c["kl"], **point)
     axis.set(xscale="log", yscale="log", xlabel="bytes of the cache for each token of the text")
     axis.set_ylabel("KL divergence from the full cache in nats a token")
-    axis.margins(x=0.15, y=0.2)
     _plain_numbers(axis.xaxis)
     axis.grid(alpha=0.3, which="both")
-    axis.legend(frameon=False, loc="upper right")
+    dots = [plt.Line2D([], [], color=colours[name], marker="o", linestyle="", label=name) for name in storages]
+    shapes = [
+        plt.Line2D([], [], color="0.4", marker=MARKERS[i % len(MARKERS)], linestyle="", label=_with_budget(*key))
+        for i, key in enumerate(kept)
+    ]
+    side = {"loc": "center left", "frameon": False}
+    figure.legend(handles=dots, title="storage", bbox_to_anchor=(1.0, 0.72), **side)
+    figure.legend(handles=shapes, title="tokens kept", bbox_to_anchor=(1.0, 0.3), **side)
     return _save(figure, path)
+
+
+def _with_budget(name: str, budget: Any) -> str:
+    return name if budget is None else f"{name} {budget}"
 
 
 def draw_streams(cells: Cells, path: Path, size: int, start: int, context: int) -> list[Path]:
