@@ -10,11 +10,12 @@ import os
 import time
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
 from litgpt_kv import LLM, KVCacheArgs, registry
-from litgpt_kv.calibrate import query_centres, write_calibration
+from litgpt_kv.cli.calibrate import calibrate
 from litgpt_kv.disk import write_text
 from litgpt_kv.evaluate.candidates import Candidate, candidates
 from litgpt_kv.evaluate.haystack import prose
@@ -25,7 +26,7 @@ from litgpt_kv.evaluate.runs import ask, read
 
 NAME = "smollm2-135m"
 BUDGETS: list[int | str] = ["50%", "25%"]
-POOLED = ["keydiff:pool", "expected_attention:pool", "snapkv:pool", "kvzip:pool"]
+SHARED = ["keydiff:pool", "expected_attention:pool", "snapkv:pool", "duo:model floor=0", "kvzip:pool", "kvzip:model"]
 STORAGES = ["float8", "int8", "k8v4", "int4", "int4-hadamard", "kivi"]
 EVICTING_STORAGES = ["int8", "k8v4", "int4-hadamard"]
 LONGER = {1000: 20, 2000: 20, 4000: 20}  # tokens of a text: questions
@@ -35,24 +36,29 @@ ROWS, PROMPT, READ = 16, 500, 125  # texts for the storages, side by side; token
 STREAM, WINDOW, STREAM_PROMPT = 20_000, 1024, 512
 
 
-def calibrated(llm: LLM, folder: Path) -> dict[str, Path]:
+def calibrated(checkpoint: Path) -> dict[str, Path]:
     """Calibrate the strategies that need it, on text of the kind that the questions use: the file of each."""
     files = {}
     for name in registry.names("strategy"):
         if "calibration" in registry.build("strategy", name).needs:
-            files[name] = folder / f"{name}.safetensors"
+            files[name] = checkpoint / f"{name}.safetensors"
             if not files[name].exists():
-                ids = llm.encode_text(" ".join(prose()[::-1]))[:4096].tolist()
-                rows = [ids[i : i + 1024] for i in range(0, len(ids), 1024)]
-                write_calibration(files[name], name, query_centres(llm.model, rows), llm.config.name)
+                with TemporaryDirectory() as folder:
+                    text = Path(folder) / "prose.txt"
+                    text.write_text(" ".join(prose()[::-1]), encoding="utf-8")
+                    where = {"text": str(text), "out": str(files[name])}
+                    calibrate(str(checkpoint), **where, strategy=name, max_tokens=4096)
     return files
 
 
 def every_strategy(files: dict[str, Path]) -> list[Candidate]:
     """Every registered strategy, and some whose heads share their slots."""
-    made = candidates([*registry.names("strategy"), *POOLED], BUDGETS, KVCacheArgs(interval=INTERVAL))
+    own = [name for name in registry.names("strategy") if name != "duo"]
+    made = candidates([*own, *SHARED], BUDGETS, KVCacheArgs(interval=INTERVAL))
     return [
-        replace(c, args=replace(c.args, options={"calibration": str(files[c.spec])})) if c.spec in files else c
+        replace(c, args=replace(c.args, options={"calibration": str(files[name])}))
+        if (name := str(c.args.strategy)) in files
+        else c
         for c in made
     ]
 
@@ -71,8 +77,8 @@ def streams() -> list[Candidate]:
 
 def measure(llm: LLM, results: Results, folder: Path) -> None:
     """Measure all that is not measured yet, what is asked for most first."""
-    asked = every_strategy(calibrated(llm, folder))
-    again = [c for c in asked if c.spec.startswith("kvzip")]  # they read every text twice
+    asked = every_strategy(calibrated(folder))
+    again = [c for c in asked if c.spec.startswith(("kvzip", "duo"))]  # read texts twice, or decode row by row
     ask(llm, results, [c for c in asked if c not in again], ["needle"], [700], ("unseen", "seen"), 30, BATCH)
     words = llm.encode_text(" ".join(prose()))
     size = PROMPT + READ + 1

@@ -43,6 +43,9 @@ EXAMPLES: dict[str, list[tuple[str, str]]] = {
             "questions about short texts",
         ),
     ],
+    "recommend": [
+        ("recommend demo --context 1k --batch-size 8 --memory 1GB --text prose", "three caches to choose from"),
+    ],
     "benchmark": [
         (
             'benchmark --contexts "[1024]" --strategies "[dense, h2o]" --budget 25%',

@@ -80,11 +80,11 @@ def test_make_measures_everything_and_writes_pictures(results: Results, tmp_path
     spec = importlib.util.spec_from_file_location("make", MAKE)
     make = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(make)
-    files = {"triattention": Path("centres.safetensors")}
+    files = {name: Path("centres.safetensors") for name in ("triattention", "duo")}
     made = make.every_strategy(files)
     assert {c.args.strategy for c in made} == set(registry.names("strategy"))
     assert {c.budget for c in made if c.args.strategy != "dense"} == {"50%", "25%"}
-    assert all(c.args.options == {"calibration": "centres.safetensors"} for c in made if c.spec == "triattention")
+    assert all(c.args.options == {"calibration": "centres.safetensors"} for c in made if c.args.strategy in files)
     assert {c.args.storage for c in make.storages()} == set(registry.names("storage")) - {"offload"}
     make.publish(results, tmp_path, 8192)
     names = [
