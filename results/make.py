@@ -30,7 +30,7 @@ SHARED = ["keydiff:pool", "expected_attention:pool", "snapkv:pool", "duo:model f
 STORAGES = ["float8", "int8", "k8v4", "int4", "int4-hadamard", "kivi"]
 EVICTING_STORAGES = ["int8", "k8v4", "int4-hadamard"]
 LONGER = {1000: 20, 2000: 20, 4000: 20}  # tokens of a text: questions
-BATCH = 15
+QUESTIONS, BATCH = 30, 15
 INTERVAL = 8  # tokens that leave a full row together: some scores cost more than all else in a decode step
 ROWS, PROMPT, READ = 16, 500, 125  # texts for the storages, side by side; tokens of each
 STREAM, WINDOW, STREAM_PROMPT = 20_000, 1024, 512
@@ -76,10 +76,11 @@ def streams() -> list[Candidate]:
 
 
 def measure(llm: LLM, results: Results, folder: Path) -> None:
-    """Measure all that is not measured yet, what is asked for most first."""
+    """Measure all that is not measured yet, half of the questions first."""
     asked = every_strategy(calibrated(folder))
     again = [c for c in asked if c.spec.startswith(("kvzip", "duo"))]  # read texts twice, or decode row by row
-    ask(llm, results, [c for c in asked if c not in again], ["needle"], [700], ("unseen", "seen"), 30, BATCH)
+    first = [c for c in asked if c not in again]
+    ask(llm, results, first, ["needle"], [700], ("unseen", "seen"), QUESTIONS, BATCH, until=BATCH)
     words = llm.encode_text(" ".join(prose()))
     size = PROMPT + READ + 1
     read(llm, results, storages(), words[: ROWS * size].view(ROWS, size), PROMPT, dtype=torch.bfloat16)
@@ -88,9 +89,10 @@ def measure(llm: LLM, results: Results, folder: Path) -> None:
     read(llm, results, streams(), words[:STREAM].view(1, -1), STREAM_PROMPT, "stream", **options)
     dense = [Candidate("dense", None, KVCacheArgs("dense"))]
     read(llm, results, dense, words[:context].view(1, -1), STREAM_PROMPT, "stream", **options)
+    ask(llm, results, first, ["needle"], [700], ("unseen", "seen"), QUESTIONS, BATCH)
     for tokens, count in LONGER.items():
         ask(llm, results, dense, ["needle"], [tokens], ("unseen",), count, BATCH)
-    ask(llm, results, again, ["needle"], [700], ("unseen", "seen"), 30, BATCH)
+    ask(llm, results, again, ["needle"], [700], ("unseen", "seen"), QUESTIONS, BATCH)
 
 
 def publish(results: Results, folder: Path, context: int) -> None:

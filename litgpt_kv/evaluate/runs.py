@@ -28,21 +28,22 @@ def ask(
     questions: tuple[str, ...],
     examples: int,
     batch_size: int,
+    until: int | None = None,
 ) -> None:
     """Ask every cache the same questions; each batch of texts is read once for all of them.
 
     Args:
         results: Where to put cells; its settings have `seed` and `haystack`.
         tasks, lengths: Kinds of questions and tokens of their texts. questions: "seen", "unseen" or both.
-        examples: How many. batch_size: Questions at a time.
+        examples: How many. batch_size: Questions at a time. until: Ask only so many of them now; None: all.
     """
 
     def count(text: str) -> int:
         return len(llm.tokenizer.encode(text, bos=False))
 
-    settings = results.settings
+    settings, now = results.settings, examples if until is None else until
     kinds = [(task, tokens) for task in tasks for tokens in lengths]
-    total = len(kinds) * len(questions) * len(compared) * examples
+    total = len(kinds) * len(questions) * len(compared) * now
     with tqdm(total=total, unit="question", disable=None, file=sys.stderr) as bar:
         for task, tokens in kinds:
             cells = {}
@@ -51,9 +52,9 @@ def ask(
                     key: Cell = {"cache": candidate.spec, "budget": candidate.budget, "task": task, "tokens": tokens}
                     key |= {"question": question}
                     cells[i, question] = results.find(**key) or {**key, "scores": []}
-            bar.update(sum(examples if "error" in c else len(c["scores"]) for c in cells.values()))
+            bar.update(sum(now if "error" in c else min(now, len(c["scores"])) for c in cells.values()))
             asked: Questions | None = None
-            while start := _unfinished(cells, examples):
+            while start := _unfinished(cells, now):
                 if asked is None:
                     try:
                         made = examples_of(task, examples, tokens, count, settings["seed"], settings["haystack"])
@@ -78,7 +79,7 @@ def ask(
                         cell = _failed(cell, error)
                     cells[i, question] = cell
                     results.add(cell)
-                    bar.update(stop - first if "error" not in cell else examples - first)
+                    bar.update(stop - first if "error" not in cell else now - first)
 
 
 def _unfinished(cells: dict[Any, Cell], examples: int) -> tuple[int, int, list] | None:

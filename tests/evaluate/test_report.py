@@ -108,6 +108,8 @@ def test_cells_go_on_where_they_were(tmp_path: Path) -> None:
     part.add(part.cells[0])
     again = Results(settings, tmp_path)
     again.resume()
+    ask(demo, again, compared, ["needle"], [60], ("unseen",), 4, batch_size=2, until=2)
+    assert [len(c["scores"]) for c in again.cells] == [3, 2]
     ask(demo, again, compared, ["needle"], [60], ("unseen",), 4, batch_size=2)
     assert [c["scores"] for c in again.cells] == [c["scores"] for c in whole.cells]
     assert [c["examples"] for c in again.cells] == [4, 4] and len(
