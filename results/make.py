@@ -99,11 +99,13 @@ def publish(results: Results, folder: Path, context: int) -> None:
     """Write the tables and the pictures."""
     write_text(folder / f"{NAME}.md", report(results, NAME))
     needles = [c for c in results.cells if c["task"] == "needle" and c["tokens"] == 700 and "score" in c]
-    draw_ranking(needles, folder / f"{NAME}-needles")
+    if needles:
+        draw_ranking(needles, folder / f"{NAME}-needles")
     draw(needles, folder, f"{NAME}-bytes")
-    draw_storages([c for c in results.cells if c["task"] == "text" and "kl" in c], folder / f"{NAME}-storages")
-    streamed = [c for c in results.cells if c["task"] == "stream" and "nll" in c]
-    draw_streams(streamed, folder / f"{NAME}-stream", 250, STREAM_PROMPT, context)
+    if stored := [c for c in results.cells if c["task"] == "text" and "kl" in c]:
+        draw_storages(stored, folder / f"{NAME}-storages")
+    if streamed := [c for c in results.cells if c["task"] == "stream" and "nll" in c]:
+        draw_streams(streamed, folder / f"{NAME}-stream", 250, STREAM_PROMPT, context)
 
 
 def main() -> None:
