@@ -111,8 +111,6 @@ class CacheRunner:
         self.size, self.device = cache.batch_size, cache.pos.device
         self.limits = Limits.of_cache(model, cache, prefill)
         cache.static = cache.static or self.decoder is not model or hasattr(model, "_orig_mod")  # compiled
-        # a row with so many tokens may have to evict; compiled steps need to know it before, see `KVCache.evicting`
-        self.evicts_from = min((plan.slots for plan in cache.plans if plan.strategy.evicts), default=None)
         cache.revive()
         self._live = set(range(self.size))  # rows that the next decode step advances
         self._tokens = cache.seen  # tokens that each row has seen
@@ -218,12 +216,8 @@ class CacheRunner:
 
     def decode(self, token: Tensor, rows: set[int]) -> Tensor:
         self._set_live(rows)
-        limit = self.evicts_from
-        self.cache.evicting = limit is not None and any(self._tokens[row] >= limit for row in rows)
-        try:
+        with self.cache.expect(max(self._tokens[row] for row in rows)):
             logits = self.decoder(token.unsqueeze(1), self.cache).squeeze(1)
-        finally:
-            self.cache.evicting = True  # the default, which is right for other users of the cache
         for row in rows:
             self._tokens[row] += 1
         return logits

@@ -9,9 +9,8 @@ from torch import Tensor
 from litgpt_kv import GPT, KVCache, KVCacheArgs
 from litgpt_kv.attention import causal
 from litgpt_kv.attention.causal import causal_attention, received_attention
-from tests.attention.test_eager import EXACT, MATHS, Largest, draw, grouped
+from tests.attention.test_eager import EXACT, MATHS, Largest, draw, grouped, loop
 from tests.attention.test_eager import causal as seen_causally
-from tests.attention.test_eager import loop
 from tests.oracle.reference import tiny, tokens_of
 
 T = 13
@@ -62,7 +61,7 @@ def test_what_pads_hold_does_not_matter(small_blocks: bool, math_: str) -> None:
 def test_gradients_flow_through_blocks(small_blocks: bool) -> None:
     for options in MATHS.values():
         q, k, v = (draw(1, heads, 9, 6, seed=heads).requires_grad_() for heads in (4, 2, 2))
-        y, lse = causal_attention(q, k, v, **options, with_lse=True)
+        y, _ = causal_attention(q, k, v, **options, with_lse=True)
         expected = loop_free(q, k, v, **options)
         got, want = (torch.autograd.grad(x.sin().sum(), (q, k, v)) for x in (y, expected))
         for a, b in zip(got, want):

@@ -10,6 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from litgpt_kv.cache.scatter import scatter
+
 
 class Storage(nn.Module):
     """A fixed buffer of slots for the keys or the values of one layer. Empty slots read as finite numbers.
@@ -83,6 +85,4 @@ class Storage(nn.Module):
             x = x.masked_fill(~live.unsqueeze(-1), 0)
         elif live is not None:
             x = torch.where(live.view(-1, 1, 1, 1), x, buffer.gather(2, index))
-        if buffer.is_floating_point() and buffer.element_size() == 2:  # torch 2.13 scatters 16-bit floats slowly (CPU)
-            buffer, x = buffer.view(torch.int16), x.contiguous().view(torch.int16)
-        buffer.scatter_(2, index, x)
+        scatter(buffer, 2, index, x)
