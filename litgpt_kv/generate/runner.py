@@ -16,6 +16,7 @@ from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.cache.pieces import PromptReader
 from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.config import shown
+from litgpt_kv.generate.compiled import CompiledDecoder
 from litgpt_kv.generate.limits import Limits, check_prefill
 from litgpt_kv.generate.prompt_scores import FirstPassScores, note_scores
 from litgpt_kv.generate.request import Sequence
@@ -32,11 +33,13 @@ class Runner(Protocol):
         size: The number of rows, B. device: Of tokens and logits. limits: The limits of a request.
         joins: Whether prompts of the same length may be read together.
         copies: Whether a row can get a copy of another one.
+        compile_seconds: Spent on compiling decode steps so far.
     """
 
     size: int
     joins: bool
     copies: bool
+    compile_seconds: float
     device: torch.device
     limits: Limits
 
@@ -116,6 +119,10 @@ class CacheRunner:
         self._tokens = cache.seen  # tokens that each row has seen
         self._readers: dict[int, PromptReader] = {}  # by row; for prompts that are read in pieces
         self._scores: dict[int, FirstPassScores] = {}  # by row; for prompts whose first pass is scored
+
+    @property
+    def compile_seconds(self) -> float:
+        return self.decoder.seconds if isinstance(self.decoder, CompiledDecoder) else 0.0
 
     def seen(self, row: int) -> int:
         return self._tokens[row]
@@ -242,6 +249,7 @@ class RecomputeRunner:
     """Run the model without a cache: every step computes the whole text again. This is the baseline."""
 
     copies = False
+    compile_seconds = 0.0
 
     def __init__(self, model: GPT, rows: int) -> None:
         self.model, self.size, self.joins = model, rows, True
