@@ -149,11 +149,10 @@ def begin_decode(
 def rung(tokens: int) -> int:
     """The read length for rows that hold so many tokens, which changes rarely: each is a graph of a compiled model.
 
-    256, 512 and 1,024; from there on four steps from each power of two to the next, so at most a quarter is read in
-    vain.
+    512 and 1,024; from there on four steps from each power of two to the next, so at most a quarter is read in vain.
     """
     if tokens <= 1024:
-        return max(256, 1 << (tokens - 1).bit_length())
+        return 512 if tokens <= 512 else 1024
     step = 1 << ((tokens - 1).bit_length() - 3)
     return -(-tokens // step) * step
 

@@ -36,6 +36,7 @@ class CompiledDecoder:
     ) -> None:
         check_callable("note", note)
         self.note, self.seconds, self.graphs = note, 0.0, 0
+        self._model = model
         self._step = torch.compile(model, dynamic=False, backend=backend)
         self._known: WeakKeyDictionary[KVCache, set[tuple[bool, int | None]]] = WeakKeyDictionary()
 
@@ -48,6 +49,16 @@ class CompiledDecoder:
             logits = self._step(token, cache)
         known.add((cache.evicting, cache.reach))
         return logits
+
+    @torch.inference_mode()
+    def warm_up(self, cache: KVCache) -> None:
+        """Compile the steps of short texts on an empty cache, before the first one is waited for."""
+        cache.static = True
+        token = torch.zeros(cache.batch_size, 1, dtype=torch.int64, device=cache.pos.device)
+        self._model(token, cache)  # as a prompt would: the model makes its rope tables in its first pass
+        with cache.expect(1):
+            self(token, cache)
+        cache.reset()
 
     @contextlib.contextmanager
     def _watched(self, cache: KVCache) -> Iterator[None]:
