@@ -258,7 +258,8 @@ def _angles(step: DecodeMetadata, tables: Angles, theta: tuple[Tensor, Tensor, T
         own = ranks[..., -T:] if T > 1 else ranks.gather(-1, step.slot.clamp(max=ranks.size(-1) - 1))
         return {"angles": rows_at(tables, own[0, :, 0]), "tables": tables, "ranks": ranks}
     if not plan.endless:
-        return {"angles": rows_at(tables, step.pos)}
+        cos, sin = rows_at(tables, step.pos)
+        return {"angles": (cos.unsqueeze(1), sin.unsqueeze(1))}  # (B, 1, T, E): once for all layers
     sinks = None
     if (plan.sinks or plan.keep_prompt) and step.extent + T > slots.size:
         # until something was evicted all distances are the text's own, and among the last tokens they stay so: only

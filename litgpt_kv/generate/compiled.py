@@ -51,12 +51,20 @@ class CompiledDecoder:
         return logits
 
     @torch.inference_mode()
-    def warm_up(self, cache: KVCache) -> None:
-        """Compile the steps of short texts on an empty cache, before the first one is waited for."""
+    def warm_up(self, cache: KVCache, seen: int = 1) -> None:
+        """Compile the first steps after prompts of `seen` tokens before anyone waits for them, if nothing is yet.
+
+        Args:
+            cache: An empty cache; it is empty afterwards.
+            seen: Tokens of the longest prompt.
+        """
+        if self.graphs:
+            return
         cache.static = True
         token = torch.zeros(cache.batch_size, 1, dtype=torch.int64, device=cache.pos.device)
         self._model(token, cache)  # as a prompt would: the model makes its rope tables in its first pass
-        with cache.expect(1):
+        cache.reset()
+        with cache.expect(seen):
             self(token, cache)
         cache.reset()
 

@@ -10,6 +10,7 @@ from litgpt_kv.arguments import RunArgs
 from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.config import KVCacheArgs, check_type
 from litgpt_kv.generate import Engine, Request, Sequence, Stats, begin, fill, raise_failed, serve_steps
+from litgpt_kv.generate.compiled import CompiledDecoder
 from litgpt_kv.generate.limits import Limits
 from litgpt_kv.llm.text_model import TextModel
 from litgpt_kv.llm.threads import cpu_threads
@@ -60,6 +61,14 @@ class Run:
             own = llm.parallel.own_requests(requests)
         rows = max(1, min(len(own), batching.batch_size or len(own)))
         self.cache: KVCache | None = None if args is None else llm.build_cache(args, rows, tokens)
+        if (
+            self.cache is not None
+            and isinstance(llm.decoder, CompiledDecoder)
+            and any(r.max_new_tokens > 1 for r in own)
+        ):
+            before = llm.decoder.seconds
+            llm.decoder.warm_up(self.cache, max(len(request.prompt) for request in own))
+            self.stats.compile_seconds += llm.decoder.seconds - before
         engine = build_engine(llm, self.cache, rows, batching, self.stats)
         is_idle = bool(requests) and not own  # all requests belong to other processes
         waiting = iter(()) if is_idle else begin(engine, self.cache, own)
