@@ -51,15 +51,18 @@ class CompiledDecoder:
         return logits
 
     @torch.inference_mode()
-    def warm_up(self, cache: KVCache, seen: int = 1) -> None:
+    def warm_up(self, cache: KVCache, seen: int = 1) -> float:
         """Compile the first steps after prompts of `seen` tokens before anyone waits for them, if nothing is yet.
 
         Args:
             cache: An empty cache; it is empty afterwards.
             seen: Tokens of the longest prompt.
+
+        Returns:
+            The seconds it took to compile.
         """
         if self.graphs:
-            return
+            return 0.0
         cache.static = True
         token = torch.zeros(cache.batch_size, 1, dtype=torch.int64, device=cache.pos.device)
         self._model(token, cache)  # as a prompt would: the model makes its rope tables in its first pass
@@ -67,6 +70,7 @@ class CompiledDecoder:
         with cache.expect(seen):
             self(token, cache)
         cache.reset()
+        return self.seconds
 
     @contextlib.contextmanager
     def _watched(self, cache: KVCache) -> Iterator[None]:

@@ -61,17 +61,13 @@ class Run:
             own = llm.parallel.own_requests(requests)
         rows = max(1, min(len(own), batching.batch_size or len(own)))
         self.cache: KVCache | None = None if args is None else llm.build_cache(args, rows, tokens)
-        if (
-            self.cache is not None
-            and isinstance(llm.decoder, CompiledDecoder)
-            and any(r.max_new_tokens > 1 for r in own)
-        ):
-            before = llm.decoder.seconds
-            llm.decoder.warm_up(self.cache, max(len(request.prompt) for request in own))
-            self.stats.compile_seconds += llm.decoder.seconds - before
         engine = build_engine(llm, self.cache, rows, batching, self.stats)
         is_idle = bool(requests) and not own  # all requests belong to other processes
         waiting = iter(()) if is_idle else begin(engine, self.cache, own)
+        decodes = self.cache is not None and any(request.max_new_tokens > 1 for request in own)
+        if decodes and isinstance(llm.decoder, CompiledDecoder):
+            longest = max(len(request.prompt) for request in own)
+            self.stats.compile_seconds += llm.decoder.warm_up(self.cache, longest)
         self._steps = _run_steps(llm, requests, RunResult(self.stats, self.cache), engine, waiting)
 
     def __iter__(self) -> Iterator[list[Sequence]]:
