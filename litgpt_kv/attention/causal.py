@@ -61,10 +61,11 @@ def causal_attention(
             return _flash_attention(q, k, v, scale, start)
         if start:
             return _attend_in_blocks(q, k, v, scale, softcap, window, start, False)
-    width, gqa = v.size(-1), _has_flash(q, k, v)
-    q, k, v = _same_width(q, k, v)
+    width, gqa = v.size(-1), _has_flash(q, k, v) and not _learns(q)
+    if N > BLOCK:  # of a short sequence, the kernel for keys and values of two widths makes little
+        q, k, v = _same_width(q, k, v)
     k, v = (k, v) if gqa else (_for_all_heads(x, q.size(1)) for x in (k, v))
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=None, is_causal=True, scale=scale, enable_gqa=gqa)
     return y[..., :width], None
 
 
@@ -195,7 +196,7 @@ def _attend_in_blocks(
         if softcap is None and flash and with_lse:
             y, lse = _flash(queries, keys, values, attn_mask=mask, scale=scale)
         else:
-            if not flash or softcap is not None:
+            if not flash or softcap is not None or _learns(q):
                 keys, values = (_for_all_heads(x, H) for x in (keys, values))
             y, lse = _masked_attention(queries, keys, values, mask, scale, softcap, with_lse)
         outputs.append(y)
@@ -244,6 +245,11 @@ def _has_flash(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether torch's kernel for processors takes these tensors; it reads keys and values of groups in place."""
     known = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
     return known and q.device.type == "cpu" and q.is_floating_point() and q.dtype == k.dtype == v.dtype
+
+
+def _learns(q: Tensor) -> bool:
+    """Whether gradients are wanted: litgpt's, to the bit, come from keys and values that are repeated for each head."""
+    return torch.is_grad_enabled() and q.requires_grad
 
 
 def _same_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
