@@ -58,6 +58,7 @@ class Stats:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.prefill_seconds += other.prefill_seconds
         self.decode_seconds += other.decode_seconds
+        self.compile_seconds += other.compile_seconds
 
 
 class Engine:
