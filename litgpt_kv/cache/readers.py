@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from litgpt_kv.attention.masks import cache_positions
 from litgpt_kv.attention.rope import Angles, angles_at, rotate, rows_at, unrotate
 from litgpt_kv.cache import pool
-from litgpt_kv.cache.scatter import scatter
 from litgpt_kv.cache.spec import LayerSpec
+from litgpt_kv.cache.storage.base import scatter
 from litgpt_kv.cache.strategies.base import LayerConstants
 
 

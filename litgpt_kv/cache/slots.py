@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from litgpt_kv.cache import pool
 from litgpt_kv.cache.plan import LayerPlan
-from litgpt_kv.cache.scatter import scatter
 from litgpt_kv.cache.spec import LayerSpec
+from litgpt_kv.cache.storage.base import scatter
 from litgpt_kv.cache.strategies.base import Strategy, TokenReader, Tokens
 
 LAST = torch.iinfo(torch.int64).max

@@ -13,7 +13,7 @@ from torch import Tensor
 from litgpt_kv import KVCache, KVCacheArgs, SamplingArgs, registry
 from litgpt_kv.cache import kv_cache
 from litgpt_kv.cache.decode import rung
-from litgpt_kv.cache.scatter import scatter
+from litgpt_kv.cache.storage.base import scatter
 from litgpt_kv.generate import Stats, generate
 from litgpt_kv.generate.compiled import CompiledDecoder, keep_compiled
 from tests.model.test_compile import Counting
