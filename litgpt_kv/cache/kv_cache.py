@@ -5,7 +5,8 @@ B rows · T new tokens · V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from litgpt.config import Config
 from litgpt_kv.attention.rope import RopeTables
 from litgpt_kv.cache import door, serialize
 from litgpt_kv.cache.constants import connect
-from litgpt_kv.cache.decode import RowsPass, begin_decode
+from litgpt_kv.cache.decode import RowsPass, begin_decode, rung
 from litgpt_kv.cache.inspection import LayerContents, inspect_row
 from litgpt_kv.cache.layer import build_layers
 from litgpt_kv.cache.pieces import PromptReader
@@ -46,6 +47,8 @@ class KVCache(nn.Module):
         exact_blocks: Whether a block of tokens gives what they give one at a time, whatever attention they pay.
         rereads: Whether prompts may be read twice, in one pass then.
         evicting: In static mode, whether the next step may find a row full; False saves it the search for victims.
+        reach: In static mode, the number of first slots of a head that the next step reads, new token included: the
+            others are empty in all live rows. None: all. Every value is a graph of a compiled model; see `expect`.
     """
 
     def __init__(
@@ -61,7 +64,9 @@ class KVCache(nn.Module):
     ) -> None:
         super().__init__()
         self.args, self.max_tokens, self.context = args, max_tokens, context
-        self.dtype, self.fingerprint, self.evicting = dtype, "", True
+        self.dtype, self.fingerprint = dtype, ""
+        self.evicting: bool = True
+        self.reach: int | None = None
         self.rope: RopeTables | None = None  # the model's, for `inspect` of strategies that read keys
         self.theta: list[tuple[Tensor, Tensor, Tensor]] = []  # of each rope base, for angles beyond the tables
         devices = devices or [torch.device("cpu")] * config.n_layer
@@ -306,7 +311,25 @@ class KVCache(nn.Module):
         if any(isinstance(slots, Table) for slots in self.slots):
             views = [self.row(b) for b in range(self.batch_size)] if self.batch_size > 1 else [self]
             return RowsPass.of([self._begin_row(view, T, rope) for view in views])
-        return begin_decode(self.clock, self.slots, self.layers, self.group_of, self.theta, T, rope, self.evicting)
+        return begin_decode(
+            self.clock, self.slots, self.layers, self.group_of, self.theta, T, rope, self.evicting, reach=self.reach
+        )
+
+    @contextlib.contextmanager
+    def expect(self, seen: int) -> Iterator[None]:
+        """Say for one-token steps of a static cache what the host knows: no live row has seen more than `seen` tokens.
+
+        Compiled steps then neither look for victims nor read slots where there can be none; wrong numbers give wrong
+        results. Outside of static mode this does nothing: the cache counts by itself.
+        """
+        room = min((plan.slots for plan in self.plans if plan.strategy.evicts), default=None)
+        length = rung(seen + 1)
+        self.evicting = room is not None and seen >= room
+        self.reach = length if length < max(plan.slots for plan in self.plans) else None
+        try:
+            yield
+        finally:
+            self.evicting, self.reach = True, None  # right for everyone
 
     def _begin_row(self, view: KVCache, T: int, rope: RopeTables) -> Pass:
         """A decode step of a view of one row, whose layers are parts of a table."""
