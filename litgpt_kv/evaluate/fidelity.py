@@ -16,7 +16,7 @@ from torch import Tensor
 from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.cache.plan import check_prompt_kept, limit_of, resolve
 from litgpt_kv.config import KVCacheArgs
-from litgpt_kv.evaluate.shadow import REFERENCE, Shadow, kl_divergence, lost_by_layer
+from litgpt_kv.evaluate.shadow import REFERENCE, Shadow, kl_divergence, log_softmax, lost_by_layer
 from litgpt_kv.llm.llm import LLM
 
 __all__ = ["BLOCK", "REFERENCE", "Fidelity", "check", "lost_attention", "measure"]
@@ -85,12 +85,12 @@ def measure(
     for first in range(start, total - 1, BLOCK):
         block = ids[first : min(first + BLOCK, total - 1)]
         expected = shadow.read_full(block)
-        expected = None if expected is None else expected.float().log_softmax(dim=-1)
+        expected = None if expected is None else log_softmax(expected)
         for name, cache in shadow.caches.items():
             began = time.perf_counter()
             before = shadow.read(name, block)
             found[name].seconds += time.perf_counter() - began
-            _note(found[name], before.float().log_softmax(dim=-1), block, expected)
+            _note(found[name], log_softmax(before), block, expected)
             if shadow.full is not None:
                 found[name].lost.append(lost_attention(shadow.full, cache))
         on_block(first + len(block))

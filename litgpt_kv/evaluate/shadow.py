@@ -73,6 +73,11 @@ class Shadow:
         return before
 
 
+def log_softmax(logits: Tensor) -> Tensor:
+    """Log-probabilities of logits (..., V), in float32 at least."""
+    return logits.log_softmax(dim=-1, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
+
+
 def kl_divergence(expected: Tensor, logprobs: Tensor) -> Tensor:
     """Kullback-Leibler divergence in nats, (T,), of distributions from expected ones, as log-probabilities (T, V)."""
     return (expected.exp() * (expected - logprobs)).sum(dim=-1)

@@ -65,7 +65,7 @@ class Browser:
                 return message["result"]
 
     def open(self, url: str, ready: str = "$('kv_cache').options.length > 0") -> None:
-        """Go to a page, and wait until `ready`, a piece of JavaScript, is true; the default is for the server's page."""
+        """Go to a page, and wait until `ready`, a piece of JavaScript, is true; the default suits the server's page."""
         self.call("Page.navigate", url=url)
         self.until(f"document.readyState === 'complete' && {ready}")
 

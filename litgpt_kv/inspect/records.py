@@ -18,7 +18,7 @@ from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.cache.spec import layer_spec
 from litgpt_kv.config import KVCacheArgs, SamplingArgs
 from litgpt_kv.evaluate import fidelity
-from litgpt_kv.evaluate.shadow import Shadow, kl_divergence, lost_by_layer
+from litgpt_kv.evaluate.shadow import Shadow, kl_divergence, log_softmax, lost_by_layer
 from litgpt_kv.generate import generate
 from litgpt_kv.generate.text import TextStream
 from litgpt_kv.llm.llm import LLM
@@ -148,8 +148,8 @@ def record(
     entries = config.n_layer * layer_spec(config, 0).groups * total
     if entries > MOST_ENTRIES:
         raise ValueError(
-            f"A page with {entries:,} entries (tokens × layers × heads) is too large to open: {MOST_ENTRIES:,} are "
-            f"allowed, {MOST_ENTRIES * total // entries:,} tokens of this model."
+            f"A page with {entries:,} entries (tokens times layers times heads) is too large to open: "
+            f"{MOST_ENTRIES:,} are allowed, {MOST_ENTRIES * total // entries:,} tokens of this model."
         )
     for args in candidates.values():
         fidelity.check(llm, args, total, start)
@@ -157,11 +157,11 @@ def record(
     notes = {name: _Notes(cache, total) for name, cache in shadow.caches.items()}
     best, odds = [], []
     for state in range(total - start + 1):
-        expected = shadow.full_logits.float().log_softmax(dim=-1)
+        expected = log_softmax(shadow.full_logits)
         for each, noted in zip(_best(expected), (best, odds)):
             noted.append(each)
         for name, note in notes.items():
-            note.add(state, shadow.full, shadow.logits[name].float().log_softmax(dim=-1), expected)
+            note.add(state, shadow.full, log_softmax(shadow.logits[name]), expected)
         on_state(state)
         if state < total - start:
             token = ids[start + state].view(1)

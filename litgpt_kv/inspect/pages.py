@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from litgpt_kv.disk import write_text
-from litgpt_kv.inspect.record import CacheRecord, Record
+from litgpt_kv.inspect.records import CacheRecord, Record
 
 MARK = "/* the data stand here */ null"
 
