@@ -75,7 +75,7 @@ def inspect(
         found = record(llm, ids, start, compared, on_state=lambda state: bar.update(state - bar.n))
     print(summary(found))
     size = write_page(found, out)
-    print(f"Written to {out}: {size / 1e6:.1f} MB.", file=sys.stderr)
+    print(f"Written to {out}: {size / 1e6:.2f} MB.", file=sys.stderr)
 
 
 def caches_of(strategies: list[str] | None, kv_cache: KVCacheArgs) -> dict[str, KVCacheArgs]:
@@ -84,10 +84,9 @@ def caches_of(strategies: list[str] | None, kv_cache: KVCacheArgs) -> dict[str, 
     Raises:
         ValueError: For an unknown name, or settings that keep nothing.
     """
-    base = KVCacheArgs.of(kv_cache)
-    if base is None:
+    if kv_cache.strategy == "none":
         raise ValueError("kv_cache 'none' keeps nothing: choose a cache.")
-    budget = CACHE.budget if base.budget is None else base.budget
+    base, budget = kv_cache, CACHE.budget if kv_cache.budget is None else kv_cache.budget
     budget = tuple(budget) if isinstance(budget, list) else budget
     if strategies is None and not isinstance(base.strategy, str):
         return {"mixed": replace(base, budget=budget)}
