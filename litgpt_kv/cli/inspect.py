@@ -86,13 +86,13 @@ def caches_of(strategies: list[str] | None, kv_cache: KVCacheArgs) -> dict[str, 
     """
     if kv_cache.strategy == "none":
         raise ValueError("kv_cache 'none' keeps nothing: choose a cache.")
-    base, budget = kv_cache, CACHE.budget if kv_cache.budget is None else kv_cache.budget
+    budget = CACHE.budget if kv_cache.budget is None else kv_cache.budget
     budget = tuple(budget) if isinstance(budget, list) else budget
-    if strategies is None and not isinstance(base.strategy, str):
-        return {"mixed": replace(base, budget=budget)}
+    if strategies is None and not isinstance(kv_cache.strategy, str):
+        return {"mixed": replace(kv_cache, budget=budget)}
     if strategies is not None and not strategies:
         raise ValueError("strategies is an empty list: name at least one.")
-    found = candidates(strategies or [base.strategy], [budget], base)
+    found = candidates(strategies or [kv_cache.strategy], [budget], kv_cache)
     return {candidate.name: candidate.args for candidate in found}
 
 
