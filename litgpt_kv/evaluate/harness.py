@@ -18,13 +18,17 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from lm_eval import utils
-from lm_eval.__main__ import cli_evaluate
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
 import torch
 from tqdm import tqdm
+
+try:
+    from lm_eval import utils
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+except ImportError as error:
+    raise ImportError("litgpt_kv.evaluate.harness needs lm_eval: pip install 'litgpt-kv[eval]'.") from error
 
 from litgpt_kv import registry
 from litgpt_kv.arguments import RunArgs, check_count, check_threads
@@ -54,7 +58,7 @@ class LitgptKV(TemplateLM):
             all new tokens that may be generated. None: all.
         batch_size: Rows at a time.
         max_length: The most tokens of a row; None: the model's context. Longer contexts lose their beginning.
-        max_gen_toks: The most new tokens where a task does not say it.
+        max_gen_toks: The most new tokens where a task does not say it, at most half of `max_length`.
         device: cpu, cuda or mps; None: what is there. precision: As for `LLM.load`.
         threads: CPU threads; None: one for a small model, else torch's default.
         max_batch_size: Ignored; lm_eval passes it.
@@ -200,7 +204,7 @@ class LitgptKV(TemplateLM):
         """
         given = dict(settings)
         until, lengths = given.pop("until", None) or [], [given.pop(name, None) for name in LENGTHS]
-        new = next((length for length in lengths if length is not None), self.max_gen_toks)
+        new = next((length for length in lengths if length is not None), min(self.max_gen_toks, self.max_length // 2))
         check_count("max_gen_toks", new, 1, self.max_length - 1)
         sampled = given.pop("do_sample", given.get("temperature", 0) > 0)
         temperature = given.pop("temperature", 1.0)
