@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -96,34 +95,20 @@ def _head(
     )
 
 
-class HeldTokens(Protocol):
-    """What `by_token` reads of a `KVCache`."""
-
-    slots: Sequence[Slots]
-    layers: Sequence[LayerCache]
-    group_of: Sequence[int]
-
-
 @torch.no_grad()
-def by_token(cache: HeldTokens, tokens: int, statistic: str | None = None, row: int = 0) -> Tensor:
-    """What each head holds of each token of a row's text: quicker than `KVCache.inspect` where positions are enough.
-
-    Args:
-        cache: A `KVCache`. tokens: Tokens of the text, N: at least as many as the row has seen.
-        statistic: A statistic's name; None: only whether a token is held.
-
-    Returns:
-        (L, G, N) for each layer and key/value head: bool, or the statistic with 0 where a token is not held.
-    """
-    groups = [_spread(slots, tokens, statistic, row) for slots in cache.slots]
-    rows = [groups[g][layer.stack_index] for layer, g in zip(cache.layers, cache.group_of)]
-    return torch.stack([x.expand(layer.spec.groups, tokens).to(rows[0].device) for x, layer in zip(rows, cache.layers)])
+def by_token(
+    groups: Sequence[Slots], layers: Sequence[LayerCache], group_of: Sequence[int], tokens: int, statistic: str | None
+) -> Tensor:
+    """`KVCache.by_token`, of a view of one row."""
+    spread = [_spread(slots, tokens, statistic) for slots in groups]
+    rows = [spread[g][layer.stack_index] for layer, g in zip(layers, group_of)]
+    return torch.stack([x.expand(layer.spec.groups, tokens).to(rows[0].device) for x, layer in zip(rows, layers)])
 
 
-def _spread(slots: Slots, tokens: int, statistic: str | None, row: int) -> Tensor:
-    """Slots of a row in the order of the text, (L, P, N), for pools (L, G, N)."""
-    pos, owner = slots.pos[:, row], None if slots.owner is None else slots.owner[:, row]
-    held = torch.ones_like(pos, dtype=torch.bool) if statistic is None else slots.statistics[statistic][:, row]
+def _spread(slots: Slots, tokens: int, statistic: str | None) -> Tensor:
+    """Slots of one row in the order of the text, (L, P, N), for pools (L, G, N)."""
+    pos, owner = slots.pos[:, 0], None if slots.owner is None else slots.owner[:, 0]
+    held = torch.ones_like(pos, dtype=torch.bool) if statistic is None else slots.statistics[statistic][:, 0]
     if owner is not None:
         pos, held = (pool.per_head(x, owner, slots.heads, empty) for x, empty in ((pos, -1), (held, 0)))
     out = held.new_zeros(*pos.shape[:2], tokens + 1)  # empty slots write into the last place

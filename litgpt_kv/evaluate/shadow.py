@@ -12,7 +12,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from litgpt_kv.cache.inspection import by_token
 from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.cache.strategies.base import Strategy
 from litgpt_kv.compat.input_pos import GPT
@@ -89,6 +88,6 @@ def lost_by_layer(full: KVCache, cache: KVCache) -> Tensor:
     Both caches hold one row and have seen the same tokens; a layer's share is the mean over its key/value heads.
     """
     tokens = full.seen[0]
-    attention = by_token(full, tokens, "last")  # (L, G, N)
-    inside = attention * by_token(cache, tokens).to(attention.device)
+    attention = full.by_token(0, tokens, "last")  # (L, G, N)
+    inside = attention * cache.by_token(0, tokens).to(attention.device)
     return (1 - inside.sum(-1) / attention.sum(-1)).clamp(min=0).mean(-1)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from litgpt_kv.arguments import check_count
-from litgpt_kv.cache.inspection import by_token
 from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.cache.spec import layer_spec
 from litgpt_kv.config import KVCacheArgs, SamplingArgs
@@ -190,7 +189,7 @@ class _Notes:
 
     def __init__(self, cache: KVCache, tokens: int) -> None:
         self.cache, self.tokens = cache, tokens
-        held = by_token(cache, tokens)
+        held = cache.by_token(0, tokens)
         self.left = torch.full(held.shape, NEVER, dtype=torch.int32, device=held.device)
         self.kl: list[Tensor] = []
         self.lost: list[Tensor] = []
@@ -199,7 +198,7 @@ class _Notes:
 
     def add(self, state: int, full: KVCache, logprobs: Tensor, expected: Tensor) -> None:
         """Note a state, in which the next token has log-probabilities (1, V), `expected` ones with a full cache."""
-        held = by_token(self.cache, self.tokens)
+        held = self.cache.by_token(0, self.tokens)
         held[..., self.cache.seen[0] :] = True  # not read yet
         self.left.masked_fill_(~held & (self.left == NEVER), state)
         self.kl.append(kl_divergence(expected, logprobs))

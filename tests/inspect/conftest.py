@@ -15,6 +15,7 @@ CACHES = {
     "h2o": KVCacheArgs("h2o", budget=12),
     "pool": KVCacheArgs("keydiff", budget=12, select="pool"),
     "layer": KVCacheArgs("tova", budget=12, select="layer", interval=3),
+    "model": KVCacheArgs("h2o", budget=12, select="model"),
     "sink": KVCacheArgs("sink", budget=12),
     "mixed": KVCacheArgs(["dense", "window", "h2o"] * 2, budget=[None, 6, 9] * 2, positions="absolute"),
 }

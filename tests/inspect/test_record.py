@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from litgpt_kv import GPT, LLM, KVCache, KVCacheArgs
-from litgpt_kv.cache.inspection import LayerContents, by_token
+from litgpt_kv.cache.inspection import LayerContents
 from litgpt_kv.evaluate.shadow import REFERENCE, lost_by_layer
 from litgpt_kv.generate import prefill
 from litgpt_kv.inspect import Record, answer_of, page, record, write_page
@@ -77,12 +77,16 @@ def test_attention_by_token_is_that_of_inspect_for_every_row(gqa: GPT) -> None:
     cache = KVCache.build(gqa, KVCacheArgs("h2o", budget=6, select="pool", pools=1), 2, 20)
     prefill(gqa, [torch.arange(9), torch.arange(4)], cache, "full")
     for row, seen in enumerate((9, 4)):
-        mass, kept = by_token(cache, 12, "mass", row), by_token(cache, 12, row=row)
+        mass, kept = cache.by_token(row, 12, "mass"), cache.by_token(row, 12)
         for layer, contents in enumerate(cache.inspect(row)):
             for head, one in enumerate(contents.heads):
                 assert kept[layer, head].nonzero().flatten().tolist() == one.positions.tolist()
                 assert torch.equal(mass[layer, head][one.positions], one.statistics["mass"])
         assert kept[..., :seen].sum() == mass.count_nonzero() > 0 and not kept[..., seen:].any()
+    with pytest.raises(ValueError, match="tokens must be at least 9, what the row has seen, got 8"):
+        cache.by_token(0, 8)
+    with pytest.raises(ValueError, match="h2o keeps no statistic 'last'; it keeps mass"):
+        cache.by_token(0, 9, "last")
 
 
 def test_a_full_cache_loses_nothing(llm: LLM, text: Tensor) -> None:
