@@ -166,3 +166,20 @@ def check_step(cache: Any, T: int) -> None:
     for row, n in enumerate(seen):
         if limit is not None and alive[row] and n + T > limit:
             raise ValueError(f"Row {row} would see {n + T} tokens, over the limit of {limit}: {why}.")
+
+
+def check_by_token(groups: Iterable[Any], seen: int, tokens: Any, statistic: str | None) -> None:
+    """Refuse fewer tokens than a row has seen, and a statistic that a strategy does not keep.
+
+    Raises:
+        ValueError: With the value and what there is.
+    """
+    check_count("tokens", tokens)
+    if tokens < seen:
+        raise ValueError(f"tokens must be at least {seen}, what the row has seen, got {tokens}.")
+    for slots in groups:
+        if statistic is not None and statistic not in slots.names:
+            keeps = ", ".join(slots.names) or "none"
+            raise ValueError(
+                f"{type(slots.strategy).__name__.lower()} keeps no statistic {statistic!r}; it keeps {keeps}."
+            )

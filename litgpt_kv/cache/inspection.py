@@ -93,3 +93,23 @@ def _head(
         keys[order].cpu(),
         values[order].cpu(),
     )
+
+
+@torch.no_grad()
+def by_token(
+    groups: Sequence[Slots], layers: Sequence[LayerCache], group_of: Sequence[int], tokens: int, statistic: str | None
+) -> Tensor:
+    """`KVCache.by_token`, of a view of one row."""
+    spread = [_spread(slots, tokens, statistic) for slots in groups]
+    rows = [spread[g][layer.stack_index] for layer, g in zip(layers, group_of)]
+    return torch.stack([x.expand(layer.spec.groups, tokens).to(rows[0].device) for x, layer in zip(rows, layers)])
+
+
+def _spread(slots: Slots, tokens: int, statistic: str | None) -> Tensor:
+    """Slots of one row in the order of the text, (L, P, N), for pools (L, G, N)."""
+    pos, owner = slots.pos[:, 0], None if slots.owner is None else slots.owner[:, 0]
+    held = torch.ones_like(pos, dtype=torch.bool) if statistic is None else slots.statistics[statistic][:, 0]
+    if owner is not None:
+        pos, held = (pool.per_head(x, owner, slots.heads, empty) for x, empty in ((pos, -1), (held, 0)))
+    out = held.new_zeros(*pos.shape[:2], tokens + 1)  # empty slots write into the last place
+    return out.scatter_(-1, pos.masked_fill(pos < 0, tokens), held)[..., :tokens]

@@ -18,7 +18,7 @@ from litgpt_kv.attention.rope import RopeTables
 from litgpt_kv.cache import door, serialize
 from litgpt_kv.cache.constants import connect
 from litgpt_kv.cache.decode import RowsPass, begin_decode, rung
-from litgpt_kv.cache.inspection import LayerContents, inspect_row
+from litgpt_kv.cache.inspection import LayerContents, by_token, inspect_row
 from litgpt_kv.cache.layer import build_layers
 from litgpt_kv.cache.pieces import PromptReader
 from litgpt_kv.cache.plan import check_prompt_kept, limit_of, resolve
@@ -210,6 +210,24 @@ class KVCache(nn.Module):
         view = self.row(row)
         groups, layers, group_of, _ = parts_of(view)
         return inspect_row(view.clock, groups, layers, group_of, self.rope)
+
+    def by_token(self, row: int, tokens: int, statistic: str | None = None) -> Tensor:
+        """What each head holds of each token of a row's text; quicker than `inspect` where positions are enough.
+
+        Args:
+            tokens: Tokens of the text, N: at least as many as the row has seen.
+            statistic: One of the strategy's, by name; None: whether a token is held.
+
+        Returns:
+            (L, G, N) for each layer and key/value head: bool, or the statistic with 0 where a token is not held.
+
+        Raises:
+            ValueError: If the row has seen more tokens, or a strategy keeps no such statistic.
+        """
+        view = self.row(row)
+        groups, layers, group_of, _ = parts_of(view)
+        door.check_by_token(groups, view.seen[0], tokens, statistic)
+        return by_token(groups, layers, group_of, tokens, statistic)
 
     # -- rows --------------------------------------------------------------------------------------------------------
 

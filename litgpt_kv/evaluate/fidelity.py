@@ -1,6 +1,6 @@
 """What a cache changes while a text is read: its perplexity, and the difference from a full cache, token by token.
 
-T tokens of a block · V vocabulary · L layers · G key/value heads · N positions.
+T tokens of a block · V vocabulary · N tokens of the text.
 """
 
 from __future__ import annotations
@@ -9,30 +9,19 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.cache.plan import check_prompt_kept, limit_of, resolve
-from litgpt_kv.cache.strategies.base import Strategy
 from litgpt_kv.config import KVCacheArgs
-from litgpt_kv.generate import prefill
+from litgpt_kv.evaluate.shadow import REFERENCE, Shadow, kl_divergence, log_softmax, lost_by_layer
 from litgpt_kv.llm.llm import LLM
-from litgpt_kv.registry import register
+
+__all__ = ["BLOCK", "REFERENCE", "Fidelity", "check", "lost_attention", "measure"]
 
 BLOCK = 64  # tokens between two looks at the attention that was lost
-REFERENCE = "_dense_observed"
-
-
-@register("strategy", REFERENCE)
-@dataclass(frozen=True)
-class DenseObserved(Strategy):
-    """Keep every token and note the attention that each received from the newest one: what others are measured by."""
-
-    evicts: ClassVar[bool] = False
-    statistics: ClassVar[tuple[str, ...]] = ("last",)
 
 
 @dataclass
@@ -91,32 +80,21 @@ def measure(
     """
     if len(ids) < start + 2:
         raise ValueError(f"The text has {len(ids)} tokens: it needs at least {start + 2}, {start} of them the prompt.")
-    model, total = llm.model, len(ids)
-    with_full = total <= model.max_seq_length
-    found = {name: Fidelity() for name in candidates}
-    caches = {name: KVCache.build(model, args.resolved(total), 1, total) for name, args in candidates.items()}
-    logits = {name: prefill(model, [ids[:start]], cache, "full")[0] for name, cache in caches.items()}  # (1, V)
-    full = KVCache.build(model, KVCacheArgs(REFERENCE), 1, total) if with_full else None
-    last = None if full is None else prefill(model, [ids[:start]], full, "full")[0].unsqueeze(1)
+    total, found = len(ids), {name: Fidelity() for name in candidates}
+    shadow = Shadow(llm.model, ids[:start], candidates, total)
     for first in range(start, total - 1, BLOCK):
         block = ids[first : min(first + BLOCK, total - 1)]
-        expected = None
-        if full is not None and last is not None:
-            read = model(block.unsqueeze(0), full)  # (1, T, V)
-            expected = torch.cat((last, read[:, :-1]), dim=1)[0].float().log_softmax(dim=-1)  # before each token
-            last = read[:, -1:]
-        for name, cache in caches.items():
+        expected = shadow.read_full(block)
+        expected = None if expected is None else log_softmax(expected)
+        for name, cache in shadow.caches.items():
             began = time.perf_counter()
-            seen = [logits[name]]
-            for token in block:
-                seen.append(model(token.view(1, 1), cache)[:, 0])
+            before = shadow.read(name, block)
             found[name].seconds += time.perf_counter() - began
-            logits[name] = seen[-1]
-            _note(found[name], torch.cat(seen[:-1]).float().log_softmax(dim=-1), block, expected)
-            if full is not None:
-                found[name].lost.append(lost_attention(full, cache))
+            _note(found[name], log_softmax(before), block, expected)
+            if shadow.full is not None:
+                found[name].lost.append(lost_attention(shadow.full, cache))
         on_block(first + len(block))
-    for name, cache in caches.items():
+    for name, cache in shadow.caches.items():
         found[name].bytes = cache.allocated()["total"]
     return found
 
@@ -125,7 +103,7 @@ def _note(fidelity: Fidelity, logprobs: Tensor, tokens: Tensor, expected: Tensor
     """Add what the log-probabilities (T, V) before each of some tokens (T,) say, beside those of a full cache."""
     fidelity.nll += (-logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)).tolist()
     if expected is not None:
-        fidelity.kl += (expected.exp() * (expected - logprobs)).sum(dim=-1).tolist()
+        fidelity.kl += kl_divergence(expected, logprobs).tolist()
         fidelity.agrees += (expected.argmax(dim=-1) == logprobs.argmax(dim=-1)).tolist()
 
 
@@ -134,10 +112,4 @@ def lost_attention(full: KVCache, cache: KVCache) -> float:
 
     Both hold one row and have seen the same tokens; the mean over layers and key/value heads.
     """
-    lost = []
-    for whole, kept in zip(full.inspect(0), cache.inspect(0)):
-        for all_tokens, some in zip(whole.heads, kept.heads):
-            share = all_tokens.statistics["last"]
-            inside = torch.isin(all_tokens.positions, some.positions)
-            lost.append(float(share[~inside].sum() / share.sum()))
-    return sum(lost) / len(lost)
+    return float(lost_by_layer(full, cache).mean())
