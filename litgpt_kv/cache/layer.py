@@ -202,8 +202,9 @@ def prompt_statistics(
         (B, G, N) each.
     """
     spec, out = layer.spec, {}
+    received_by = getattr(layer.kernel, "received_attention", received_attention)
     for name in layer.want if final else [name for name in layer.want if name != "last"]:
-        received = received_attention(
+        received = received_by(
             q, k, length, -1 if name == "mass" else 1, scale=spec.scale, softcap=spec.softcap, window=spec.window,
             start=start, lse=lse.detach() if lse is not None else None,
         )  # fmt: skip

@@ -92,9 +92,7 @@ def _attend_part(
         if HAS_CAP:
             found = (2.0 / (1.0 + tl.exp(-2.0 * found / softcap)) - 1.0) * softcap  # tanh
         if HAS_MASK:
-            seen = tl.load(
-                mask + m[:, None] * mask_m + s[None, :] * mask_s, mask=real & (s[None, :] < stop), other=0
-            )
+            seen = tl.load(mask + m[:, None] * mask_m + s[None, :] * mask_s, mask=real & (s[None, :] < stop), other=0)
             found = tl.where(seen != 0, found, HIDDEN)  # finite where a row sees nothing at all
         if WITH_SCORES:
             at = (pair * M + m[:, None]) * N + s[None, :]
@@ -262,4 +260,3 @@ def _processors(device: torch.device) -> int:
 
 def _strides(x: Tensor | None, count: int) -> tuple[int, ...]:
     return (0,) * count if x is None else x.stride()[:count]
-

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from litgpt_kv import register
+from litgpt_kv.attention import eager
 from litgpt_kv.attention.kernels import Eager
+from litgpt_kv_triton import columns
 from litgpt_kv_triton.decode import decode_attention
 from litgpt_kv_triton.stored import is_readable, stored
 
@@ -29,9 +31,9 @@ AUTO = 0
 class Triton:
     """Read keys and values once, dequantise them in registers, and return the attention that slots received.
 
-    It takes the storages plain, int8, int4, int4-hadamard, k8v4 and float8. The reference, "eager", takes the steps that
-    it does not: blocks of several tokens, latent attention, float64, training through a cache, and rotated codes
-    (int4-hadamard) of keys that are stored unrotated.
+    It reads the storages plain, int8, int4, int4-hadamard, k8v4 and float8. The reference, "eager", does the rest:
+    blocks of several tokens, latent attention, float64, training through a cache, and int4-hadamard with keys that are
+    stored unrotated.
     """
 
     def supports(self, keys: Any, values: Any, device: torch.device) -> bool:
@@ -58,6 +60,11 @@ class Triton:
             spec.scale, spec.softcap or 0.0, view.per_group, bool(want), AUTO,
         )  # fmt: skip
         return _turned(y, v.turn).view(B, H, 1, -1), dict.fromkeys(want, mass)
+
+    def received_attention(self, q: Tensor, k: Tensor, length: Tensor, last: int = -1, **facts: Any) -> Tensor:
+        """What a prompt's tokens received, (B, G, N); see `columns.received_attention`."""
+        sums = columns if q.dtype in DTYPES else eager
+        return sums.received_attention(q, k, length, last, **facts)
 
 
 def _turned(x: Tensor, turn: Tensor | None) -> Tensor:
