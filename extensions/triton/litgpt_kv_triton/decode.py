@@ -4,7 +4,7 @@ Slots are cut into parts, so that one row keeps a whole device busy (split-K, as
 program attends to one part for all query heads of a set and notes what it found and the scores. A second, small kernel
 joins the parts and makes probabilities of the scores: the attention that each slot received.
 
-B rows · P sets of slots (key/value heads, or pools of them) · M query heads of a set · N slots that are read · S slots ·
+B rows · P sets of slots (key/value heads, or pools of them) · M query heads of a set · N slots that are read ·
 D, Dv widths of a key and a value · E rotated elements · n first slots that have queries of their own · K parts.
 """
 
@@ -72,19 +72,19 @@ def _attend_part(
         s = first + tl.arange(0, BLOCK_N)
         slot, inside = s[:, None], s[:, None] < stop
         keys = load_elements(
-            k, k_scale, k_zero, slot, d, inside & (d < D), k_s, ks_s, kz_s, K_KIND, K_GROUP, K_BYTES
+            k, k_scale, k_zero, slot, d, inside, d < D, k_s, ks_s, kz_s, K_KIND, K_GROUP, K_BYTES
         )  # (BLOCK_N, BLOCK_D)
         if HAS_ANGLES:  # the other element of each pair was just read with its token: it is in the nearest memory
             pair_of = tl.where(d < E, (d + E // 2) % E, d)
             other = load_elements(
-                k, k_scale, k_zero, slot, pair_of, inside & (d < E), k_s, ks_s, kz_s, K_KIND, K_GROUP, K_BYTES
+                k, k_scale, k_zero, slot, pair_of, inside, d < E, k_s, ks_s, kz_s, K_KIND, K_GROUP, K_BYTES
             )
             c = tl.load(cos + slot * cos_s + d, mask=inside & (d < E), other=1.0).to(tl.float32)
             w = tl.load(sin + slot * sin_s + d, mask=inside & (d < E), other=0.0).to(tl.float32)
             keys = keys.to(x.dtype).to(tl.float32) * c + other.to(x.dtype).to(tl.float32) * w
         keys = tl.trans(keys.to(x.dtype))
         found = tl.dot(x, keys, input_precision="ieee") * scale  # (BLOCK_M, BLOCK_N)
-        if HAS_NEAR:
+        if HAS_NEAR:  # noqa: SIM102 (the compiler drops this one)
             if first < n_near:
                 marked = tl.load(near + s * near_s, mask=s < n_near, other=0) != 0
                 own = tl.dot(near_x, keys, input_precision="ieee") * scale
@@ -102,7 +102,7 @@ def _attend_part(
         shrink = tl.exp(most - new_most)
         probs = tl.exp(found - new_most[:, None])
         values = load_elements(
-            v, v_scale, v_zero, slot, dv, inside & (dv < DV), v_s, vs_s, vz_s, V_KIND, V_GROUP, V_BYTES
+            v, v_scale, v_zero, slot, dv, inside, dv < DV, v_s, vs_s, vz_s, V_KIND, V_GROUP, V_BYTES
         ).to(x.dtype)
         weight = weight * shrink + tl.sum(probs, 1)
         total = total * shrink[:, None] + tl.dot(probs.to(x.dtype), values, input_precision="ieee")
@@ -200,7 +200,7 @@ def decode_attention(
         parts: To cut the slots into, K; 0: as many as keep the device busy.
 
     Returns:
-        (B, P, M, Dv) in the dtype of q; and the sum over the M heads of the attention that each slot received, divided by
+        (B, P, M, Dv) in the dtype of q; and the attention that each slot received from the M heads, divided by
         `per_group`, (B, P, N) float32, without slots if it was not asked for.
     """
     (B, P, M, D), N, dtype = q.shape, extent, q.dtype
@@ -216,6 +216,7 @@ def decode_attention(
     seen = None if mask is None else mask.expand(B, P, M, N).view(torch.uint8)
     marked = None if near is None else near.expand(B, P, -1).view(torch.uint8)
     angles = [None if x is None else x.expand(B, P, N, -1) for x in (cos, sin)]
+    step, stages = _step(max(D, v_width), dtype, cos is not None)
     block_dv = max(16, triton.next_power_of_2(v_width))
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
         _attend_part[B * P, parts, tiles](
@@ -230,7 +231,8 @@ def decode_attention(
             K_KIND=k_kind, K_GROUP=k_group, K_BYTES=k.size(-1), V_KIND=v_kind, V_GROUP=v_group, V_BYTES=v.size(-1),
             HAS_MASK=mask is not None, HAS_NEAR=near is not None, HAS_ANGLES=cos is not None, HAS_CAP=softcap > 0,
             WITH_SCORES=with_mass, HIDDEN=torch.finfo(torch.float32).min,
-            BLOCK_M=block_m, BLOCK_N=SLOTS, BLOCK_D=max(16, triton.next_power_of_2(D)), BLOCK_DV=block_dv,
+            BLOCK_M=block_m, BLOCK_N=step, BLOCK_D=max(16, triton.next_power_of_2(D)), BLOCK_DV=block_dv,
+            num_stages=stages,
         )  # fmt: skip
         _join_parts[B * P, tiles + (triton.cdiv(N, JOINED) if with_mass else 0)](
             part_sum, part_max, part_weight, scores, y, mass, M, N, v_width, parts, tiles, 1 / per_group,
@@ -251,6 +253,12 @@ def _part_size(N: int, programs: int, parts: int, device: torch.device) -> tuple
     parts = parts or max(1, WAVES * _processors(device) // programs)
     size = triton.cdiv(triton.cdiv(N, parts), SLOTS) * SLOTS
     return size, triton.cdiv(N, size)
+
+
+def _step(width: int, dtype: torch.dtype, angles: bool) -> tuple[int, int]:
+    """Slots of a step of a program, and steps whose loads are under way: what 99 kB of shared memory have room for."""
+    heavy = (width > 128) + (dtype == torch.float32) + angles
+    return max(16, SLOTS >> heavy), 1 if heavy else 2
 
 
 @functools.cache

@@ -1,8 +1,8 @@
 """The kernel "triton": one pass over keys and values for a decode step, and the attention that a prompt's tokens
 received.
 
-B rows · H query heads · G key/value heads · P sets of slots (G, or pools of heads) · M query heads of a set · T tokens ·
-N keys · D, Dv widths of a key and a value.
+B rows · H query heads · G key/value heads · P sets of slots (G, or pools of heads) · M query heads of a set ·
+T tokens · N keys · D, Dv widths of a key and a value.
 """
 
 from __future__ import annotations

@@ -60,20 +60,22 @@ def stored(storage: Any) -> Stored:
 
 @triton.jit
 def load_elements(
-    data, scale, zero, slots, columns, inside,
+    data, scale, zero, slots, columns, there, wide,
     data_stride, scale_stride, zero_stride,
     KIND: tl.constexpr, GROUP: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
-    """The elements `columns` (1, N) of the tokens in `slots` (M, 1), dequantised, (M, N); 0 where not `inside`.
+    """The elements `columns` (1, N) of the tokens in `slots` (M, 1), dequantised, (M, N).
 
-    `data`, `scale` and `zero` point to the first slot of a set; strides are those from slot to slot. BYTES: of a token
-    of INT4, whose byte i holds the elements i (lower half) and i + BYTES.
+    They are 0 but where the slots are `there` (M, 1) and the columns `wide` enough (1, N). `data`, `scale` and `zero`
+    point to the first slot of a set; strides are those from slot to slot. BYTES: of a token of INT4, whose byte i holds
+    the elements i (lower half) and i + BYTES.
     """
+    inside = there & wide
     if KIND == 0:
         x = tl.load(data + slots * data_stride + columns, mask=inside, other=0.0)
     elif KIND == 1:
         codes = tl.load(data + slots * data_stride + columns, mask=inside, other=0)
-        x = codes.to(tl.float32) * tl.load(scale + slots * scale_stride, mask=inside, other=0.0)
+        x = codes.to(tl.float32) * tl.load(scale + slots * scale_stride, mask=there, other=0.0)
     elif KIND == 2:
         codes = tl.load(data + slots * data_stride + columns % BYTES, mask=inside, other=0)
         codes = (codes >> (4 * (columns // BYTES)).to(tl.uint8)) & 15
@@ -85,5 +87,5 @@ def load_elements(
         codes = tl.load(data + slots * data_stride + columns, mask=inside, other=0).to(tl.uint16)
         half = (((codes & 128) << 8) | ((codes & 127) << 7)).to(tl.float16, bitcast=True)
         x = tl.where((codes & 127) == 127, float("nan"), half.to(tl.float32) * 256.0)
-        x = x * tl.load(scale + slots * scale_stride, mask=inside, other=0.0)
+        x = x * tl.load(scale + slots * scale_stride, mask=there, other=0.0)
     return x
