@@ -7,13 +7,17 @@ not. Skipped where triton is not installed.
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import json
 import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -279,6 +283,75 @@ def test_a_decode_compiles_to_one_graph(triton: ModuleType) -> None:
     for b in range(2):
         for i, logits in eager[b].items():
             torch.testing.assert_close(compiled[b][i], logits, rtol=0, atol=2e-5)
+
+
+# -- without a GPU -----------------------------------------------------------------------------------------------------
+
+
+class Compiling:
+    """Takes the place of a Triton function: compiles it for a GPU with the arguments that it is called with."""
+
+    names: ClassVar[dict] = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.uint8: "*u8"}
+
+    def __init__(self, function: Any) -> None:
+        self.function, self.shared = function, []
+
+    def __getitem__(self, grid: tuple) -> Callable[..., None]:
+        return self.compile
+
+    def compile(self, *values: Any, num_stages: int = 3, **constants: Any) -> None:
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource, compile
+
+        kinds = {}
+        for name, x in zip(self.function.arg_names, values):
+            kinds[name] = "fp32" if isinstance(x, float) else "i32" if isinstance(x, int) else self.names[x.dtype]
+        source = ASTSource(self.function, kinds | dict.fromkeys(constants, "constexpr"), constants)
+        done = compile(source, target=GPUTarget("cuda", 80, 32), options={"num_stages": num_stages})
+        assert "mma.sync" in done.asm["ptx"] or self.function.__name__ == "_join_parts"
+        self.shared.append(done.metadata.shared)
+
+
+@pytest.mark.skipif(READY, reason="the interpreter does not compile")
+def test_the_kernels_compile_for_a_gpu_and_fit_its_shared_memory(
+    triton: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton.decode, "SLOTS", 64), monkeypatch.setattr(triton.columns, "BLOCK", 64)
+    compiled = []
+    for module, name in [(triton.decode, "_attend_part"), (triton.decode, "_join_parts")] + [
+        (triton.columns, name) for name in ("_queries_lse", "_columns")
+    ]:
+        compiled.append(Compiling(getattr(module, name)))
+        monkeypatch.setattr(module, name, compiled[-1])
+    q = torch.zeros(1, 32, 1, 128, dtype=torch.bfloat16)
+    every = torch.ones(1, 8, 1, 64, dtype=torch.bool)
+    angles = torch.zeros(1, 8, 64, 128), torch.zeros(1, 8, 64, 128)
+    for storage, view in (("plain", {}), ("int4", dict(mask=every, near=(q, every[:, :, 0]), angles=angles))):
+        stores = [registry.build("storage", storage, r, (1, 8, 64, 128), q.dtype, q.device) for r in ("keys", "values")]
+        spec = replace(tiny(exact=False).transformer.h[0].attn.spec, softcap=2.0 if view else None, rope_size=128)
+        view = dict(mask=None, near=None, angles=None) | view
+        triton.Triton().attend(q, *stores, View(spec, 64, **view), ("mass",))
+    keys, facts = q[:, :8].expand(-1, -1, 64, -1), dict(scale=1.0, softcap=2.0, window=8)
+    triton.Triton().received_attention(q.expand(-1, -1, 64, -1), keys, torch.tensor([64]), **facts)
+    assert [len(one.shared) for one in compiled] == [2, 2, 1, 1]
+    assert max(max(one.shared) for one in compiled) < 99 * 1024
+
+
+@here
+def test_the_benchmark_runs(triton: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its times mean nothing here, but its checks do."""
+    spec = importlib.util.spec_from_file_location("bench", FOLDER / "bench.py")
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    monkeypatch.setattr(bench, "HEAD", 16), monkeypatch.setattr(bench, "STORAGES", ("plain", "int4-hadamard"))
+    shape = bench.Shape(1, 32, 4, 2, 16, 16)
+    out, facts = tmp_path / "out.json", dict(layers=1, repeats=1, device=DEVICE.type, shape=shape)
+    bench.main(str(out), contexts=(20,), batches=(1,), budget=8, **facts)
+    found = json.loads(out.read_text())
+    assert len(found["checks"]) == 2 * 2 * 2 and all(row["ok"] for row in found["checks"])
+    assert {row["cache"] for row in found["decode"]} == {"dense", "window", "h2o", "h2o, eager"}
+    assert found["machine"]["triton"] and found["copy_bytes_per_s"] > 0
+    assert all(row["best_s"] > 0 for row in found["attention"] + found["decode"])
 
 
 # -- who uses it -------------------------------------------------------------------------------------------------------
