@@ -33,7 +33,8 @@ from litgpt_kv.benchmark.decode import Shape
 
 STORAGES = ("plain", "int8", "int4", "int4-hadamard", "k8v4", "float8")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}  # of the largest number
-HEAD = 128
+HEAD = 128  # elements of Llama-3-8B's heads
+MOST = 4_000_000_000  # bytes of the keys and values that attention alone is timed with, of a plain storage
 
 
 class Spec:
@@ -167,13 +168,14 @@ class _Exact:
 def attention(
     clock: Clock, contexts: Sequence[int], batches: Sequence[int], layers: int, repeats: int, limit: float
 ) -> list[dict[str, Any]]:
-    """Time attention alone, a pass over `layers` layers, whose keys and values no cache of the device can hold."""
+    """Time attention alone, in a pass over as many layers as fit `MOST`: more than the device's caches hold."""
     rows, device = [], clock.device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     for context in contexts:
         for batch in batches:
             for name in ("plain", "int8", "int4"):
-                made = [storages(name, batch, 8, context, dtype, device) for _ in range(layers)]
+                one = 2 * batch * 8 * context * HEAD * dtype.itemsize
+                made = [storages(name, batch, 8, context, dtype, device) for _ in range(min(layers, 1 + MOST // one))]
                 q = torch.randn(batch, 32, 1, HEAD, dtype=dtype, device=device)
                 view, calls = View(context, None, 4), {}
                 for label, kernel, want in (
@@ -192,6 +194,7 @@ def attention(
                 for label, took in clock.compare(calls, repeats).items():
                     share = read / took["best_s"] / limit
                     row = {"context": context, "batch": batch, "storage": name, "kernel": label, "bytes": read}
+                    row["layers"] = len(made)
                     rows.append(row | took | {"of_copy_bandwidth": share})
                     print(f"{context:>7,} x {batch}  {name:<6}{label:<18}{1e3 * took['best_s']:9.3f} ms  {share:.0%}")
                 del made, calls
@@ -305,7 +308,7 @@ def main(
     Args:
         out: JSON file of all results.
         contexts: Tokens in the cache. batches: Rows, for attention alone.
-        budget: Of window and h2o. layers: Of attention alone. repeats: Runs that count.
+        budget: Of window and h2o. layers: Of attention alone, at most. repeats: Runs that count.
         device: "cpu" tries this script in Triton's interpreter (TRITON_INTERPRET=1); its times mean nothing.
         shape: Of the model; the default is that of Llama-3-8B.
 
