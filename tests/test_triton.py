@@ -300,14 +300,13 @@ class Compiling:
         return self.compile
 
     def compile(self, *values: Any, num_stages: int = 3, **constants: Any) -> None:
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource, compile
-
+        target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", 80, 32)
+        compiler = importlib.import_module("triton.compiler")
         kinds = {}
         for name, x in zip(self.function.arg_names, values):
             kinds[name] = "fp32" if isinstance(x, float) else "i32" if isinstance(x, int) else self.names[x.dtype]
-        source = ASTSource(self.function, kinds | dict.fromkeys(constants, "constexpr"), constants)
-        done = compile(source, target=GPUTarget("cuda", 80, 32), options={"num_stages": num_stages})
+        source = compiler.ASTSource(self.function, kinds | dict.fromkeys(constants, "constexpr"), constants)
+        done = compiler.compile(source, target=target, options={"num_stages": num_stages})
         assert "mma.sync" in done.asm["ptx"] or self.function.__name__ == "_join_parts"
         self.shared.append(done.metadata.shared)
 
