@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from litgpt_kv import KVCache, KVCacheArgs, registry
-from litgpt_kv.attention.eager import received_attention
+from litgpt_kv.attention.causal import received_attention
 from litgpt_kv.attention.kernels import choose_kernel
 from litgpt_kv.attention.rope import rotate, signed
 from tests.oracle.reference import Oracle, Policy, arguments, kept_of, logits_of, tiny, tokens_of, walk

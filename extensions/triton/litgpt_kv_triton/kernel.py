@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from litgpt_kv import register
-from litgpt_kv.attention import eager
+from litgpt_kv.attention import causal
 from litgpt_kv.attention.kernels import Eager
 from litgpt_kv_triton import columns
 from litgpt_kv_triton.decode import decode_attention
@@ -63,7 +63,7 @@ class Triton:
 
     def received_attention(self, q: Tensor, k: Tensor, length: Tensor, last: int = -1, **facts: Any) -> Tensor:
         """What a prompt's tokens received, (B, G, N); see `columns.received_attention`."""
-        sums = columns if q.dtype in DTYPES else eager
+        sums = columns if q.dtype in DTYPES else causal
         return sums.received_attention(q, k, length, last, **facts)
 
 
