@@ -102,6 +102,19 @@ def check_rows(rows: Iterable[int] | Tensor, batch_size: int) -> list[int]:
     return rows
 
 
+def check_prompts(cache: Any, lengths: dict[int, int]) -> None:
+    """Raise ValueError unless `lengths` are of rows, and a prompt that is to be kept fits the budget."""
+    check_rows(list(lengths), cache.batch_size)
+    check_prompt_kept(cache.plans, max(lengths.values(), default=0))
+
+
+def check_range(start: int, stop: int, batch_size: int) -> None:
+    """Raise IndexError or ValueError unless `start` to `stop` - 1 are rows."""
+    check_rows([start, stop - 1 if isinstance(stop, int) else stop], batch_size)
+    if start >= stop:
+        raise ValueError(f"rows must start before they stop, got {start} and {stop}.")
+
+
 def check_pieces(length: int, context: int, rereads: bool) -> None:
     """Raise ValueError if a prompt cannot be read in pieces: longer than the model's context, or to be read twice."""
     if rereads:

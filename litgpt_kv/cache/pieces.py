@@ -8,18 +8,18 @@ N tokens read so far · t tokens of a piece · H query heads · G key/value head
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from litgpt_kv.attention.causal import causal_attention
 from litgpt_kv.attention.rope import Angles, RopeTables, rotate
+from litgpt_kv.cache.door import check_prompt
 from litgpt_kv.cache.layer import LayerCache, PrefillMetadata, prompt_statistics
 from litgpt_kv.cache.readers import FreshTokens
-from litgpt_kv.cache.row_clock import RowClock
-from litgpt_kv.cache.slots import Slots
 from litgpt_kv.cache.views import LatentProjection, Pass, end_prefill
 
 
@@ -67,17 +67,11 @@ class PromptReader:
 
     batch_size = 1
 
-    def __init__(
-        self,
-        clock: RowClock,
-        groups: Sequence[Slots],
-        layers: Sequence[LayerCache],
-        group_of: Sequence[int],
-        length: int,
-    ) -> None:
-        self.clock, self.groups, self.layers, self.group_of = clock, groups, layers, group_of
+    def __init__(self, view: Any, length: int) -> None:
+        check_prompt(view, length, torch.tensor([length], device=view.pos.device))
+        self.clock, self.groups, self.layers, self.group_of = view.clock, view.slots, view.layers, view.group_of
         self.length, self.read = length, 0
-        self._prompts = [LayerPrompt(length) for _ in layers]
+        self._prompts = [LayerPrompt(length) for _ in view.layers]
         self._failed = False
 
     @property
