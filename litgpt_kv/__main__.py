@@ -14,6 +14,7 @@ COMMANDS = Commands(
         "strategies": Entry("litgpt_kv.cli.strategies:strategies", "List the strategies for --kv-cache", MEASURE),
         "plan": Entry("litgpt_kv.cli.plan:plan", "Compute the memory of a model and its cache", MEASURE),
         "evaluate": Entry("litgpt_kv.cli.evaluate:evaluate", "Measure what caches cost in quality", MEASURE),
+        "inspect": Entry("litgpt_kv.cli.inspect:inspect", "Show which tokens caches keep, as an HTML page", MEASURE),
         "recommend": Entry("litgpt_kv.cli.recommend:recommend", "Choose a cache that fits into memory", MEASURE),
         "benchmark": Entry("litgpt_kv.benchmark.decode:benchmark", "Measure speed and memory of caches", MEASURE),
         "benchmark_batches": Entry(

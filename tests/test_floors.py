@@ -27,6 +27,7 @@ ORDER = [  # lowest first; what stands on one line may not import each other
     ["parallel"],
     ["llm"],
     ["serve", "evaluate", "benchmark", "convert", "calibrate"],
+    ["inspect"],
     ["cli"],
     ["install", "checkpoint", "__main__"],  # old import paths, and the program
 ]

@@ -1,4 +1,4 @@
-"""Attention as pure functions: no cache, no module, no state.
+"""Attention to cached slots as pure functions: no cache, no module, no state.
 
 B rows · T new tokens · S slots · H query heads · G key/value heads · R = H/G query heads a group · D head size ·
 P sets of kept tokens (1, or one a key/value head).
@@ -14,74 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from litgpt.model import do_softcapping
-from litgpt_kv.attention.masks import visible
-
-MASS_BLOCK = 128  # queries a block: small blocks stay in the processor's cache (302 ms against 480 ms with 256)
-
-
-class CausalMasks:
-    """The masks of one pass over whole sequences, each made once and shared by all layers that ask for the same."""
-
-    def __init__(self) -> None:
-        self._made: dict[tuple, Tensor] = {}
-
-    def of(self, q: Tensor, softcap: float | None, window: int | None) -> Tensor | None:
-        """What is added to the scores (T, T) of q (B, H, T, D): 0 or, where hidden, a least value; None: plain causal.
-
-        A window at least as long as the sequence hides nothing more than causality does.
-        """
-        T = q.size(2)
-        if softcap is None and (window is None or T <= window):
-            return None
-        key = (T, window, q.dtype, q.device)
-        if key not in self._made:
-            pos = torch.arange(T, device=q.device)
-            fill = torch.finfo(q.dtype).min if window is None else float("-inf")
-            zeros = torch.zeros(T, T, dtype=q.dtype, device=q.device)
-            self._made[key] = zeros.masked_fill_(~visible(pos, pos, window), fill)
-        return self._made[key]
-
-
-def causal_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-    masks: CausalMasks | None = None,
-    last: Tensor | None = None,
-) -> Tensor:
-    """Causal attention of a whole sequence to itself: training and prefill, the same numbers as litgpt's to the bit.
-
-    Without a window no mask tensor is made, so that the fast causal kernel runs.
-
-    Args:
-        q: (B, H, T, D) rotated queries. k, v: (B, G, T, D) and (B, G, T, Dv).
-        scale: Multiplies the scores. softcap: tanh-bounds them. window: sliding window in tokens, or None.
-        masks: Of this pass, shared by its layers.
-        last: (B,) positions of the only query of each row, q then being (B, H, 1, D); None: all of them.
-
-    Returns:
-        (B, H, T, Dv), or (B, H, 1, Dv) with `last`.
-    """
-    if last is not None:
-        mask = visible(last.view(-1, 1, 1), torch.arange(k.size(2), device=k.device), window)  # (B, 1, 1, T)
-        return slot_attention(q, k, v, mask, scale=scale, softcap=softcap)[0]
-    per_group = q.size(1) // k.size(1)
-    if per_group > 1:
-        k, v = k.repeat_interleave(per_group, dim=1), v.repeat_interleave(per_group, dim=1)  # (B, H, T, D)
-    mask = (masks or CausalMasks()).of(q, softcap, window)
-    if softcap is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
-    scores = do_softcapping(q @ k.mT * scale, softcap) + mask
-    return F.softmax(scores, dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype) @ v
-
-
-def queries_at(q: Tensor, pos: Tensor) -> Tensor:
-    """One query a row: q (B, H, T, D) at pos (B,) is (B, H, 1, D)."""
-    return q.gather(2, pos.view(-1, 1, 1, 1).expand(-1, q.size(1), 1, q.size(-1)))
 
 
 def slot_attention(
@@ -213,57 +145,3 @@ def product_attention(
         last = received["mass"] if tokens == 1 else probs[:, :, tokens - 1 :: tokens].sum(dim=2) / per_group
         received["last"] = last
     return y, {name: received[name] for name in want}
-
-
-@torch.no_grad()
-def received_attention(
-    q: Tensor,
-    k: Tensor,
-    length: Tensor,
-    last: int = -1,
-    *,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-    start: int = 0,
-) -> Tensor:
-    """Sum the attention that each prompt token receives from the queries of its row, in blocks of queries.
-
-    Never holds a T×T tensor: the largest is (B, H, MASS_BLOCK, N).
-
-    Args:
-        q, k: (B, H, T, D) queries and (B, G, N, D) keys of right-padded prompts; N is T but for a piece of a prompt.
-        length: (B,) real tokens of each row.
-        last: How many last real queries of a row count; -1: all.
-        start: Position of the first query: a piece of a prompt attends to `start` tokens before it.
-
-    Returns:
-        (B, G, N), summed over queries, averaged over the query heads of a group; float32 (float64 for a float64 model).
-    """
-    B, H, T, D = q.shape
-    G, N = k.shape[1:3]
-    exact = torch.promote_types(q.dtype, torch.float32)
-    k, key_pos = k.to(exact), torch.arange(N, device=q.device).expand(B, N)
-    in_order = not 0 <= last < T
-    query_pos = key_pos[:, start : start + T]
-    if not in_order:  # gather each row's own last queries; rows shorter than `last` leave entries below 0
-        query_pos = length.unsqueeze(1) - last + torch.arange(last, device=q.device)  # (B, last)
-        index = (query_pos - start).clamp(0, T - 1).view(B, 1, -1, 1).expand(B, H, last, D)
-        q = q.gather(2, index)
-    counts = ((query_pos >= start) & (query_pos < length.unsqueeze(1)) & (query_pos < start + T)).to(exact) / (H // G)
-    total = torch.zeros(B, G, N, dtype=exact, device=q.device)
-    q = q.to(exact).unflatten(1, (G, H // G)) * scale  # (B, G, R, Q, D)
-    with torch.autocast(q.device.type, enabled=False):
-        for first in range(0, query_pos.size(1), MASS_BLOCK):
-            rows = slice(first, first + MASS_BLOCK)
-            whole = in_order and window is None  # then only the last keys can be in a query's future
-            n, past = (min(start + first + MASS_BLOCK, N), start + first) if whole else (N, 0)
-            weight = counts[:, rows]  # (B, b)
-            scores = q[:, :, :, rows].flatten(2, 3) @ k[:, :, :n].mT  # (B, G, R*b, n)
-            if softcap is not None:
-                scores = do_softcapping(scores, softcap)
-            # a query outside the prompt counts nothing; letting it see every key keeps its softmax finite
-            hidden = ~visible(query_pos[:, rows], key_pos[:, past:n], window) & (weight[..., None] > 0)
-            scores.unflatten(2, (H // G, -1))[..., past:].masked_fill_(hidden[:, None, None], float("-inf"))
-            total[:, :, :n] += (weight.repeat(1, H // G)[:, None, None] @ scores.softmax(dim=-1)).squeeze(2)
-    return total

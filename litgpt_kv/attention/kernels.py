@@ -28,6 +28,8 @@ class Kernel(Protocol):
     """Decode attention. Register a class with `register("kernel", name)`; it is made without arguments.
 
     A kernel that says it supports a layer is used there without being asked for, unless the user names another one.
+    If it has a method `received_attention`, with the arguments of the function in `litgpt_kv.attention.causal`, that is
+    asked what a prompt's tokens received.
     """
 
     def supports(self, keys: Readable, values: Readable, device: torch.device) -> bool:

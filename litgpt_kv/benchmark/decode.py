@@ -23,6 +23,7 @@ from litgpt_kv.benchmark.parallel import DEFAULT, cache_args, compare
 from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.disk import check_target, write_text
+from litgpt_kv.generate.compiled import CompiledDecoder
 from litgpt_kv.llm import checkpoint
 from litgpt_kv.llm.check_config import LIMITS
 from litgpt_kv.llm.check_weights import check_memory
@@ -207,7 +208,7 @@ def contenders(
     compiled: bool,
 ) -> list[Contender]:
     device = model.lm_head.weight.device
-    decoder = torch.compile(model, dynamic=False) if compiled else model
+    decoder = CompiledDecoder(model) if compiled else model
     length = torch.full((batch_size,), context, device=device)
     made = []
     for name in strategies or DEFAULT:
@@ -224,8 +225,9 @@ def contenders(
         def prefill(tokens: Tensor, cache: KVCache = cache) -> Tensor:
             return model(tokens, cache, length)
 
-        def step(token: Tensor, _: int, cache: KVCache = cache) -> Tensor:
-            return decoder(token, cache)
+        def step(token: Tensor, pos: int, cache: KVCache = cache) -> Tensor:
+            with cache.expect(pos):
+                return decoder(token, cache)
 
         read = held["keys"] + held["values"]
         made.append(Contender(name, cache.reset, prefill, step, formula, held["total"], read))

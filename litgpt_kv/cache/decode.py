@@ -105,6 +105,7 @@ def begin_decode(
     rope: RopeTables,
     evicting: bool,
     fill_of: Sequence[int] | None = None,
+    reach: int | None = None,
 ) -> DecodePass:
     """Make room for T new tokens a row, and work out slots, masks and angles.
 
@@ -112,7 +113,8 @@ def begin_decode(
         clock: The rows' counters. groups: The slots of each group of layers.
         fill_of: Of each group, the number of the group by which the clock knows how full it is; None: its own.
         layers: Of the model. group_of: The group of each. theta: Of each rope base, for positions beyond the tables.
-        rope: The model's tables. evicting: In static mode, whether rows may be full.
+        rope: The model's tables.
+        evicting, reach: In static mode, whether rows may be full, and how many first slots may be filled (`KVCache`).
     """
     pos = clock.pos.unsqueeze(1)
     if T > 1:
@@ -129,7 +131,7 @@ def begin_decode(
         known_as = g if fill_of is None else fill_of[g]
         fill = [] if clock.static else clock.fill(known_as)
         after = [] if clock.static else fill_after(slots, fill, clock.alive, T)
-        steps.append(_group_step(clock, slots, members[g], tables[g], pos, fill, after, evicting))
+        steps.append(_group_step(clock, slots, members[g], tables[g], pos, fill, after, evicting, reach))
         fills[known_as] = after
     angles: dict[tuple[int, int], dict] = {}
     views = []
@@ -142,6 +144,17 @@ def begin_decode(
         views.append(DecodeView(layer, steps[g], **shared))
     seen = {} if clock.static else {row: n + T for row, n in enumerate(clock.seen) if clock.alive[row]}
     return DecodePass(views, False, clock, T, steps, members, tables, seen, list(fills.values()))
+
+
+def rung(tokens: int) -> int:
+    """The read length for rows that hold so many tokens, which changes rarely: each is a graph of a compiled model.
+
+    512 and 1,024; from there on four steps from each power of two to the next, so at most a quarter is read in vain.
+    """
+    if tokens <= 1024:
+        return 512 if tokens <= 512 else 1024
+    step = 1 << ((tokens - 1).bit_length() - 3)
+    return -(-tokens // step) * step
 
 
 def fill_after(slots: Slots, fill: Sequence[int], alive: Sequence[bool], T: int) -> list[int]:
@@ -184,6 +197,7 @@ def _group_step(
     fill: list[int],
     after: list[int],
     evicting: bool,
+    reach: int | None,
 ) -> DecodeMetadata:
     plan, T, device = slots.plan, pos.size(1), slots.pos.device
     pos, prompt_length = pos.to(device), clock.prompt_length.to(device)
@@ -200,7 +214,8 @@ def _group_step(
     window, sinks, owner = plan.window, 0, slots.owner
     if T == 1:
         slots.write_positions(slot, pos, live)
-        extent = slots.size if clock.static else _extent(slots, clock.seen, after, T)
+        static_extent = slots.size if reach is None else min(slots.size, reach * slots.heads)
+        extent = static_extent if clock.static else _extent(slots, clock.seen, after, T)
         key_pos = slots.pos[..., :extent]
         owner = None if owner is None else owner[..., :extent]
     else:
@@ -243,7 +258,8 @@ def _angles(step: DecodeMetadata, tables: Angles, theta: tuple[Tensor, Tensor, T
         own = ranks[..., -T:] if T > 1 else ranks.gather(-1, step.slot.clamp(max=ranks.size(-1) - 1))
         return {"angles": rows_at(tables, own[0, :, 0]), "tables": tables, "ranks": ranks}
     if not plan.endless:
-        return {"angles": rows_at(tables, step.pos)}
+        cos, sin = rows_at(tables, step.pos)
+        return {"angles": (cos.unsqueeze(1), sin.unsqueeze(1))}  # (B, 1, T, E): once for all layers
     sinks = None
     if (plan.sinks or plan.keep_prompt) and step.extent + T > slots.size:
         # until something was evicted all distances are the text's own, and among the last tokens they stay so: only

@@ -102,6 +102,19 @@ def check_rows(rows: Iterable[int] | Tensor, batch_size: int) -> list[int]:
     return rows
 
 
+def check_prompts(cache: Any, lengths: dict[int, int]) -> None:
+    """Raise ValueError unless `lengths` are of rows, and a prompt that is to be kept fits the budget."""
+    check_rows(list(lengths), cache.batch_size)
+    check_prompt_kept(cache.plans, max(lengths.values(), default=0))
+
+
+def check_range(start: int, stop: int, batch_size: int) -> None:
+    """Raise IndexError or ValueError unless `start` to `stop` - 1 are rows."""
+    check_rows([start, stop - 1 if isinstance(stop, int) else stop], batch_size)
+    if start >= stop:
+        raise ValueError(f"rows must start before they stop, got {start} and {stop}.")
+
+
 def check_pieces(length: int, context: int, rereads: bool) -> None:
     """Raise ValueError if a prompt cannot be read in pieces: longer than the model's context, or to be read twice."""
     if rereads:
@@ -166,3 +179,20 @@ def check_step(cache: Any, T: int) -> None:
     for row, n in enumerate(seen):
         if limit is not None and alive[row] and n + T > limit:
             raise ValueError(f"Row {row} would see {n + T} tokens, over the limit of {limit}: {why}.")
+
+
+def check_by_token(groups: Iterable[Any], seen: int, tokens: Any, statistic: str | None) -> None:
+    """Refuse fewer tokens than a row has seen, and a statistic that a strategy does not keep.
+
+    Raises:
+        ValueError: With the value and what there is.
+    """
+    check_count("tokens", tokens)
+    if tokens < seen:
+        raise ValueError(f"tokens must be at least {seen}, what the row has seen, got {tokens}.")
+    for slots in groups:
+        if statistic is not None and statistic not in slots.names:
+            keeps = ", ".join(slots.names) or "none"
+            raise ValueError(
+                f"{type(slots.strategy).__name__.lower()} keeps no statistic {statistic!r}; it keeps {keeps}."
+            )

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from litgpt_kv.attention.rope import RopeTables
-from litgpt_kv.cache import pool
+from litgpt_kv.cache import door, pool
 from litgpt_kv.cache.decode import stored_tokens
-from litgpt_kv.cache.layer import LayerCache
 from litgpt_kv.cache.readers import StoredTokens
-from litgpt_kv.cache.row_clock import RowClock
+from litgpt_kv.cache.rows import parts_of
 from litgpt_kv.cache.slots import Slots
 
 
@@ -45,15 +44,10 @@ class LayerContents:
 
 
 @torch.no_grad()
-def inspect_row(
-    clock: RowClock,
-    groups: Sequence[Slots],
-    layers: Sequence[LayerCache],
-    group_of: Sequence[int],
-    rope: RopeTables | None,
-) -> list[LayerContents]:
+def inspect_row(view: Any) -> list[LayerContents]:
     """`KVCache.inspect`, of a view of one row."""
-    out = []
+    clock, rope, out = view.clock, view.rope, []
+    groups, layers, group_of, _ = parts_of(view)
     for layer, g in zip(layers, group_of):
         slots, i = groups[g], layer.stack_index
         device = slots.pos.device
@@ -93,3 +87,23 @@ def _head(
         keys[order].cpu(),
         values[order].cpu(),
     )
+
+
+@torch.no_grad()
+def by_token(view: Any, tokens: int, statistic: str | None) -> Tensor:
+    """`KVCache.by_token`, of a view of one row."""
+    groups, layers, group_of, _ = parts_of(view)
+    door.check_by_token(groups, view.seen[0], tokens, statistic)
+    spread = [_spread(slots, tokens, statistic) for slots in groups]
+    rows = [spread[g][layer.stack_index] for layer, g in zip(layers, group_of)]
+    return torch.stack([x.expand(layer.spec.groups, tokens).to(rows[0].device) for x, layer in zip(rows, layers)])
+
+
+def _spread(slots: Slots, tokens: int, statistic: str | None) -> Tensor:
+    """Slots of one row in the order of the text, (L, P, N), for pools (L, G, N)."""
+    pos, owner = slots.pos[:, 0], None if slots.owner is None else slots.owner[:, 0]
+    held = torch.ones_like(pos, dtype=torch.bool) if statistic is None else slots.statistics[statistic][:, 0]
+    if owner is not None:
+        pos, held = (pool.per_head(x, owner, slots.heads, empty) for x, empty in ((pos, -1), (held, 0)))
+    out = held.new_zeros(*pos.shape[:2], tokens + 1)  # empty slots write into the last place
+    return out.scatter_(-1, pos.masked_fill(pos < 0, tokens), held)[..., :tokens]

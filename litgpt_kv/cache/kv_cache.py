@@ -6,6 +6,7 @@ B rows · T new tokens · V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,24 @@ from torch import Tensor, nn
 from litgpt.config import Config
 from litgpt_kv.attention.rope import RopeTables
 from litgpt_kv.cache import door, serialize
-from litgpt_kv.cache.constants import connect
-from litgpt_kv.cache.decode import RowsPass, begin_decode
-from litgpt_kv.cache.inspection import LayerContents, inspect_row
+from litgpt_kv.cache.build import build_cache
+from litgpt_kv.cache.inspection import LayerContents, by_token, inspect_row
 from litgpt_kv.cache.layer import build_layers
 from litgpt_kv.cache.pieces import PromptReader
-from litgpt_kv.cache.plan import check_prompt_kept, limit_of, resolve
+from litgpt_kv.cache.plan import limit_of, resolve
 from litgpt_kv.cache.row_clock import RowClock
-from litgpt_kv.cache.rows import RowViews, allocated, parts_of, refresh, repeated, reset_rows, restore_row, view_of
-from litgpt_kv.cache.table import Table
+from litgpt_kv.cache.rows import (
+    RowViews,
+    allocated,
+    recount,
+    refresh,
+    repeated,
+    reset_rows,
+    restore_row,
+    set_static,
+    view_of,
+)
+from litgpt_kv.cache.steps import begin_step, expecting
 from litgpt_kv.cache.views import Pass, begin_prefill
 from litgpt_kv.config import KVCacheArgs
 
@@ -36,16 +46,16 @@ class KVCache(nn.Module):
 
     Attributes:
         args: What the user asked for.
-        max_tokens: How many tokens a row may see.
-        context: The model's context.
+        max_tokens: How many tokens a row may see; `context`: how many the model may.
         dtype: Of the model, for which the cache was built.
-        limit: The most tokens a row may see, None without an end.
-        why: The reason of the limit, in words.
+        limit: The most tokens a row may see, None without an end; `why` says the reason.
         longest_block: The most tokens of one decode step.
         first_chunk: The most prompt tokens that every layer keeps.
         exact_blocks: Whether a block of tokens gives what they give one at a time, whatever attention they pay.
         rereads: Whether prompts may be read twice, in one pass then.
         evicting: In static mode, whether the next step may find a row full; False saves it the search for victims.
+        reach: In static mode, the number of first slots of a head that the next step reads, new token included: the
+            others are empty in all live rows. None: all. Every value is a graph of a compiled model; see `expect`.
     """
 
     def __init__(
@@ -62,6 +72,7 @@ class KVCache(nn.Module):
         super().__init__()
         self.args, self.max_tokens, self.context = args, max_tokens, context
         self.dtype, self.fingerprint, self.evicting = dtype, "", True
+        self.reach: int | None = None
         self.rope: RopeTables | None = None  # the model's, for `inspect` of strategies that read keys
         self.theta: list[tuple[Tensor, Tensor, Tensor]] = []  # of each rope base, for angles beyond the tables
         devices = devices or [torch.device("cpu")] * config.n_layer
@@ -101,30 +112,11 @@ class KVCache(nn.Module):
         Raises:
             ValueError: If the arguments contradict each other, or ask for more context or memory than there is.
         """
-        context = model.max_seq_length
-        max_tokens = context if max_tokens is None else max_tokens
-        args = door.check_build("dense" if args is None else args, batch_size, max_tokens)
-        own = args if model.sharing is None else door.own_pools(args, *model.sharing.groups_and_devices)
-        devices = [next(block.attn.proj.parameters()).device for block in model.transformer.h]
-        dtype = dtype or model.transformer.wte.weight.dtype
-        with torch.inference_mode(False):  # tensors made inside could not be used outside of it
-            with door.refused_without_memory(
-                lambda: cls.nbytes(model.config, own, batch_size, max_tokens, dtype), batch_size
-            ):
-                cache = cls(model.config, own, batch_size, max_tokens, context, dtype, devices, static)
-            cache.args = args
-            cache.fingerprint = serialize.fingerprint(model)
-            connect(cache, model)
-            return cache
+        return build_cache(cls, model, args, batch_size, max_tokens, dtype, static)
 
     @classmethod
     def nbytes(
-        cls,
-        config: Config,
-        args: KVCacheArgs,
-        batch_size: int,
-        max_tokens: int,
-        dtype: torch.dtype = torch.float32,
+        cls, config: Config, args: KVCacheArgs, batch_size: int, max_tokens: int, dtype: torch.dtype = torch.float32
     ) -> dict[str, int]:
         """Exact bytes of a cache before anything is allocated: keys, values, positions, statistics and total."""
         args = door.check_build(args, batch_size, max_tokens)
@@ -136,12 +128,7 @@ class KVCache(nn.Module):
         return allocated(self)
 
     def save(self, path: str | Path, model: Any = None) -> None:
-        """Write the cache to a file in safetensors' format, with its arguments and a fingerprint of its model.
-
-        Args:
-            path: Where to write the file.
-            model: Not needed: the fingerprint was taken when the cache was built. Given, it must be the same model.
-        """
+        """Write the cache to a file in safetensors' format, with a fingerprint of its model (`model` must be that)."""
         serialize.write(self, path, model)
 
     @classmethod
@@ -190,10 +177,7 @@ class KVCache(nn.Module):
 
     @static.setter
     def static(self, value: bool) -> None:
-        door.check_static(self.plans, value)
-        if self.clock.static and not value:
-            self.recount()
-        self.clock.host.static = value
+        set_static(self, value)
 
     def tokens(self) -> dict[str, list[int]]:
         """For each row the tokens it has "seen" and the most that any head has "kept" of them (a device sync)."""
@@ -202,9 +186,14 @@ class KVCache(nn.Module):
 
     def inspect(self, row: int) -> list[LayerContents]:
         """What a row holds, of each layer and head: the tokens' positions, statistics, scores, keys and values."""
-        view = self.row(row)
-        groups, layers, group_of, _ = parts_of(view)
-        return inspect_row(view.clock, groups, layers, group_of, self.rope)
+        return inspect_row(self.row(row))
+
+    def by_token(self, row: int, tokens: int, statistic: str | None = None) -> Tensor:
+        """Whether each layer and head holds each of N `tokens` of a row's text, (L, G, N) bool, or a statistic of it.
+
+        A token that is not held has statistic 0. ValueError if the row has seen more, or no strategy has the statistic.
+        """
+        return by_token(self.row(row), tokens, statistic)
 
     # -- rows --------------------------------------------------------------------------------------------------------
 
@@ -212,9 +201,7 @@ class KVCache(nn.Module):
     def reset(self, rows: Sequence[int] | Tensor | None = None) -> None:
         """Empty all rows, or some; they may then be seeded again."""
         self._refresh()
-        chosen = door.check_rows(range(self.batch_size) if rows is None else rows, self.batch_size)
-        reset_rows((*self.slots, *self.layers), None if rows is None else self.clock.index(chosen))
-        self.clock.reset(chosen)
+        reset_rows(self, rows)
 
     @torch.no_grad()
     def retire(self, rows: Sequence[int] | Tensor) -> None:
@@ -232,12 +219,10 @@ class KVCache(nn.Module):
     def set_prompt_lengths(self, lengths: dict[int, int]) -> None:
         """Say how long rows' prompts are, before their first pass reads a part of them; `keep_prompt` protects them.
 
-        Raises:
-            ValueError: If a prompt is to be kept and does not fit the budget.
+        ValueError if a prompt is to be kept and does not fit the budget.
         """
         self._refresh()
-        door.check_rows(list(lengths), self.batch_size)
-        check_prompt_kept(self.plans, max(lengths.values(), default=0))
+        door.check_prompts(self, lengths)
         self.clock.set_prompt_lengths(lengths)
 
     def row(self, b: int) -> KVCache:
@@ -247,9 +232,7 @@ class KVCache(nn.Module):
 
     def rows(self, start: int, stop: int) -> KVCache:
         """As `row`, of the rows `start` to `stop` - 1."""
-        door.check_rows([start, stop - 1 if isinstance(stop, int) else stop], self.batch_size)
-        if start >= stop:
-            raise ValueError(f"rows must start before they stop, got {start} and {stop}.")
+        door.check_range(start, stop, self.batch_size)
         self._refresh()
         return view_of(self, self._views, start, stop)
 
@@ -271,11 +254,7 @@ class KVCache(nn.Module):
 
     def recount(self) -> None:
         """Read the counters off the buffers, after these were written from outside (a device sync)."""
-        self.clock.recount([slots.count() for slots in self.slots])
-        for g, slots in enumerate(self.slots):
-            if isinstance(slots, Table):
-                for row, sizes in enumerate(slots.read_sizes()):
-                    self.clock.set_sizes(g, row, sizes)
+        recount(self)
 
     def read_in_pieces(self, row: int, length: int) -> PromptReader:
         """Read the prompt of an empty row in several passes that give what one pass gives.
@@ -286,10 +265,8 @@ class KVCache(nn.Module):
         Raises:
             ValueError: If the row is not empty or the prompt of `length` tokens does not fit.
         """
-        view = self.row(row)
         door.check_pieces(length, self.context, self.rereads)
-        door.check_prompt(view, length, torch.tensor([length], device=view.pos.device))
-        return PromptReader(view.clock, view.slots, view.layers, view.group_of, length)
+        return PromptReader(self.row(row), length)
 
     # -- one pass: begin works out slots, masks and angles once for all layers; commit counts ------------------------
 
@@ -303,15 +280,15 @@ class KVCache(nn.Module):
         """Prepare to decode T tokens a row; more than one is a block, causal inside."""
         self._refresh()
         door.check_step(self, T)
-        if any(isinstance(slots, Table) for slots in self.slots):
-            views = [self.row(b) for b in range(self.batch_size)] if self.batch_size > 1 else [self]
-            return RowsPass.of([self._begin_row(view, T, rope) for view in views])
-        return begin_decode(self.clock, self.slots, self.layers, self.group_of, self.theta, T, rope, self.evicting)
+        return begin_step(self, T, rope)
 
-    def _begin_row(self, view: KVCache, T: int, rope: RopeTables) -> Pass:
-        """A decode step of a view of one row, whose layers are parts of a table."""
-        groups, layers, group_of, fill_of = parts_of(view)
-        return begin_decode(view.clock, groups, layers, group_of, self.theta, T, rope, True, fill_of)
+    def expect(self, seen: int) -> AbstractContextManager[None]:
+        """Say for one-token steps of a static cache what the host knows: no live row has seen more than `seen` tokens.
+
+        Compiled steps then neither look for victims nor read slots where there can be none; wrong numbers give wrong
+        results. Outside of static mode this does nothing: the cache counts by itself.
+        """
+        return expecting(self, seen)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KVCache:
         self.clock.host.moves += 1  # views take the new buffers when they are used next

@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from litgpt_kv.attention.eager import received_attention
+from litgpt_kv.attention.causal import received_attention
 from litgpt_kv.attention.kernels import choose_kernel
 from litgpt_kv.cache.plan import LayerPlan
 from litgpt_kv.cache.readers import FreshTokens, QueryRing
@@ -183,22 +183,30 @@ def build_layers(
 
 
 def prompt_statistics(
-    layer: LayerCache, q: Tensor, k: Tensor, length: Tensor, start: int = 0, final: bool = True
+    layer: LayerCache,
+    q: Tensor,
+    k: Tensor,
+    length: Tensor,
+    lse: Tensor | None = None,
+    start: int = 0,
+    final: bool = True,
 ) -> dict[str, Tensor]:
     """The attention that a prompt's tokens received from the queries q, by the names that the layer's strategy keeps.
 
     Args:
         q: (B, H, T, D). k: (B, G or H, N, D). length: (B,) tokens of each row.
+        lse: (B, H, T) log-sum-exp of each query's scores, where it is known.
         start: Position of the first query. final: Whether the last query of the prompt is among them.
 
     Returns:
         (B, G, N) each.
     """
     spec, out = layer.spec, {}
+    received_by = getattr(layer.kernel, "received_attention", received_attention)
     for name in layer.want if final else [name for name in layer.want if name != "last"]:
-        received = received_attention(
+        received = received_by(
             q, k, length, -1 if name == "mass" else 1, scale=spec.scale, softcap=spec.softcap, window=spec.window,
-            start=start,
+            start=start, lse=lse.detach() if lse is not None else None,
         )  # fmt: skip
         out[name] = received.mean(1, keepdim=True) if spec.latent else received
     return out

@@ -8,19 +8,18 @@ N tokens read so far · t tokens of a piece · H query heads · G key/value head
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from litgpt_kv.attention.eager import CausalMasks, causal_attention, slot_attention
-from litgpt_kv.attention.masks import visible
+from litgpt_kv.attention.causal import causal_attention
 from litgpt_kv.attention.rope import Angles, RopeTables, rotate
+from litgpt_kv.cache.door import check_prompt
 from litgpt_kv.cache.layer import LayerCache, PrefillMetadata, prompt_statistics
 from litgpt_kv.cache.readers import FreshTokens
-from litgpt_kv.cache.row_clock import RowClock
-from litgpt_kv.cache.slots import Slots
 from litgpt_kv.cache.views import LatentProjection, Pass, end_prefill
 
 
@@ -29,17 +28,33 @@ class LayerPrompt:
     """What one layer remembers of a prompt while it is read.
 
     Attributes:
-        rotated, unrotated: (1, G, N, D) keys, the second only where needed. v: (1, G, N, Dv).
+        length: Tokens of the whole prompt.
+        rotated, unrotated: (1, G, N, D) keys, the second only where needed. v: (1, G, N, Dv). All are the beginnings
+            of tensors that hold the whole prompt.
         q, raw_q: The last queries, (1, H, n, D), for strategies that read them.
         received: Attention received so far by name, (1, G, N).
     """
 
+    length: int
     rotated: Tensor | None = None
     unrotated: Tensor | None = None
     v: Tensor | None = None
     q: Tensor | None = None
     raw_q: Tensor | None = None
     received: dict[str, Tensor] = field(default_factory=dict)
+    _whole: dict[str, Tensor] = field(default_factory=dict)  # by name, (1, G, length, .)
+
+    def append(self, name: str, x: Tensor) -> Tensor:
+        """Add tokens x (1, G, t, .) to `rotated`, `unrotated` or `v`; all of them so far."""
+        before = getattr(self, name)
+        read = 0 if before is None else before.size(2)
+        if before is None:
+            with torch.inference_mode(False):  # later pieces may be read outside of it
+                self._whole[name] = x.new_empty(*x.shape[:2], self.length, x.size(3))
+        whole = self._whole[name]
+        whole[:, :, read : read + x.size(2)] = x
+        setattr(self, name, whole[:, :, : read + x.size(2)])
+        return getattr(self, name)
 
 
 class PromptReader:
@@ -52,17 +67,11 @@ class PromptReader:
 
     batch_size = 1
 
-    def __init__(
-        self,
-        clock: RowClock,
-        groups: Sequence[Slots],
-        layers: Sequence[LayerCache],
-        group_of: Sequence[int],
-        length: int,
-    ) -> None:
-        self.clock, self.groups, self.layers, self.group_of = clock, groups, layers, group_of
+    def __init__(self, view: Any, length: int) -> None:
+        check_prompt(view, length, torch.tensor([length], device=view.pos.device))
+        self.clock, self.groups, self.layers, self.group_of = view.clock, view.slots, view.layers, view.group_of
         self.length, self.read = length, 0
-        self._prompts = [LayerPrompt() for _ in layers]
+        self._prompts = [LayerPrompt(length) for _ in view.layers]
         self._failed = False
 
     @property
@@ -91,10 +100,10 @@ class PromptReader:
             self.clock.begin([0])
             steps = [PrefillMetadata.of(slots, length, self.length) for slots in self.groups]
         views = [
-            PieceView(layer, prompt, self.read, self.length, angles[t], CausalMasks(), steps[g])
+            PieceView(layer, prompt, self.read, self.length, angles[t], steps[g])
             for layer, prompt, g, t in zip(self.layers, self._prompts, self.group_of, rope.which)
         ]
-        views[-1].last = torch.tensor([T - 1], device=views[-1].layer.device)
+        views[-1].last = torch.tensor([T - 1], device=views[-1].layer.device)  # of the piece
         own = [step for step in steps if step is not None]
         return PiecePass(views, True, self, end, own, length if final else None)
 
@@ -126,7 +135,6 @@ class PieceView:
     start: int
     length: int
     angles: Angles
-    masks: CausalMasks
     step: PrefillMetadata | None  # at the last piece
     last: Tensor | None = None
     observer: Callable[[Tensor], None] | None = None
@@ -134,44 +142,35 @@ class PieceView:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, latent: LatentProjection | None = None) -> Tensor:
         layer, spec, prompt = self.layer, self.layer.spec, self.prompt
         rotated_q, rotated_k = (rotate(x, self.angles, spec.rope_size) for x in (q, k))
-        prompt.rotated = _append(prompt.rotated, rotated_k.detach(), 2)
-        prompt.v = _append(prompt.v, v.detach(), 2)
+        keys, values = prompt.append("rotated", rotated_k.detach()), prompt.append("v", v.detach())
         if layer.stores_unrotated or layer.reads_tokens:
-            prompt.unrotated = _append(prompt.unrotated, k.detach(), 2)
-        if latent is None:
-            every = rotated_q, prompt.rotated, prompt.v
-        else:
-            every = latent.expand(rotated_q, prompt.rotated, prompt.v)
-        y = self._causal(*every)
-        self._observe(every[0].detach(), every[1].detach())
+            prompt.append("unrotated", k.detach())
+        queries = rotated_q
+        if latent is not None:
+            queries, keys, values = latent.expand(rotated_q, keys, values)
+        wanted = queries if self.last is None else queries[:, :, -1:]
+        if self.observer is not None:
+            self.observer(wanted)
+        math = {"scale": spec.scale, "softcap": spec.softcap, "window": spec.window}
+        last = None if self.last is None else self.last + self.start
+        sums = "mass" in layer.want
+        y, lse = causal_attention(wanted, keys, values, **math, start=self.start, last=last, with_lse=sums)
+        self._observe(queries.detach(), keys.detach(), lse)
         if layer.window:
             both = (rotated_q, q) if latent is None else (latent.absorb(rotated_q), latent.absorb(q))
             prompt.q, prompt.raw_q = (
-                _append(old, new.detach(), 2)[:, :, -layer.window :] for old, new in zip((prompt.q, prompt.raw_q), both)
+                (new if old is None else torch.cat((old, new), dim=2)).detach()[:, :, -layer.window :]
+                for old, new in zip((prompt.q, prompt.raw_q), both)
             )
         if self.step is not None:
             self._seed(self.step)
         return y.transpose(1, 2)  # (1, t, H, Dv)
 
-    def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q (1, H, t, D) attends to k, v (1, G, N, .) of all tokens up to its own; (1, H, t, Dv)."""
-        spec, T, N = self.layer.spec, q.size(2), k.size(2)
-        pos = torch.arange(self.start, self.start + T, device=q.device)
-        if self.last is not None:
-            q, pos = q[:, :, -1:], pos[-1:]
-        if self.observer is not None:
-            self.observer(q)
-        if self.start == 0:
-            math = {"scale": spec.scale, "softcap": spec.softcap, "window": spec.window}
-            return causal_attention(q, k, v, **math, masks=self.masks, last=self.last)
-        mask = visible(pos.unsqueeze(0), torch.arange(N, device=q.device).unsqueeze(0), spec.window)  # (1, t, N)
-        return slot_attention(q, k, v, mask.unsqueeze(1), scale=spec.scale, softcap=spec.softcap)[0]
-
-    def _observe(self, q: Tensor, k: Tensor) -> None:
+    def _observe(self, q: Tensor, k: Tensor, lse: Tensor | None) -> None:
         """Add up the attention that this piece's queries pay to all tokens so far."""
         final = self.start + q.size(2) == self.length
         length = torch.tensor([self.start + q.size(2)], device=q.device)
-        for name, mass in prompt_statistics(self.layer, q, k, length, self.start, final).items():
+        for name, mass in prompt_statistics(self.layer, q, k, length, lse, self.start, final).items():
             before = self.prompt.received.get(name)
             if before is not None and name == "mass":
                 mass = mass + torch.nn.functional.pad(before, (0, mass.size(-1) - before.size(-1)))
@@ -186,7 +185,3 @@ class PieceView:
         tensors = prompt.rotated, unrotated, prompt.v, q, raw_q
         fresh = FreshTokens(layer.spec, *tensors, length, layer.window, first, layer.constants)
         layer.seed(step, fresh, prompt.received)
-
-
-def _append(old: Tensor | None, new: Tensor, dim: int) -> Tensor:
-    return new if old is None else torch.cat((old, new), dim)

@@ -16,6 +16,7 @@ from litgpt_kv.attention.masks import cache_positions
 from litgpt_kv.attention.rope import Angles, angles_at, rotate, rows_at, unrotate
 from litgpt_kv.cache import pool
 from litgpt_kv.cache.spec import LayerSpec
+from litgpt_kv.cache.storage.base import scatter
 from litgpt_kv.cache.strategies.base import LayerConstants
 
 
@@ -138,8 +139,8 @@ class QueryRing(nn.Module):
         slot = pos % self.window
         index = slot.view(*slot.shape[:1], 1, -1, 1).expand(q.shape)
         old = self.data.gather(2, index)
-        self.data.scatter_(2, index, torch.where(keep[:, None, :, None], old, q.to(self.data.dtype)))
-        self.pos.scatter_(1, slot, torch.where(keep, self.pos.gather(1, slot), pos))
+        scatter(self.data, 2, index, torch.where(keep[:, None, :, None], old, q.to(self.data.dtype)))
+        scatter(self.pos, 1, slot, torch.where(keep, self.pos.gather(1, slot), pos))
 
     def reset(self, rows: Tensor | slice) -> None:
         """Forget the queries of rows."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from litgpt.model import do_softcapping
-from litgpt_kv.attention.eager import MASS_BLOCK
+from litgpt_kv.attention.causal import BLOCK
 from litgpt_kv.attention.masks import visible
 from litgpt_kv.attention.rope import Angles, RopeTables, rotate, rows_at
 from litgpt_kv.cache.layer import LayerCache, PrefillMetadata
@@ -109,8 +109,8 @@ def attend_again(
     y = q.new_empty(B, G, H // G, c, v.size(-1))
     q = q.unflatten(1, (G, H // G))  # (B, G, R, c, D)
     with torch.autocast(q.device.type, enabled=False):
-        for first in range(0, c, MASS_BLOCK):
-            rows = slice(first, first + MASS_BLOCK)
+        for first in range(0, c, BLOCK):
+            rows = slice(first, first + BLOCK)
             part = q[:, :, :, rows].flatten(2, 3).to(exact) * spec.scale
             scores = (part @ keys).unflatten(2, (H // G, -1))  # (B, G, R, b, N)
             if spec.softcap is not None:

@@ -5,11 +5,12 @@ Every buffer of a cache has a dimension of rows, which its module names as `row_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from litgpt_kv.cache.door import check_rows, check_static
 from litgpt_kv.cache.table import Table
 
 FOLLOWING = {"dtype", "_device", "device"}  # attributes that `cache.to(...)` changes besides buffers
@@ -112,11 +113,31 @@ def refresh(cache: Any, views: RowViews) -> None:
             take_rows(module, source, views.start, views.stop)
 
 
-def reset_rows(modules: Iterable[nn.Module], rows: Tensor | None) -> None:
-    """Empty the rows (n,) of slots, storages and rings, each on the device of its buffers; None: all rows."""
-    for module in (part for whole in modules for part in whole.modules()):
+def reset_rows(cache: Any, rows: Sequence[int] | Tensor | None) -> None:
+    """Empty the rows of slots, storages and rings, each on the device of its buffers; None: all rows."""
+    chosen = check_rows(range(cache.batch_size) if rows is None else rows, cache.batch_size)
+    index = None if rows is None else cache.clock.index(chosen)
+    for module in (part for whole in (*cache.slots, *cache.layers) for part in whole.modules()):
         if hasattr(module, "reset"):
-            module.reset(slice(None) if rows is None else rows.to(next(module.buffers()).device))
+            module.reset(slice(None) if index is None else index.to(next(module.buffers()).device))
+    cache.clock.reset(chosen)
+
+
+def set_static(cache: Any, value: bool) -> None:
+    """Set `KVCache.static`."""
+    check_static(cache.plans, value)
+    if cache.clock.static and not value:
+        recount(cache)
+    cache.clock.host.static = value
+
+
+def recount(cache: Any) -> None:
+    """Do the work of `KVCache.recount`."""
+    cache.clock.recount([slots.count() for slots in cache.slots])
+    for g, slots in enumerate(cache.slots):
+        if isinstance(slots, Table):
+            for row, sizes in enumerate(slots.read_sizes()):
+                cache.clock.set_sizes(g, row, sizes)
 
 
 def allocated(cache: Any) -> dict[str, int]:

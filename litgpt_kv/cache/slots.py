@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from litgpt_kv.cache import pool
 from litgpt_kv.cache.plan import LayerPlan
 from litgpt_kv.cache.spec import LayerSpec
+from litgpt_kv.cache.storage.base import scatter
 from litgpt_kv.cache.strategies.base import Strategy, TokenReader, Tokens
 
 LAST = torch.iinfo(torch.int64).max
@@ -259,7 +260,7 @@ class Slots(nn.Module):
     def _put(buffer: Tensor, slot: Tensor, x: Tensor, live: Tensor | None) -> None:
         if live is not None:
             x = torch.where(live.view(1, -1, 1, 1), x, buffer.gather(-1, slot))
-        buffer.scatter_(-1, slot, x)
+        scatter(buffer, 3, slot, x)
 
     def add_received(self, name: str, received: Tensor, live: Tensor | None) -> None:
         """Note the attention that slots received in a step, (L, B, P, n) of the first n: sum "mass", replace "last"."""

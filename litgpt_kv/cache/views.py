@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from litgpt_kv.attention.eager import CausalMasks, causal_attention, queries_at
+from litgpt_kv.attention.causal import causal_attention, queries_at
 from litgpt_kv.attention.rope import Angles, RopeTables, rotate, rows_at
 from litgpt_kv.cache.layer import LayerCache, PrefillMetadata, prompt_statistics
 from litgpt_kv.cache.readers import FreshTokens
@@ -72,7 +72,7 @@ class SequenceView:
     """A whole sequence attends to itself: in training, or as a prompt of which a layer's cache keeps something.
 
     Attributes:
-        spec: The layer. angles: Of the positions from 0 on. masks: Shared by the layers of the pass.
+        spec: The layer. angles: Of the positions from 0 on.
         last, observer: See `LayerView`.
         layer, step: Of a prefill: the layer's cache, and what its group shares.
         rereading: Of a prefill whose prompts are read twice.
@@ -80,7 +80,6 @@ class SequenceView:
 
     spec: LayerSpec
     angles: Angles
-    masks: CausalMasks
     last: Tensor | None = None
     observer: Callable[[Tensor], None] | None = None
     layer: LayerCache | None = None
@@ -95,10 +94,11 @@ class SequenceView:
         if self.observer is not None:
             self.observer(wanted)
         math = {"scale": spec.scale, "softcap": spec.softcap, "window": spec.window}
-        y = causal_attention(wanted, keys, values, **math, masks=self.masks, last=self.last)
+        sums = self.layer is not None and "mass" in self.layer.want
+        y, lse = causal_attention(wanted, keys, values, **math, last=self.last, with_lse=sums)
         if self.layer is not None and self.step is not None:
             length = self.step.length
-            received = prompt_statistics(self.layer, queries.detach(), keys.detach(), length) if self.layer.want else {}
+            received = prompt_statistics(self.layer, queries.detach(), keys.detach(), length, lse)
             if latent is not None and self.layer.window:
                 rotated_q, q = latent.absorb(rotated_q), latent.absorb(q)
             # detached: the cache must not keep the autograd graph alive
@@ -282,8 +282,8 @@ class Pass:
 
 def training_pass(specs: list[LayerSpec], T: int, rope: RopeTables) -> Pass:
     """A pass over sequences of T tokens without a cache."""
-    angles, masks = rope.slice(0, T), CausalMasks()
-    return Pass([SequenceView(spec, angles[table], masks) for spec, table in zip(specs, rope.which)], False)
+    angles = rope.slice(0, T)
+    return Pass([SequenceView(spec, angles[table]) for spec, table in zip(specs, rope.which)], False)
 
 
 @dataclass(eq=False)
@@ -330,9 +330,9 @@ def begin_prefill(
     clock.set_prompt_lengths({row: max(n, clock.prompt(row)) for row, n in enumerate(lengths)})
     clock.begin(range(len(lengths)))
     steps = [PrefillMetadata.of(slots, length, T) for slots in groups]
-    angles, masks = rope.slice(0, T), CausalMasks()
+    angles = rope.slice(0, T)
     views = [
-        SequenceView(layer.spec, angles[t], masks, layer=layer, step=steps[g])
+        SequenceView(layer.spec, angles[t], layer=layer, step=steps[g])
         for layer, g, t in zip(layers, group_of, rope.which)
     ]
     own, longest = [steps[g] for g in group_of], max(lengths)

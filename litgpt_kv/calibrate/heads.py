@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from litgpt_kv.attention.eager import received_attention, slot_attention
+from litgpt_kv.attention.causal import received_attention
+from litgpt_kv.attention.eager import slot_attention
 from litgpt_kv.attention.masks import visible
 from litgpt_kv.attention.rope import rotate
 from litgpt_kv.cache.constants import weight_of

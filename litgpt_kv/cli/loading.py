@@ -11,6 +11,7 @@ from litgpt_kv.arguments import DeviceArgs
 from litgpt_kv.cli.output import Output
 from litgpt_kv.cli.progress import loading
 from litgpt_kv.config import KVCacheArgs, SamplingArgs
+from litgpt_kv.generate.compiled import keep_compiled
 from litgpt_kv.llm.llm import LLM
 from litgpt_kv.llm.threads import SMALL_MODEL, best_threads
 from litgpt_kv.model.quantized import describe_refused, has_bf16_products
@@ -50,7 +51,9 @@ def load(checkpoint_dir: str, device: DeviceArgs) -> LLM:
     if threads is not None:
         torch.set_num_threads(threads)
     if device.compile:
-        llm.compile()
+        folder = keep_compiled()
+        Output.of(llm).note(f"Compiled steps are kept in {folder or 'a temporary folder'}.")
+        llm.compile(Output.of(llm).note)
     return llm
 
 

@@ -44,7 +44,9 @@ def report(output: Output, llm: LLM, stats: Stats, cache: KVCache | None, brief:
     if (later := stats.prompt_tokens - stats.prefill_tokens) > 0:
         prefill += f" and {later:,} beside decoding"
     decode = f"{stats.decode_seconds:.2f} s ({_rate(stats.decode_tokens, stats.decode_seconds)})"
-    output.note(f"Read {stats.prompt_tokens:,} prompt tokens in {prefill}, made {stats.new_tokens:,} in {decode}.")
+    compiled = f"; compiling took {stats.compile_seconds:.1f} s more" if stats.compile_seconds else ""
+    made = f"made {stats.new_tokens:,} in {decode}{compiled}"
+    output.note(f"Read {stats.prompt_tokens:,} prompt tokens in {prefill}, {made}.")
     if cache is not None:
         size, tokens = cache.allocated(), cache.tokens()
         kept = ", ".join(f"{k:,} of {s:,}" for k, s in zip(tokens["kept"], tokens["seen"]))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import litgpt.model as base
-from litgpt_kv.attention.eager import CausalMasks, slot_attention
+from litgpt_kv.attention.eager import slot_attention
 from litgpt_kv.attention.masks import visible
 from litgpt_kv.attention.rope import Angles, rotate
 from litgpt_kv.cache import KVCache
@@ -153,7 +153,7 @@ class AttachedView:
     Attributes:
         spec: The layer. store: Its cache. angles: The angles of the new tokens. pos: (B or 1, T), their positions.
         mask: (B, 1, T, extent), the positions that they see; None for a whole prompt, which attends to itself.
-        extent: Only positions below it are read. masks: The masks for a whole prompt.
+        extent: Only positions below it are read.
     """
 
     spec: LayerSpec
@@ -162,7 +162,6 @@ class AttachedView:
     pos: Tensor
     mask: Tensor | None
     extent: int
-    masks: CausalMasks
     last: Tensor | None = None
     observer: Callable[[Tensor], None] | None = None
 
@@ -172,7 +171,7 @@ class AttachedView:
         self._write("k", rotated_k.detach())
         self._write("v", v.detach())
         if self.mask is None:
-            return SequenceView(spec, self.angles, self.masks, observer=self.observer).attend(q, k, v, projection)
+            return SequenceView(spec, self.angles, observer=self.observer).attend(q, k, v, projection)
         if self.observer is not None:
             self.observer(rotated_q)
         keys, values = (buffer[: k.size(0), :, : self.extent] for buffer in (self.store.k, self.store.v))
@@ -225,7 +224,7 @@ def attached_pass(model: GPT, idx: Tensor, input_pos: Tensor, end: int | None) -
     is_prompt = T > 1 and not torch.compiler.is_compiling() and _from_start(pos, stores)
     if is_prompt and T > model.max_seq_length:
         raise ValueError(f"Cannot forward {T} tokens, the model's context is {model.max_seq_length}.")
-    masks, shared, views = CausalMasks(), {}, []
+    shared, views = {}, []
     for attn, store, table in zip(modules, stores, rope.which):
         device, window, mask = store.k.device, attn.spec.window, None
         if (device, table) not in shared:
@@ -235,7 +234,7 @@ def attached_pass(model: GPT, idx: Tensor, input_pos: Tensor, end: int | None) -
             shared[device, "mask", window] = seen.expand(B, -1, -1)[:, None]
         if not is_prompt:
             mask = shared[device, "mask", window]
-        views.append(AttachedView(attn.spec, store, shared[device, table], pos, mask, extent, masks))
+        views.append(AttachedView(attn.spec, store, shared[device, table], pos, mask, extent))
     return Pass(views, False)
 
 

@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,24 +16,13 @@ from torch import Tensor
 from litgpt_kv import registry
 from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.cache.plan import check_prompt_kept, limit_of, resolve
-from litgpt_kv.cache.strategies.base import Strategy
 from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.config import KVCacheArgs
 from litgpt_kv.evaluate.recording import record
+from litgpt_kv.evaluate.shadow import REFERENCE, kl_divergence, log_softmax, lost_by_layer
 from litgpt_kv.llm.llm import LLM
-from litgpt_kv.registry import register
 
 BLOCK = 64  # tokens that are read together, of all texts; tokens of a text between two looks at lost attention
-REFERENCE = "_dense_observed"
-
-
-@register("strategy", REFERENCE)
-@dataclass(frozen=True)
-class DenseObserved(Strategy):
-    """Keep every token and note the attention that each received from the newest one: what others are measured by."""
-
-    evicts: ClassVar[bool] = False
-    statistics: ClassVar[tuple[str, ...]] = ("last",)
 
 
 @dataclass
@@ -120,7 +108,7 @@ def measure(
         after, expected = first + block.size(1), None
         if full is not None:
             read = model(block, full)  # (R, T, V)
-            expected = torch.cat((last, read[:, :-1]), dim=1).float().log_softmax(dim=-1)  # before each token
+            expected = log_softmax(torch.cat((last, read[:, :-1]), dim=1))  # before each token
             last = read[:, -1:]
         look = after - looked >= BLOCK or after == total - 1
         looked = after if look else looked
@@ -129,7 +117,7 @@ def measure(
             read = torch.cat((logits[name], _read(model, block, cache, blocks)), dim=1)
             found[name].seconds += time.perf_counter() - began
             logits[name] = read[:, -1:]
-            _note(found[name], read[:, :-1].float().log_softmax(dim=-1), block, expected)
+            _note(found[name], log_softmax(read[:, :-1]), block, expected)
             if full is not None and look:
                 found[name].lost += [lost_attention(full, cache, row) for row in range(count)]
         on_block(after)
@@ -150,7 +138,7 @@ def _note(fidelity: Fidelity, logprobs: Tensor, tokens: Tensor, expected: Tensor
     """Add what the log-probabilities (R, T, V) before each of some tokens (R, T) say, beside those of a full cache."""
     fidelity.nll += (-logprobs.gather(2, tokens.unsqueeze(2))).flatten().tolist()
     if expected is not None:
-        fidelity.kl += (expected.exp() * (expected - logprobs)).sum(dim=-1).flatten().tolist()
+        fidelity.kl += kl_divergence(expected, logprobs).flatten().tolist()
         fidelity.agrees += (expected.argmax(dim=-1) == logprobs.argmax(dim=-1)).flatten().tolist()
 
 
@@ -159,10 +147,4 @@ def lost_attention(full: KVCache, cache: KVCache, row: int = 0) -> float:
 
     Both have seen the same tokens in this row; the mean over layers and key/value heads.
     """
-    lost = []
-    for whole, kept in zip(full.inspect(row), cache.inspect(row)):
-        for all_tokens, some in zip(whole.heads, kept.heads):
-            share = all_tokens.statistics["last"]
-            inside = torch.isin(all_tokens.positions, some.positions)
-            lost.append(float(share[~inside].sum() / share.sum()))
-    return sum(lost) / len(lost)
+    return float(lost_by_layer(full.row(row), cache.row(row)).mean())

@@ -56,7 +56,8 @@ class Recording:
         T = int(length.max())
         step = cache.begin_prefill(T, length, self.model.rope())
         for view, (q, k, v, latent) in zip(step.views, self.layers):
-            view.last = length.to(q.device) - 1  # nobody needs the output: compute as little of it as possible
+            if "mass" not in view.layer.want:  # nobody needs the output: compute as little of it as possible
+                view.last = length.to(q.device) - 1
             view.attend(q[:, :, :T], k[:, :, :T], v[:, :, :T], latent)
         if step.rereading is not None:
             self._read_again(step.rereading, T)
@@ -87,7 +88,7 @@ def record(model: GPT, prompts: list[Tensor]) -> Recording:
     longest = int(length.max())
     tokens = torch.stack([torch.cat((p, p[-1:].expand(longest - len(p)))) for p in prompts]).to(device)
     step = training_pass([block.attn.spec for block in model.transformer.h], longest, model.rope())
-    views = [RecordingView(view.spec, view.angles, view.masks) for view in step.views]
+    views = [RecordingView(view.spec, view.angles) for view in step.views]
     views[-1].last = length - 1
     x = model.embed(tokens)
     for block, view in zip(model.transformer.h, views):

@@ -36,6 +36,7 @@ class Stats:
             other rows, and the seconds of these passes.
         decode_tokens, decode_seconds: New tokens after the first one of each row, and the seconds of the decode steps;
             the time that the caller takes between two steps is not counted.
+        compile_seconds: The seconds in which decode steps were compiled, which are in no other number.
         reasons: Why each row ended, in the order of the prompts: "stop", "length" or "error".
         logprobs: With `logprobs`, the log-probability of each row's new tokens under the model's own distribution,
             before temperature and all other settings.
@@ -47,6 +48,7 @@ class Stats:
     prefill_seconds: float = 0.0
     decode_tokens: int = 0
     decode_seconds: float = 0.0
+    compile_seconds: float = 0.0
     reasons: list[str | None] = field(default_factory=list)
     logprobs: list[list[float]] = field(default_factory=list)
 
@@ -56,6 +58,7 @@ class Stats:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.prefill_seconds += other.prefill_seconds
         self.decode_seconds += other.decode_seconds
+        self.compile_seconds += other.compile_seconds
 
 
 class Engine:
@@ -243,7 +246,7 @@ class Engine:
         """
         if not self._sequences:
             return []
-        began = time.perf_counter()
+        began, compiled = time.perf_counter(), self.runner.compile_seconds
         if self._decoded is None:
             running = self.scheduler.running()
             self._decoded = running, self._decode(running) if running else None
@@ -261,7 +264,9 @@ class Engine:
             with self._guard([*ready, *followers]):
                 shared = self._shared(self._joined(logits, fresh), followers)
                 outputs = self._draw([*ready, *followers], shared)
-        rest = decoded - began + time.perf_counter() - read
+        compiled = self.runner.compile_seconds - compiled
+        rest = decoded - began + time.perf_counter() - read - compiled
+        self.stats.compile_seconds += compiled
         self.stats.prefill_seconds += read - decoded + (0 if decoding else rest)
         self.stats.decode_seconds += rest if decoding else 0
         return outputs

@@ -16,6 +16,7 @@ from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.cache.pieces import PromptReader
 from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.config import shown
+from litgpt_kv.generate.compiled import CompiledDecoder
 from litgpt_kv.generate.limits import Limits, check_prefill
 from litgpt_kv.generate.prompt_scores import FirstPassScores, note_scores
 from litgpt_kv.generate.request import Sequence
@@ -32,11 +33,13 @@ class Runner(Protocol):
         size: The number of rows, B. device: Of tokens and logits. limits: The limits of a request.
         joins: Whether prompts of the same length may be read together.
         copies: Whether a row can get a copy of another one.
+        compile_seconds: Spent on compiling decode steps so far.
     """
 
     size: int
     joins: bool
     copies: bool
+    compile_seconds: float
     device: torch.device
     limits: Limits
 
@@ -111,13 +114,15 @@ class CacheRunner:
         self.size, self.device = cache.batch_size, cache.pos.device
         self.limits = Limits.of_cache(model, cache, prefill)
         cache.static = cache.static or self.decoder is not model or hasattr(model, "_orig_mod")  # compiled
-        # a row with so many tokens may have to evict; compiled steps need to know it before, see `KVCache.evicting`
-        self.evicts_from = min((plan.slots for plan in cache.plans if plan.strategy.evicts), default=None)
         cache.revive()
         self._live = set(range(self.size))  # rows that the next decode step advances
         self._tokens = cache.seen  # tokens that each row has seen
         self._readers: dict[int, PromptReader] = {}  # by row; for prompts that are read in pieces
         self._scores: dict[int, FirstPassScores] = {}  # by row; for prompts whose first pass is scored
+
+    @property
+    def compile_seconds(self) -> float:
+        return self.decoder.seconds if isinstance(self.decoder, CompiledDecoder) else 0.0
 
     def seen(self, row: int) -> int:
         return self._tokens[row]
@@ -218,12 +223,8 @@ class CacheRunner:
 
     def decode(self, token: Tensor, rows: set[int]) -> Tensor:
         self._set_live(rows)
-        limit = self.evicts_from
-        self.cache.evicting = limit is not None and any(self._tokens[row] >= limit for row in rows)
-        try:
+        with self.cache.expect(max(self._tokens[row] for row in rows)):
             logits = self.decoder(token.unsqueeze(1), self.cache).squeeze(1)
-        finally:
-            self.cache.evicting = True  # the default, which is right for other users of the cache
         for row in rows:
             self._tokens[row] += 1
         return logits
@@ -248,6 +249,7 @@ class RecomputeRunner:
     """Run the model without a cache: every step computes the whole text again. This is the baseline."""
 
     copies = False
+    compile_seconds = 0.0
 
     def __init__(self, model: GPT, rows: int) -> None:
         self.model, self.size, self.joins = model, rows, True

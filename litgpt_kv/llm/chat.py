@@ -11,6 +11,7 @@ from litgpt.prompts import ChatML, Gemma, Phi4, Phi4Mini, PromptStyle
 from litgpt_kv.arguments import RunArgs, StoppingArgs, check_count, grouped
 from litgpt_kv.config import KVCacheArgs, SamplingArgs
 from litgpt_kv.generate import Engine, Request, Sequence, Stats
+from litgpt_kv.generate.compiled import CompiledDecoder
 from litgpt_kv.generate.limits import Limits
 from litgpt_kv.llm.beginning import encode_later
 from litgpt_kv.llm.text_model import TextModel
@@ -68,6 +69,8 @@ class Chat:
             check_count("max_tokens", max_tokens, 1, 2**31 - 1)
         max_tokens = min(MAX_TOKENS, llm.model.max_seq_length) if max_tokens is None else max_tokens
         self.cache = llm.build_cache(args, 1, max_tokens)
+        if isinstance(llm.decoder, CompiledDecoder):
+            llm.decoder.warm_up(self.cache)
         self.limit = Limits.of(llm.model, args, prefill, max_tokens).limit  # a cache for compiled steps may be larger
         self.stats, self.turns, self.interrupted = Stats(), 0, False
         self._reply: Sequence | None = None

@@ -15,10 +15,12 @@ from litgpt.config import Config
 from litgpt.prompts import PromptStyle
 from litgpt.tokenizer import Tokenizer
 from litgpt_kv.arguments import DeviceArgs, RunArgs, StoppingArgs, check_count, check_flag, check_threads, grouped
+from litgpt_kv.cache.decode import rung
 from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.config import KVCacheArgs, SamplingArgs, check_callable, check_type, shown
 from litgpt_kv.generate import Request, Stats, raise_failed
+from litgpt_kv.generate.compiled import CompiledDecoder
 from litgpt_kv.llm import checkpoint
 from litgpt_kv.llm.beginning import encode_first
 from litgpt_kv.llm.chat import Chat, conversation_text
@@ -193,9 +195,13 @@ class LLM:
         if self.parallel is not None:
             self.parallel.close()
 
-    def compile(self) -> None:
-        """Compile the decode step: the first steps are slow, the others faster."""
-        self.decoder = torch.compile(self.model, dynamic=False)
+    def compile(self, note: Callable[[str], None] = lambda text: None) -> None:
+        """Compile the decode step: steps that need a new graph are slow, the others faster.
+
+        Args:
+            note: Called with a line of text before a graph is made and after.
+        """
+        self.decoder = CompiledDecoder(self.model, note)
 
     def encode(self, prompt: str, sys_prompt: str | None = None) -> Tensor:
         """Apply the model's prompt style to a prompt, and return its token ids, 1-D int64."""
@@ -345,7 +351,7 @@ class LLM:
         """Build a cache for rows of at most `tokens` tokens, in the dtype of this model's keys and values."""
         if self.decoder is not self.model and tokens <= self.model.max_seq_length:
             args = args.resolved(tokens)  # percentages are of the exact number of tokens
-            tokens = min(-(-tokens // 128) * 128, self.model.max_seq_length)  # few sizes, each is compiled once
+            tokens = min(rung(tokens), self.model.max_seq_length)  # few sizes: each is compiled once
         mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # autocast's dtype of keys and values
         return KVCache.build(self.model, args, batch_size, tokens, mixed.get(self.fabric._precision.precision))
 

@@ -10,6 +10,7 @@ from litgpt_kv.arguments import RunArgs
 from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.config import KVCacheArgs, check_type
 from litgpt_kv.generate import Engine, Request, Sequence, Stats, begin, fill, raise_failed, serve_steps
+from litgpt_kv.generate.compiled import CompiledDecoder
 from litgpt_kv.generate.limits import Limits
 from litgpt_kv.llm.text_model import TextModel
 from litgpt_kv.llm.threads import cpu_threads
@@ -63,6 +64,10 @@ class Run:
         engine = build_engine(llm, self.cache, rows, batching, self.stats)
         is_idle = bool(requests) and not own  # all requests belong to other processes
         waiting = iter(()) if is_idle else begin(engine, self.cache, own)
+        decodes = self.cache is not None and any(request.max_new_tokens > 1 for request in own)
+        if decodes and isinstance(llm.decoder, CompiledDecoder):
+            longest = max(len(request.prompt) for request in own)
+            self.stats.compile_seconds += llm.decoder.warm_up(self.cache, longest)
         self._steps = _run_steps(llm, requests, RunResult(self.stats, self.cache), engine, waiting)
 
     def __iter__(self) -> Iterator[list[Sequence]]:

@@ -52,7 +52,7 @@ def _set_total(stats: Stats, parts: list[dict[str, Any]]) -> None:
     """Set `stats` to those of all processes: the sums of tokens, and the longest seconds."""
     for name in ("prompt_tokens", "new_tokens", "prefill_tokens", "decode_tokens"):
         setattr(stats, name, sum(part[name] for part in parts))
-    for name in ("prefill_seconds", "decode_seconds"):
+    for name in ("prefill_seconds", "decode_seconds", "compile_seconds"):
         setattr(stats, name, max(part[name] for part in parts))
 
 

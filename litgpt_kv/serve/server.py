@@ -19,6 +19,7 @@ from litgpt_kv.arguments import RunArgs, StoppingArgs
 from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.config import KVCacheArgs, SamplingArgs
 from litgpt_kv.generate import Engine
+from litgpt_kv.generate.compiled import CompiledDecoder
 from litgpt_kv.llm.chat import MAX_TOKENS
 from litgpt_kv.llm.llm import LLM
 from litgpt_kv.serve.app import Service, build_app
@@ -162,6 +163,8 @@ def build_guarded_app(
 
 
 def _engine(llm: LLM, cache: KVCache | None, settings: ServeArgs, run: RunArgs) -> Engine:
+    if cache is not None and isinstance(llm.decoder, CompiledDecoder):
+        llm.decoder.warm_up(cache)
     return Engine(
         llm.model,
         cache,

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import litgpt.model as base
 from litgpt.config import Config
-from litgpt_kv.attention.eager import MASS_BLOCK, causal_attention, received_attention, slot_attention
+from litgpt_kv.attention.causal import BLOCK, causal_attention, received_attention
+from litgpt_kv.attention.eager import slot_attention
 
 EXACT = dict(atol=1e-8, rtol=0)
 MATHS = {
@@ -87,7 +88,7 @@ def test_attend_is_litgpts_to_the_bit(H: int, G: int, math_: str, dtype: torch.d
         draw(2, G, 11, 8, seed=1, dtype=dtype),
         draw(2, G, 11, 8, seed=2, dtype=dtype),
     )
-    ours = causal_attention(q, k, v, scale=1 / math.sqrt(5), softcap=softcap, window=window)
+    ours, _ = causal_attention(q, k, v, scale=1 / math.sqrt(5), softcap=softcap, window=window)
     assert torch.equal(ours, litgpts(q, k, v, softcap, window, scalar=5))
 
 
@@ -97,7 +98,7 @@ def test_attend_is_what_a_loop_says(H: int, G: int, math_: str) -> None:
     q, k, v = draw(2, H, 9, 6), draw(2, G, 9, 6, seed=1), draw(2, G, 9, 5, seed=2)  # values of another width
     options = MATHS[math_]
     expected, _ = loop(q, k, v, causal(options["window"]), options["scale"], options["softcap"])
-    torch.testing.assert_close(causal_attention(q, k, v, **options), expected, **EXACT)
+    torch.testing.assert_close(causal_attention(q, k, v, **options)[0], expected, **EXACT)
 
 
 def test_attend_without_window_or_softcap_makes_no_mask() -> None:
@@ -197,7 +198,7 @@ def test_mass_is_what_a_loop_says(H: int, G: int, last: int, math_: str) -> None
 @pytest.mark.parametrize("last", [-1, 150, 200])
 @pytest.mark.parametrize("math_", ["plain", "softcap-window"])
 def test_mass_over_several_blocks_of_queries(last: int, math_: str) -> None:
-    T = 2 * MASS_BLOCK + 17
+    T = 2 * BLOCK + 17
     q, k, length, options = draw(2, 4, T, 6), draw(2, 2, T, 6, seed=1), torch.tensor([T, T - 90]), MATHS[math_]
     pos = torch.arange(T)
     near = (pos[:, None] - pos < (options["window"] or T)) & (pos <= pos[:, None])
@@ -242,5 +243,5 @@ def test_mass_never_holds_a_square_of_the_prompt(last: int) -> None:
     with Largest() as largest:
         got = received_attention(q, k, torch.tensor([T]), last, **MATHS["plain"])
     assert float(got.sum()) == pytest.approx(T if last < 0 else last, rel=1e-3)
-    assert largest.numel <= H * MASS_BLOCK * T  # DESIGN: the largest is one block of queries
-    assert H * MASS_BLOCK * T < T * T
+    assert largest.numel <= H * BLOCK * T  # DESIGN: the largest is one block of queries
+    assert H * BLOCK * T < T * T

@@ -21,6 +21,7 @@ import litgpt.generate.base as litgpt_generate
 import litgpt.model as base
 from litgpt.config import Config
 from litgpt_kv import GPT, LLM, KVCache, KVCacheArgs, SamplingArgs
+from litgpt_kv.attention import causal
 from litgpt_kv.attention.rope import theta_of
 from litgpt_kv.attention.yarn import yarn_theta
 from litgpt_kv.generate import generate
@@ -332,11 +333,13 @@ def test_r_windows_of_a_whole_sequence_are_made_without_a_loop(name: str) -> Non
             assert torch.equal(ours(TOKENS[:, :n]), theirs(TOKENS[:, :n]))
 
 
-def test_r_one_mask_serves_all_layers_and_none_the_sequences_inside_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_r_masks_are_those_of_a_block_and_none_is_made_inside_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, _ = twins(shrink("Mistral-7B-v0.1", n_layer=4, sliding_window_indices=[1] * 4))
+    monkeypatch.setattr(causal, "BLOCK", 4)
     with torch.no_grad(), attention_calls(monkeypatch) as calls:
         ours(TOKENS)
-        assert len({id(options["attn_mask"]) for _, options in calls}) == 1 and calls[0][1]["attn_mask"] is not None
+        shapes = [tuple(options["attn_mask"].shape) for _, options in calls]
+        assert len(shapes) == 4 * -(-T // 4) and all(b <= 4 and n <= WINDOW + 3 for b, n in shapes)
         calls.clear()
         ours(TOKENS[:, :WINDOW])
         assert [options["attn_mask"] for _, options in calls] == [None] * 4

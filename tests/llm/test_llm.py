@@ -68,10 +68,15 @@ def test_compiled_decoding_gives_the_same_text():
     share = f"{100 * 16 / seen:.2f}%"  # of the tokens that the row will see, not of a rounded number
     plain = [llm.generate(PROMPTS[1], **settings, budget=budget) for budget in (16, share, [share] * 6)]
     assert plain == [plain[0]] * 3 and max(llm.cache.tokens()["kept"]) == 16
-    llm.compile()
+    notes, seconds = [], []
+    llm.compile(notes.append)
     for budget in (16, share, [share] * 6):
         assert llm.generate(PROMPTS[1], **settings, budget=budget) == plain[0]
         assert max(llm.cache.tokens()["kept"]) == 16
+        seconds.append(llm.stats.compile_seconds)
+        assert llm.stats.decode_seconds < 5
+    assert len(notes) == 2 * llm.decoder.graphs and notes[0].startswith("Compiling the decode step")
+    assert sum(seconds) == pytest.approx(llm.decoder.seconds) and seconds[0] > 0 == seconds[1] == seconds[2]
 
 
 def test_precisions():

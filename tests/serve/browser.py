@@ -64,9 +64,10 @@ class Browser:
                 assert "error" not in message, message
                 return message["result"]
 
-    def open(self, url: str) -> None:
+    def open(self, url: str, ready: str = "$('kv_cache').options.length > 0") -> None:
+        """Go to a page, and wait until `ready`, a piece of JavaScript, is true; the default suits the server's page."""
         self.call("Page.navigate", url=url)
-        self.until("document.readyState === 'complete' && $('kv_cache').options.length > 0")
+        self.until(f"document.readyState === 'complete' && {ready}")
 
     def run(self, script: str) -> Any:
         """The value of a piece of JavaScript."""

@@ -1,0 +1,91 @@
+"""What a storage holds, as Triton reads it: the tensors of a storage, and a function that makes numbers of them.
+
+B rows · P sets of slots · S slots · D width · n groups of a token's elements · W width of the codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from litgpt_kv.cache.storage.coded import hadamard
+from litgpt_kv.cache.storage.float8 import Float8
+from litgpt_kv.cache.storage.integer import Integers
+from litgpt_kv.cache.storage.plain import Plain
+
+PLAIN, INT8, INT4, FLOAT8 = range(4)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The tensors of a storage.
+
+    Attributes:
+        kind: PLAIN, INT8, INT4 or FLOAT8.
+        data: (B, P, S, W): numbers, int8 codes, or bytes of codes.
+        scale: (B, P, S, n), or None for numbers. zero: (B, P, S, n) of INT4, else None.
+        width: Of a token, D. group: Elements that share a scale, of INT4.
+        turn: (D, D) symmetric matrix that tokens were multiplied by before they were quantised, or None.
+    """
+
+    kind: int
+    data: Tensor
+    scale: Tensor | None
+    zero: Tensor | None
+    width: int
+    group: int
+    turn: Tensor | None
+
+
+def is_readable(storage: Any) -> bool:
+    """Whether `stored` knows a storage: plain, int8, int4, int4-hadamard, k8v4 and float8."""
+    read = getattr(type(storage), "read", None)  # a subclass may read in another way
+    return read in (Plain.read, Integers.read, Float8.read)
+
+
+def stored(storage: Any) -> Stored:
+    """The tensors of a storage that `is_readable`."""
+    if isinstance(storage, Plain):
+        return Stored(PLAIN, storage.data, None, None, storage.data.size(-1), 1, None)
+    if isinstance(storage, Float8):
+        return Stored(FLOAT8, storage.codes, storage.scale, None, storage.width, storage.width, None)
+    turn = None if storage.turn is None else hadamard(storage.width, storage.exact, storage.codes.device)
+    kind = INT8 if storage.zero is None else INT4
+    return Stored(kind, storage.codes, storage.scale, storage.zero, storage.width, storage.size, turn)
+
+
+@triton.jit
+def load_elements(
+    data, scale, zero, slots, columns, there, wide,
+    data_stride, scale_stride, zero_stride,
+    KIND: tl.constexpr, GROUP: tl.constexpr, BYTES: tl.constexpr,
+):  # fmt: skip
+    """The elements `columns` (1, N) of the tokens in `slots` (M, 1), dequantised, (M, N).
+
+    They are 0 but where the slots are `there` (M, 1) and the columns `wide` enough (1, N). `data`, `scale` and `zero`
+    point to the first slot of a set; strides are those from slot to slot. BYTES: of a token of INT4, whose byte i holds
+    the elements i (lower half) and i + BYTES.
+    """
+    inside = there & wide
+    if KIND == 0:
+        x = tl.load(data + slots * data_stride + columns, mask=inside, other=0.0)
+    elif KIND == 1:
+        codes = tl.load(data + slots * data_stride + columns, mask=inside, other=0)
+        x = codes.to(tl.float32) * tl.load(scale + slots * scale_stride, mask=there, other=0.0)
+    elif KIND == 2:
+        codes = tl.load(data + slots * data_stride + columns % BYTES, mask=inside, other=0)
+        codes = (codes >> (4 * (columns // BYTES)).to(tl.uint8)) & 15
+        group = columns // GROUP
+        x = codes.to(tl.float32) * tl.load(scale + slots * scale_stride + group, mask=inside, other=0.0).to(tl.float32)
+        x += tl.load(zero + slots * zero_stride + group, mask=inside, other=0.0).to(tl.float32)
+    else:
+        # 4 bits of exponent and 3 of mantissa, moved to where float16 has its own: 2**8 too small; the rest is NaN
+        codes = tl.load(data + slots * data_stride + columns, mask=inside, other=0).to(tl.uint16)
+        half = (((codes & 128) << 8) | ((codes & 127) << 7)).to(tl.float16, bitcast=True)
+        x = tl.where((codes & 127) == 127, float("nan"), half.to(tl.float32) * 256.0)
+        x = x * tl.load(scale + slots * scale_stride, mask=there, other=0.0)
+    return x

@@ -1,0 +1,129 @@
+"""The decode step of a model, compiled: a graph for each length up to which caches are read."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from litgpt_kv.cache.kv_cache import KVCache
+from litgpt_kv.compat.input_pos import GPT
+from litgpt_kv.config import check_callable
+
+MOST_GRAPHS = 64  # torch's own limit of 8 is less than the rungs of a long text; beyond it steps are not compiled
+
+
+class CompiledDecoder:
+    """Run one-token steps compiled; a graph is made when the first step needs it.
+
+    Args:
+        model: The model.
+        note: Called with a line of text before a graph is made and after.
+        backend: Of `torch.compile`.
+
+    Attributes:
+        seconds: Spent on making graphs so far. graphs: How many were made.
+    """
+
+    def __init__(
+        self, model: GPT, note: Callable[[str], None] = lambda text: None, backend: str | Callable = "inductor"
+    ) -> None:
+        check_callable("note", note)
+        self.note, self.seconds, self.graphs = note, 0.0, 0
+        self._model = model
+        self._step = torch.compile(model, dynamic=False, backend=backend)
+        self._known: WeakKeyDictionary[KVCache, set[tuple[bool, int | None]]] = WeakKeyDictionary()
+
+    def __call__(self, token: Tensor, cache: KVCache) -> Tensor:
+        """Decode tokens (B, 1) on a static cache: logits (B, 1, V)."""
+        known = self._known.setdefault(cache, set())
+        if (cache.evicting, cache.reach) in known:
+            return self._step(token, cache)
+        with self._watched(cache):
+            logits = self._step(token, cache)
+        known.add((cache.evicting, cache.reach))
+        return logits
+
+    @torch.inference_mode()
+    def warm_up(self, cache: KVCache, seen: int = 1) -> float:
+        """Compile the first steps after prompts of `seen` tokens before anyone waits for them, if nothing is yet.
+
+        Args:
+            cache: An empty cache; it is empty afterwards.
+            seen: Tokens of the longest prompt.
+
+        Returns:
+            The seconds it took to compile.
+        """
+        if self.graphs:
+            return 0.0
+        cache.static = True
+        token = torch.zeros(cache.batch_size, 1, dtype=torch.int64, device=cache.pos.device)
+        self._model(token, cache)  # as a prompt would: the model makes its rope tables in its first pass
+        cache.reset()
+        with cache.expect(seen):
+            self(token, cache)
+        cache.reset()
+        return self.seconds
+
+    @contextlib.contextmanager
+    def _watched(self, cache: KVCache) -> Iterator[None]:
+        """Count and announce the graphs that are made meanwhile, and allow for many."""
+        import torch._dynamo as dynamo  # takes a second, which only those pay who compile
+
+        began = 0.0
+        length = max(plan.slots for plan in cache.plans) if cache.reach is None else cache.reach
+
+        def start(*_: object) -> None:
+            nonlocal began
+            began = time.perf_counter()
+            self.note(f"Compiling the decode step for up to {length:,} tokens in the cache ...")
+
+        def end(*_: object) -> None:
+            spent = time.perf_counter() - began
+            self.seconds, self.graphs = self.seconds + spent, self.graphs + 1
+            self.note(f"... done in {spent:.1f} s.")
+
+        handler = dynamo.callback.callback_handler
+        handler.register_start_callback(start)
+        handler.register_end_callback(end)
+        try:
+            with dynamo.config.patch(recompile_limit=MOST_GRAPHS):
+                yield
+        finally:
+            handler.remove_start_callback(start)
+            handler.remove_end_callback(end)
+
+
+def keep_compiled(folder: Path | None = None) -> Path | None:
+    """Let compiled code of this process be kept in a folder, where later processes find it; return the folder.
+
+    Args:
+        folder: Where; None: `litgpt_kv/inductor` in the user's folder for caches. If torch's environment variable
+            TORCHINDUCTOR_CACHE_DIR names a folder, that is taken instead.
+
+    Returns:
+        The folder, or None if it cannot be written to: torch then keeps the code in a temporary one.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # slow to import, as above
+
+    known = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if known and known != default_cache_dir():  # which torch sets by itself when it is imported
+        return Path(known)
+    try:
+        if folder is None:
+            home = os.environ.get("XDG_CACHE_HOME")
+            folder = (Path(home) if home else Path.home() / ".cache") / "litgpt_kv" / "inductor"
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # it holds code that is run
+    except (OSError, RuntimeError):
+        return None
+    if not os.access(folder, os.W_OK):
+        return None
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    return folder

@@ -1,0 +1,152 @@
+"""Compiled decoding reads a rung of a ladder of lengths: the same results, few graphs, and their time apart."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from litgpt_kv import KVCache, KVCacheArgs, SamplingArgs, registry
+from litgpt_kv.cache import kv_cache
+from litgpt_kv.cache.decode import rung
+from litgpt_kv.cache.storage.base import scatter
+from litgpt_kv.generate import Stats, generate
+from litgpt_kv.generate.compiled import CompiledDecoder, keep_compiled
+from tests.model.test_compile import Counting
+from tests.oracle.reference import kept_of, logits_of, tiny, tokens_of
+from tests.oracle.strategies import FEW
+
+GREEDY = SamplingArgs(temperature=0.0)
+
+
+@pytest.fixture
+def small_rungs(monkeypatch) -> None:
+    """A ladder of 4, 8, 12, ... tokens."""
+    monkeypatch.setattr(kv_cache, "rung", lambda tokens: -(-tokens // 4) * 4)
+
+
+def test_the_ladder_holds_every_length_and_wastes_at_most_a_quarter() -> None:
+    rungs = [rung(n) for n in range(1, 40_000)]
+    assert all(found >= n for n, found in enumerate(rungs, 1)) and rungs == sorted(rungs)
+    assert all(found <= 1.25 * n + 1 for n, found in enumerate(rungs, 1) if n > 1024)
+    assert sorted(set(rungs))[:6] == [512, 1024, 1280, 1536, 1792, 2048]
+    assert len(set(rungs[: 32 * 1024])) == 22
+
+
+CACHES = {name: KVCacheArgs(name, **(dict(budget=14) if registry.get("strategy", name).evicts else {})) for name in FEW}
+CACHES |= {
+    "pool": KVCacheArgs("h2o", 14, select="pool"),
+    "interval": KVCacheArgs("h2o", 14, interval=3),
+    "cache positions": KVCacheArgs("sink", 14, positions="cache"),
+    "int8": KVCacheArgs("dense", storage="int8"),
+    "per layer": KVCacheArgs(["dense", "h2o"], [None, 14]),
+}
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_static_cache_reads_no_further_than_it_must(small_rungs: None, name: str) -> None:
+    """Rows begin at 3 and 9 tokens and one ends early; what lies beyond the rung is not a number, and nobody minds."""
+    model, rows, prompts = tiny(), [tokens_of(1, 30), tokens_of(2, 14)], [3, 9]
+    plain, static = (KVCache.build(model, CACHES[name], 2, 40, static=flag) for flag in (False, True))
+    reaches: list[int | None] = []
+
+    def step(token: Tensor, cache: KVCache) -> Tensor:
+        seen = max(n for n, alive in zip(cache.seen, cache.live.tolist()) if alive)
+        with cache.expect(seen):
+            reaches.append(cache.reach)
+            beyond = [
+                buffer[:, :, (cache.reach or 40) * layer.heads :]
+                for layer in cache.layers
+                for buffer in (*layer.keys.buffers(), *layer.values.buffers())
+                if buffer.is_floating_point() and buffer.dim() == 4
+            ]
+            before = [part.clone() for part in beyond]
+            for part in beyond:
+                part.fill_(float("nan"))
+            logits = model(token, cache)
+            for part, old in zip(beyond, before):
+                part.copy_(old)
+            return logits
+
+    expected = logits_of(model, plain, rows, prompts, "full")
+    found = logits_of(model, static, rows, prompts, "full", step=step)
+    for b in range(2):
+        for i, logits in expected[b].items():
+            torch.testing.assert_close(found[b][i], logits, rtol=0, atol=1e-10)
+    assert kept_of(plain, 0) == kept_of(static, 0)
+    assert static.reach is None and static.evicting
+    most = max(plan.slots for plan in static.plans)
+    assert {r for r in reaches if r} == {r for r in range(12, 36, 4) if r < most}
+    assert (None in reaches) == (most < 30)
+
+
+@torch.inference_mode()
+@torch._dynamo.config.patch(recompile_limit=2)  # torch's own is 8, which ladders may exceed
+def test_graphs_are_as_many_as_rungs_met_and_announced(small_rungs: None) -> None:
+    torch._dynamo.reset()
+    model, notes, stats = tiny(n_layer=1), [], Stats()
+    counting = Counting()
+
+    def slow(graph: torch.fx.GraphModule, inputs: list) -> object:
+        time.sleep(0.2)
+        return counting(graph, inputs)
+
+    decoder = CompiledDecoder(model, notes.append, slow)
+    prompts, new = [tokens_of(1, 3), tokens_of(2, 6)], [14, 5]
+    expected = generate(model, prompts, "dense", max_new_tokens=new, sampling=GREEDY)
+    for _ in range(2):  # the second run finds all graphs
+        cache = KVCache.build(model, "dense", 2, 60)
+        found = generate(
+            model, prompts, cache, max_new_tokens=new, sampling=GREEDY, decoder=decoder, prefill="full", stats=stats
+        )
+        assert all(torch.equal(a, b) for a, b in zip(found, expected))
+        if decoder.graphs and stats.compile_seconds:
+            first = stats.compile_seconds
+    rungs = {-(-(n + 1) // 4) * 4 for n in range(6, 16)}
+    assert counting.graphs == decoder.graphs == len(rungs) == 3
+    assert len(notes) == 2 * len(rungs) and "up to 8 tokens" in notes[0] and "done in" in notes[1]
+    assert first == pytest.approx(decoder.seconds) and first > 0.2 * len(rungs)
+    assert stats.compile_seconds == 0 and 0 < stats.decode_seconds
+
+
+@torch.inference_mode()
+def test_warming_up_leaves_an_empty_cache_and_a_graph() -> None:
+    torch._dynamo.reset()
+    model, counting = tiny(n_layer=1), Counting()
+    decoder = CompiledDecoder(model, backend=counting)
+    cache = KVCache.build(model, "h2o", 2, 60)
+    decoder.warm_up(cache)
+    assert counting.graphs == decoder.graphs == 1 and cache.seen == [0, 0] and cache.static
+    generate(model, [[1, 2], [3]], cache, max_new_tokens=4, sampling=GREEDY, decoder=decoder)
+    assert counting.graphs == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int8, torch.int64])
+@pytest.mark.parametrize(("shape", "dim"), [((2, 3, 5, 4), 2), ((2, 3, 2, 5), 3), ((2, 5), 1)])
+def test_scatter_is_torchs_whether_compiled_or_not(monkeypatch, shape: tuple, dim: int, dtype: torch.dtype) -> None:
+    buffer = torch.randint(-9, 9, shape).to(dtype)
+    index = torch.rand(shape).argsort(dim).narrow(dim, 0, 2)
+    x = torch.randint(10, 99, index.shape).to(dtype)
+    expected = buffer.clone().scatter_(dim, index, x)
+    for compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda flag=compiling: flag)
+        found = buffer.clone()
+        scatter(found, dim, index, x)
+        assert torch.equal(found, expected)
+
+
+def test_compiled_code_is_kept_in_the_users_folder(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert keep_compiled() == tmp_path / "litgpt_kv" / "inductor"
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "litgpt_kv" / "inductor")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "own"))
+    assert keep_compiled() == tmp_path / "own"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert keep_compiled() is None and "TORCHINDUCTOR_CACHE_DIR" not in os.environ
