@@ -342,9 +342,10 @@ def test_a_row_is_admitted_without_changing_the_others(model: GPT, combo: Combo,
     assert cache.tokens()["seen"] == cache.seen == [C + 17, 20]
 
 
-@pytest.mark.parametrize("combo", [c for c in COMBOS if c.positions == plain(c.strategy).positions], ids="-".join)
+@pytest.mark.parametrize("combo", [c for c in PLAIN if c.positions == plain(c.strategy).positions], ids="-".join)
 @torch.no_grad()
 def test_fifty_steps_are_one_graph(combo: Combo) -> None:
+    """Every strategy; every storage is in tests/cache/test_storages.py."""
     model, graphs = tiny(seed=5, n_layer=1), []
 
     def backend(graph: torch.fx.GraphModule, _: object) -> object:
