@@ -67,7 +67,7 @@ def every_strategy(files: dict[str, Path]) -> list[Candidate]:
 def with_room(candidate: Candidate) -> Candidate:
     """Keep the share of the text alone, once it is read, as published tables do: `ROOM` tokens leave together then.
 
-    Where all layers share one budget, tokens leave in each layer: there the share is one of all tokens, answer included.
+    Where all layers share one budget, tokens leave in each layer: there the share is of all tokens, answer included.
     """
     if candidate.budget is None or candidate.args.select == "model":
         return candidate

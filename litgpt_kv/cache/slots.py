@@ -116,7 +116,7 @@ class Slots(nn.Module):
         if self.strategy.recency:
             return self.pos
         every = self.tokens(now, prompt_length, readers)
-        scores = [self.strategy.score(tokens) for tokens in every]
+        scores = [self._score(tokens) for tokens in every]
         sets = self.pos.size(2) * self.heads
         if not self.strategy.needs:  # the layers are stacked
             return scores[0].view(*self.pos.shape[:2], sets, self.size)
@@ -153,6 +153,16 @@ class Slots(nn.Module):
         """Tokens at positions (B, P, N) as the strategy sees them."""
         protected = self.protected(pos, now, prompt_length) if self.strategy.needs else None
         return Tokens(pos, now, prompt_length, layer, statistics, reader, self.plan.slots, protected)
+
+    def _score(self, tokens: Tokens) -> Tensor:
+        """The strategy's score, whose shape is checked: users write strategies, and a wrong shape could broadcast."""
+        score = self.strategy.score(tokens)
+        (B, P, N), G = tokens.pos.shape, tokens.layer.groups
+        if not isinstance(score, Tensor) or score.shape not in ((B, P, N), (B, G, N)):
+            shape = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
+            name = type(self.strategy).__name__
+            raise ValueError(f"{name}.score must give a number for each token, {(B, P, N)} here; it gave {shape}.")
+        return score
 
     def _one_choice(self, score: Tensor) -> Tensor:
         """A score (B, G, N) made from every head's keys, where the heads of a layer choose together: its mean."""
@@ -368,7 +378,7 @@ class Slots(nn.Module):
 
     def prompt_score(self, tokens: Tokens) -> Tensor:
         """What the tokens of a prompt are worth, (B, P, T); for pools (B, G, T)."""
-        score = self._one_choice(self.strategy.score(tokens))
+        score = self._one_choice(self._score(tokens))
         return self.sharing.score(score, self.per_head) if self.sharing is not None and self.strategy.needs else score
 
     def reset(self, rows: Tensor | slice) -> None:

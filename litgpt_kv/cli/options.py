@@ -29,7 +29,7 @@ ALONE = ("--help", "--help_all", "--version", "--print_config")  # take no value
 ALIASES = {"--for": "--strategy"}  # `for` cannot be the name of a parameter
 PLAIN = ("--sys_prompt", "--out", "--checkpoint_dir")  # any value is text
 LONGEST_ERROR = 1000  # characters
-HINT = "a YAML file cannot import code: give --import {} on the command line, then use the strategy's name anywhere"
+HINT = "YAML and JSON cannot import code: give --import {} on the command line, then use the strategy's name anywhere"
 
 
 def fail(message: str) -> NoReturn:
@@ -91,7 +91,7 @@ def normalise(args: list[str], flags: Collection[str] = ()) -> tuple[list[str], 
                 fail(f"{option} is not valid text in this terminal's encoding.")
             texts[name].append(value)
         elif name == "--kv_cache.help":
-            help_on = help_on or value
+            help_on = help_on or or_fail("", registry.import_named, value)
         elif name == "--import":
             or_fail("", registry.import_file, value)
         else:

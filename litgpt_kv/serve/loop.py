@@ -38,6 +38,9 @@ class QueueFull(Exception):
         self.seconds = seconds
 
 
+ENDING = "The server is ending."
+
+
 @dataclass(frozen=True)
 class Usage:
     """What an answer cost: tokens read and made; tokens that its row kept of those it saw; bytes of the row."""
@@ -257,7 +260,7 @@ class EngineLoop:
     def _end_all(self) -> None:
         for ticket in [ticket for served in self._served.values() for ticket in served.tickets.values()]:
             self._cancel([ticket])
-            self._events.append((ticket, Event(ticket.number, reason="error", error="The server is ending.")))
+            self._events.append((ticket, Event(ticket.number, reason="error", error=ENDING)))
         self._deliver()
 
     def _close(self, ticket: Ticket, reason: str) -> None:

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from litgpt_kv.serve.bodies import Bodies
-from litgpt_kv.serve.loop import EngineLoop, Event, Ticket, Usage
+from litgpt_kv.serve.loop import ENDING, EngineLoop, Event, Ticket, Usage
 from litgpt_kv.serve.schemas import Refused
 
 LEFT = Event(-1, reason="abort")
@@ -81,7 +81,7 @@ class AnswerResponse(Response):
     @property
     def _error(self) -> Refused | None:
         error = next((event.error for event in self.ended.values() if event.reason == "error"), None)
-        return None if error is None else Refused(error, status=500, code="server_error")
+        return None if error is None else Refused(error, status=503 if error == ENDING else 500, code="server_error")
 
     async def _whole(self, send: Send) -> None:
         events: dict[int, list[Event]] = {ticket.number: [] for ticket in self.tickets}

@@ -97,6 +97,7 @@ class Server:
         """Answer until SIGTERM or Ctrl-C: then end what runs, refuse what is new, and return."""
 
         def note(number: int, frame: FrameType | None) -> None:
+            self._server.should_exit = True  # the signal may come before uvicorn listens to it
             log.info("Ended by %s.", signal.Signals(number).name)
 
         before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}

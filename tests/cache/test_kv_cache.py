@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
-from litgpt_kv import GPT, KVCache, KVCacheArgs
+from litgpt_kv import GPT, KVCache, KVCacheArgs, Strategy, Tokens, registry
 from tests.oracle.reference import Policy, arguments, kept_of, logits_of, tiny, tokens_of
 from tests.semantics.test_options import LENGTHS, C, rows_of
 
@@ -73,3 +75,21 @@ def test_too_large_a_cache_is_refused_with_its_size(monkeypatch):
     monkeypatch.setattr(KVCache, "__init__", full)
     with pytest.raises(ValueError, match=f"A cache of {size:,} bytes does not fit the memory: 3 rows"):
         KVCache.build(model, "dense", 3, 48)
+
+
+@dataclass(frozen=True)
+class Misshapen(Strategy):
+    needs = frozenset({"values"})
+
+    def score(self, tokens: Tokens) -> object:
+        norm = tokens.values.norm(dim=-1)
+        return {1: norm[..., :1], 2: norm.mean(1), 3: tokens.values, 4: None}[Misshapen.kind]
+
+
+@pytest.mark.parametrize("kind", [1, 2, 3, 4])
+def test_a_score_of_another_shape_is_refused(kind: int, gqa: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry._KINDS["strategy"], "misshapen", Misshapen)
+    monkeypatch.setattr(Misshapen, "kind", kind, raising=False)
+    cache = KVCache.build(gqa, KVCacheArgs("misshapen", budget=6), 1, 30)
+    with pytest.raises(ValueError, match=r"Misshapen.score must give a number for each token, \(1, 2, 9\) here"):
+        gqa(torch.arange(9)[None], cache, torch.tensor([9]))

@@ -196,7 +196,7 @@ def test_the_words_for_types() -> None:
         ("top_p: 2\n", "a.yaml: top_p must be between 0 and 1, got 2"),
         ("kv_cache: {budget: 0}\n", "a.yaml: budget must be at least 1, got 0"),
         ("kv_cache: {sinks: x}\n", "a.yaml: --kv-cache.sinks cannot be x: it must be a whole number"),
-        ("import: mine.py\n", "a.yaml cannot be used: a YAML file cannot import code"),
+        ("import: mine.py\n", "a.yaml cannot be used: YAML and JSON cannot import code"),
         ("- a\n", "a.yaml must have options by name, as in 'max_new_tokens: 9', got '- a'"),
         ("", "a.yaml must have options by name"),
     ],

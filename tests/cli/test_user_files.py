@@ -74,7 +74,7 @@ def test_yaml_alone_imports_nothing(file: Path, capsys: pytest.CaptureFixture, t
     ):
         options.write_text(text)
         line = refused(capsys, "--config", options)
-        assert f"a YAML file cannot import code: give --import {file} on the command line" in line
+        assert f"YAML and JSON cannot import code: give --import {file} on the command line" in line
         assert not (tmp_path / "ran").exists()
     line = refused(capsys, f"--kv-cache={{strategy: {file}:Unusual}}")
     assert "give --import" in line and not (tmp_path / "ran").exists()
