@@ -26,6 +26,25 @@ def test_a_view_follows_its_cache_to_other_buffers(gqa: GPT) -> None:
     assert cache.seen == cache.pos.tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("how", ["view", "reset", "expect"])
+@pytest.mark.parametrize("budget", [14, 7])
+@torch.no_grad()
+def test_a_short_row_of_a_pool_leaves_no_gaps_for_the_pads_of_a_long_one(gqa: GPT, how: str, budget: int) -> None:
+    """When the long row has ended, a step reads no more slots than the short one has filled."""
+    args, rows = KVCacheArgs("h2o", budget, select="pool"), torch.tensor([tokens_of(b, 10) for b in (1, 2)])
+    cache, alone = KVCache.build(gqa, args, 2, 40, static=how == "expect"), KVCache.build(gqa, args, 1, 40)
+    gqa(rows[:, :9], cache, torch.tensor([3, 9]))
+    gqa(rows[:1, :3], alone, torch.tensor([3]))
+    if how == "reset":
+        cache.reset([1])
+    cache.retire([1])
+    with cache.expect(3):
+        cache.reach = 4 if how == "expect" else None  # the rung of a ladder finer than the real one
+        logits = gqa(rows[:1, 3:4], cache.row(0)) if how == "view" else gqa(rows[:, 3:4], cache)[:1]
+    torch.testing.assert_close(logits, gqa(rows[:1, 3:4], alone), rtol=0, atol=1e-8)
+    assert kept_of(cache, 0) == kept_of(alone, 0)
+
+
 @torch.no_grad()
 def test_inspect_says_what_a_row_holds(gqa: GPT) -> None:
     cache, tokens = (
