@@ -80,6 +80,20 @@ def test_a_static_cache_counts_and_evicts_as_another(gqa: GPT) -> None:
         torch.testing.assert_close(gqa(token, caches[1]), gqa(token, caches[0]), rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("budget", [14, 5])
+@torch.no_grad()
+def test_a_row_takes_the_state_of_a_static_cache(gqa: GPT, budget: int) -> None:
+    """The host of a static cache does not count decode steps; that of another one must know them."""
+    tokens = torch.tensor([tokens_of(1, 12)])
+    static, cache = (KVCache.build(gqa, KVCacheArgs("h2o", budget), 1, 40, static=flag) for flag in (True, False))
+    gqa(tokens[:, :3], static, torch.tensor([3]))
+    for i in range(3, 9):
+        gqa(tokens[:, i : i + 1], static)
+    cache.restore(0, static.row(0).repeat(1))
+    assert cache.seen == [9]
+    torch.testing.assert_close(gqa(tokens[:, 9:10], cache), gqa(tokens[:, 9:10], static), rtol=0, atol=1e-8)
+
+
 def test_too_large_a_cache_is_refused_with_its_size(monkeypatch):
     plain, model = KVCache.__init__, tiny()
     size = KVCache.nbytes(model.config, "dense", 3, 48, torch.float64)["total"]
