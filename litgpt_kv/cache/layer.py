@@ -124,7 +124,7 @@ class LayerCache(nn.Module):
         keys = fresh.unrotated if self.stores_unrotated else fresh.rotated
         for storage, x in ((self.keys, keys), (self.values, fresh.v)):
             x = self.by_set(x)
-            if x.size(2) > index.size(-1):
+            if x.size(2) > index.size(-1) or owner is not None:
                 x = x.gather(2, index.unsqueeze(-1).expand(-1, x.size(1), -1, x.size(-1)))  # (B, G, n, D)
             storage.write(target, x, pos >= 0)
         if self.ring is not None:

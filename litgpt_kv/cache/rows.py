@@ -102,6 +102,8 @@ def restore_row(cache: Any, row: int, state: Any) -> None:
         for own_group, their_group in zip(getattr(cache.clock.host, name), getattr(host, name)):
             own_group[number] = their_group[of]
     cache.clock.set_live([row], True)
+    if state.clock.static and not cache.clock.static:  # whose host does not know how far its rows are
+        recount(view)
 
 
 def refresh(cache: Any, views: RowViews) -> None:

@@ -331,8 +331,8 @@ class Slots(nn.Module):
             length: (B,) real tokens of each row. T: Tokens of the padded prompts.
 
         Returns:
-            Indices of the kept tokens (into T; with pools into g * T, head by head), their positions (-1 for a pad),
-            and their owners (None without pools); all (B, P, n), n = g * min(T, slots).
+            Indices of the kept tokens (into T; with pools into g * T, head by head), their positions (-1 for a pad,
+            which come last), and their owners (None without pools); all (B, P, n), n = g * min(T, slots).
         """
         B, sets = length.size(0), self.pos.size(2)
         pos = torch.arange(T, device=length.device)
@@ -343,6 +343,8 @@ class Slots(nn.Module):
             padded = pos.expand(score.shape).masked_fill(pos >= end, -1)
             worth = self.worth(score, padded, length - 1, length)
             index = pool.best(worth, padded, self.heads, self.size, self.plan.floor, self.strategy.comparable)
+            pads_last = (index % T >= end).int().argsort(dim=-1, stable=True)  # the slots of a row fill without gaps
+            index = index.gather(-1, pads_last)
             kept = index % T
             return index, kept.masked_fill(kept >= end, -1), index // T
         index = pos.expand(B, sets, T)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from litgpt_kv.cache.kv_cache import KVCache
+from litgpt_kv.cache.rows import storages_of
 from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.config import KVCacheArgs
 from litgpt_kv.evaluate.shadow import log_softmax
@@ -80,7 +81,7 @@ def score(
 
 def keeps_all(cache: KVCache) -> bool:
     """Return whether a cache keeps every token with all digits, so that a block of tokens gives what single ones do."""
-    exact = all(storage.lossless for layer in cache.layers for storage in (layer.keys, layer.values))
+    exact = all(storage.lossless for pair in storages_of(cache) for storage in pair)
     return exact and not any(plan.strategy.evicts for plan in cache.plans)
 
 

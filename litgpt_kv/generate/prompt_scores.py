@@ -31,8 +31,9 @@ class FirstPassScores:
 
     def read(self, sequence: Sequence, start: int, stop: int) -> None:
         """Read the prompt's tokens `start` to `stop` - 1 and note the scores of those that follow each."""
-        for at in range(start, stop, BLOCK):
-            tokens = torch.tensor([sequence.prompt[at : min(at + BLOCK, stop)]], device=self.cache.pos.device)
+        size = min(BLOCK, self.cache.longest_block)  # layers with a window hold no more tokens than it has
+        for at in range(start, stop, size):
+            tokens = torch.tensor([sequence.prompt[at : min(at + size, stop)]], device=self.cache.pos.device)
             note_scores(sequence, at, self.model(tokens, self.cache)[0])
 
 

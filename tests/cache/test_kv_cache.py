@@ -28,6 +28,25 @@ def test_a_view_follows_its_cache_to_other_buffers(gqa: GPT) -> None:
     assert cache.seen == cache.pos.tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("how", ["view", "reset", "expect"])
+@pytest.mark.parametrize("budget", [14, 7])
+@torch.no_grad()
+def test_a_short_row_of_a_pool_leaves_no_gaps_for_the_pads_of_a_long_one(gqa: GPT, how: str, budget: int) -> None:
+    """When the long row has ended, a step reads no more slots than the short one has filled."""
+    args, rows = KVCacheArgs("h2o", budget, select="pool"), torch.tensor([tokens_of(b, 10) for b in (1, 2)])
+    cache, alone = KVCache.build(gqa, args, 2, 40, static=how == "expect"), KVCache.build(gqa, args, 1, 40)
+    gqa(rows[:, :9], cache, torch.tensor([3, 9]))
+    gqa(rows[:1, :3], alone, torch.tensor([3]))
+    if how == "reset":
+        cache.reset([1])
+    cache.retire([1])
+    with cache.expect(3):
+        cache.reach = 4 if how == "expect" else None  # the rung of a ladder finer than the real one
+        logits = gqa(rows[:1, 3:4], cache.row(0)) if how == "view" else gqa(rows[:, 3:4], cache)[:1]
+    torch.testing.assert_close(logits, gqa(rows[:1, 3:4], alone), rtol=0, atol=1e-8)
+    assert kept_of(cache, 0) == kept_of(alone, 0)
+
+
 @torch.no_grad()
 def test_inspect_says_what_a_row_holds(gqa: GPT) -> None:
     cache, tokens = (
@@ -61,6 +80,20 @@ def test_a_static_cache_counts_and_evicts_as_another(gqa: GPT) -> None:
         for cache in caches:
             cache.revive()
         torch.testing.assert_close(gqa(token, caches[1]), gqa(token, caches[0]), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("budget", [14, 5])
+@torch.no_grad()
+def test_a_row_takes_the_state_of_a_static_cache(gqa: GPT, budget: int) -> None:
+    """The host of a static cache does not count decode steps; that of another one must know them."""
+    tokens = torch.tensor([tokens_of(1, 12)])
+    static, cache = (KVCache.build(gqa, KVCacheArgs("h2o", budget), 1, 40, static=flag) for flag in (True, False))
+    gqa(tokens[:, :3], static, torch.tensor([3]))
+    for i in range(3, 9):
+        gqa(tokens[:, i : i + 1], static)
+    cache.restore(0, static.row(0).repeat(1))
+    assert cache.seen == [9]
+    torch.testing.assert_close(gqa(tokens[:, 9:10], cache), gqa(tokens[:, 9:10], static), rtol=0, atol=1e-8)
 
 
 def test_too_large_a_cache_is_refused_with_its_size(monkeypatch):

@@ -20,6 +20,7 @@ CACHES = [
     KVCacheArgs("h2o", budget="50%"),
     KVCacheArgs("sink", budget=6),
     KVCacheArgs("keydiff", budget="40%", select="pool"),
+    KVCacheArgs("keydiff", budget=7, select="model"),
     KVCacheArgs("dense", storage="int8"),
 ]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from litgpt_kv import KVCache, KVCacheArgs, SamplingArgs, registry
-from litgpt_kv.cache import kv_cache
+from litgpt_kv.cache import steps
 from litgpt_kv.cache.decode import rung
 from litgpt_kv.cache.storage.base import scatter
 from litgpt_kv.generate import Stats, generate
@@ -26,7 +26,7 @@ GREEDY = SamplingArgs(temperature=0.0)
 @pytest.fixture
 def small_rungs(monkeypatch) -> None:
     """A ladder of 4, 8, 12, ... tokens."""
-    monkeypatch.setattr(kv_cache, "rung", lambda tokens: -(-tokens // 4) * 4)
+    monkeypatch.setattr(steps, "rung", lambda tokens: -(-tokens // 4) * 4)
 
 
 def test_the_ladder_holds_every_length_and_wastes_at_most_a_quarter() -> None:

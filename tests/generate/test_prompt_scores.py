@@ -8,6 +8,7 @@ import torch
 from litgpt_kv import GPT, KVCache, KVCacheArgs, SamplingArgs
 from litgpt_kv.generate import Engine, Request, generate
 from litgpt_kv.generate.sampling import Sampler
+from tests.oracle.reference import tiny
 
 GREEDY = SamplingArgs(temperature=0)
 PROMPT = [3, 9, 27, 14, 42, 1, 3, 9, 27, 14, 42, 1, 5, 6, 7, 8, 9, 10, 11, 12]
@@ -48,6 +49,15 @@ def test_scores_of_a_prompt_and_alternatives(gqa: GPT, args: KVCacheArgs, prefil
         values, tokens = log_p.topk(3)
         assert [token for token, _ in top] == tokens.tolist()
         assert [value for _, value in top] == pytest.approx(values.tolist(), abs=1e-6)
+
+
+def test_a_window_shorter_than_the_prompt_scores_what_a_pass_without_a_cache_gives() -> None:
+    model = tiny(sliding_window_size=6, sliding_window_indices=[1, 0])
+    engine = Engine(model, KVCache.build(model, "dense", 1, 60), prefill="full")
+    sequence = finished(engine, Request(PROMPT, 1, sampling=GREEDY, prompt_logprobs=True))
+    log_p = model(torch.tensor([PROMPT]))[0].log_softmax(-1)
+    expected = [log_p[at, token].item() for at, token in enumerate(PROMPT[1:])]
+    assert [odds for odds, _ in sequence.prompt_scores] == pytest.approx(expected, abs=1e-6)
 
 
 def test_without_a_cache_prompts_are_scored_too(gqa: GPT) -> None:
