@@ -108,7 +108,7 @@ def description_of(command: Callable[..., Any]) -> str:
 
 
 def _common_options(name: str, has_cache: bool, full: bool) -> list[tuple[str, str]]:
-    rows = [("--config FILE", "Options from a YAML file; options of the command line come after it.")]
+    rows = [("--config FILE", "Options from a YAML file; the command line wins over it.")]
     rows += [("--print-config", "Print all options as such a file, and end.")]
     rows += [("--kv-cache.help NAME", "All about one strategy, and its own options.")] if has_cache else []
     return rows if full else [*rows, ("--help-all", "All options with their whole text.")]

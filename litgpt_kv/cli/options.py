@@ -98,7 +98,9 @@ def normalise(args: list[str], flags: Collection[str] = ()) -> tuple[list[str], 
             out.append("=".join(_pair(option, name, value)))
     listed = [f"{name}={json.dumps(given, ensure_ascii=False)}" for name, given in texts.items() if given]
     end = out.index("--") if "--" in out else len(out)
-    return [*out[:end], *listed, *out[end:]], help_on
+    start = next((i + 1 for i, word in enumerate(out[:end]) if not word.startswith("--")), end)  # after the command
+    own = sorted(out[start:end], key=lambda word: not word.startswith("--config="))  # so that the command line wins
+    return [*out[:start], *own, *listed, *out[end:]], help_on
 
 
 def _pair(option: str, name: str, value: str) -> tuple[str, str]:

@@ -89,7 +89,8 @@ def dense_bytes(llm: LLM, cache: KVCache) -> int | None:
     """Return the bytes of a dense cache for the same rows; None if one process has not all of it, or it cannot be."""
     if llm.parallel is not None or cache.max_tokens > cache.context:
         return None
-    return KVCache.nbytes(llm.config, KVCacheArgs(), cache.batch_size, cache.max_tokens, cache.dtype)["total"]
+    tokens = max(cache.seen) if cache.static else cache.max_tokens  # a compiled cache has room for more
+    return KVCache.nbytes(llm.config, KVCacheArgs(), cache.batch_size, max(1, tokens), cache.dtype)["total"]
 
 
 def _rate(tokens: int, seconds: float) -> str:

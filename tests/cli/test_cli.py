@@ -75,6 +75,15 @@ def test_dashes_underscores_equals_and_order(capsys):
     assert runs[0] != run(capsys, "--prompt", "def ", "--max-new-tokens", "15", "--seed", "3").out
 
 
+def test_the_command_line_wins_over_a_file_wherever_it_stands(capsys, tmp_path: Path):
+    file = tmp_path / "a.yaml"
+    file.write_text("checkpoint_dir: nowhere\nmax_new_tokens: 64\nkv_cache:\n  strategy: h2o\n  budget: 7\n")
+    common = ["--prompt", "def ", "--max-new-tokens", "15"]
+    for flags in ([*common, "--config", str(file)], ["--config", str(file), *common]):
+        err = run(capsys, *flags, "--kv-cache.budget", "9").err
+        assert "Cache h2o: budget 9 tokens" in err and "made 15" in err
+
+
 def test_none_recomputes_and_agrees_with_dense(capsys):
     common = ["--prompt", "import os\n", "--max-new-tokens", "20", "--temperature", "0"]
     assert run(capsys, *common, "--kv-cache", "none").out == run(capsys, *common).out
