@@ -9,12 +9,11 @@ from typing import Annotated
 from tqdm import tqdm
 
 from litgpt_kv.arguments import DeviceArgs, check_count
-from litgpt_kv.cli.evaluate import MOST, ONE_DEVICE, read_file
+from litgpt_kv.cli.evaluate import MOST, ONE_DEVICE, text_of
 from litgpt_kv.cli.loading import load
 from litgpt_kv.config import KVCacheArgs
 from litgpt_kv.disk import check_target
 from litgpt_kv.evaluate.candidates import candidates
-from litgpt_kv.evaluate.haystack import prose
 from litgpt_kv.inspect import Record, answer_of, record, write_page
 
 CACHE = KVCacheArgs("h2o", budget="25%")
@@ -59,7 +58,7 @@ def inspect(
     if len(prompts) > 1:
         raise ValueError("A page shows one text: give --prompt once.")
     compared = caches_of(strategies, kv_cache)
-    words = None if text is None else " ".join(prose()) if text == "prose" else read_file(text)
+    words = None if text is None else text_of(text)
     check_target(out)
     llm = load(checkpoint_dir, device)
     if words is None:
