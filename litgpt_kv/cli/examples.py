@@ -43,6 +43,12 @@ EXAMPLES: dict[str, list[tuple[str, str]]] = {
             "questions about short texts",
         ),
     ],
+    "inspect": [
+        (
+            'inspect demo --kv-cache h2o --kv-cache.budget 25% --prompt "def fib(n):" --out fib.html',
+            "a page that shows which tokens stay",
+        ),
+    ],
     "recommend": [
         ("recommend demo --context 1k --batch-size 8 --memory 1GB --text prose", "three caches to choose from"),
     ],
