@@ -105,7 +105,7 @@ def begin_decode(
     rope: RopeTables,
     evicting: bool,
     fill_of: Sequence[int] | None = None,
-    reach: int | None = None,
+    read_length: int | None = None,
 ) -> DecodePass:
     """Make room for T new tokens a row, and work out slots, masks and angles.
 
@@ -114,7 +114,7 @@ def begin_decode(
         fill_of: Of each group, the number of the group by which the clock knows how full it is; None: its own.
         layers: Of the model. group_of: The group of each. theta: Of each rope base, for positions beyond the tables.
         rope: The model's tables.
-        evicting, reach: In static mode, whether rows may be full, and how many first slots may be filled (`KVCache`).
+        evicting, read_length: In static mode, whether rows may be full, and how many first slots are read (`KVCache`).
     """
     pos = clock.pos.unsqueeze(1)
     if T > 1:
@@ -131,7 +131,7 @@ def begin_decode(
         known_as = g if fill_of is None else fill_of[g]
         fill = [] if clock.static else clock.fill(known_as)
         after = [] if clock.static else fill_after(slots, fill, clock.alive, T)
-        steps.append(_group_step(clock, slots, members[g], tables[g], pos, fill, after, evicting, reach))
+        steps.append(_group_step(clock, slots, members[g], tables[g], pos, fill, after, evicting, read_length))
         fills[known_as] = after
     angles: dict[tuple[int, int], dict] = {}
     views = []
@@ -146,7 +146,7 @@ def begin_decode(
     return DecodePass(views, False, clock, T, steps, members, tables, seen, list(fills.values()))
 
 
-def rung(tokens: int) -> int:
+def read_length_for(tokens: int) -> int:
     """The read length for rows that hold so many tokens, which changes rarely: each is a graph of a compiled model.
 
     512 and 1,024; from there on four steps from each power of two to the next, so at most a quarter is read in vain.
@@ -197,7 +197,7 @@ def _group_step(
     fill: list[int],
     after: list[int],
     evicting: bool,
-    reach: int | None,
+    read_length: int | None,
 ) -> DecodeMetadata:
     plan, T, device = slots.plan, pos.size(1), slots.pos.device
     pos, prompt_length = pos.to(device), clock.prompt_length.to(device)
@@ -214,7 +214,7 @@ def _group_step(
     window, sinks, owner = plan.window, 0, slots.owner
     if T == 1:
         slots.write_positions(slot, pos, live)
-        static_extent = slots.size if reach is None else min(slots.size, reach * slots.heads)
+        static_extent = slots.size if read_length is None else min(slots.size, read_length * slots.heads)
         extent = static_extent if clock.static else _extent(slots, clock.seen, after, T)
         key_pos = slots.pos[..., :extent]
         owner = None if owner is None else owner[..., :extent]

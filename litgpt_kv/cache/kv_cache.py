@@ -54,7 +54,7 @@ class KVCache(nn.Module):
         exact_blocks: Whether a block of tokens gives what they give one at a time, whatever attention they pay.
         rereads: Whether prompts may be read twice, in one pass then.
         evicting: In static mode, whether the next step may find a row full; False saves it the search for victims.
-        reach: In static mode, the number of first slots of a head that the next step reads, new token included: the
+        read_length: In static mode, how many first slots of a head the next step reads, new token included: the
             others are empty in all live rows. None: all. Every value is a graph of a compiled model; see `expect`.
     """
 
@@ -72,7 +72,7 @@ class KVCache(nn.Module):
         super().__init__()
         self.args, self.max_tokens, self.context = args, max_tokens, context
         self.dtype, self.fingerprint, self.evicting = dtype, "", True
-        self.reach: int | None = None
+        self.read_length: int | None = None
         self.rope: RopeTables | None = None  # the model's, for `inspect` of strategies that read keys
         self.theta: list[tuple[Tensor, Tensor, Tensor]] = []  # of each rope base, for angles beyond the tables
         devices = devices or [torch.device("cpu")] * config.n_layer

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from litgpt_kv.attention.rope import RopeTables
-from litgpt_kv.cache.decode import RowsPass, begin_decode, rung
+from litgpt_kv.cache.decode import RowsPass, begin_decode, read_length_for
 from litgpt_kv.cache.rows import parts_of
 from litgpt_kv.cache.table import Table
 from litgpt_kv.cache.views import Pass
@@ -19,7 +19,7 @@ def begin_step(cache: Any, T: int, rope: RopeTables) -> Pass:
         views = [cache.row(b) for b in range(cache.batch_size)] if cache.batch_size > 1 else [cache]
         return RowsPass.of([_begin_row(view, T, rope) for view in views])
     own = cache.clock, cache.slots, cache.layers, cache.group_of, cache.theta
-    return begin_decode(*own, T, rope, cache.evicting, reach=cache.reach)
+    return begin_decode(*own, T, rope, cache.evicting, read_length=cache.read_length)
 
 
 def _begin_row(view: Any, T: int, rope: RopeTables) -> Pass:
@@ -32,10 +32,10 @@ def _begin_row(view: Any, T: int, rope: RopeTables) -> Pass:
 def expecting(cache: Any, seen: int) -> Iterator[None]:
     """Do the work of `KVCache.expect`."""
     room = min((plan.slots for plan in cache.plans if plan.strategy.evicts), default=None)
-    length = rung(seen + 1)
+    length = read_length_for(seen + 1)
     cache.evicting = room is not None and seen >= room
-    cache.reach = length if length < max(plan.slots for plan in cache.plans) else None
+    cache.read_length = length if length < max(plan.slots for plan in cache.plans) else None
     try:
         yield
     finally:
-        cache.evicting, cache.reach = True, None  # right for everyone
+        cache.evicting, cache.read_length = True, None  # right for everyone

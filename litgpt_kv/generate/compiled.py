@@ -16,7 +16,9 @@ from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.config import check_callable
 
-MOST_GRAPHS = 64  # torch's own limit of 8 is less than the rungs of a long text; beyond it steps are not compiled
+MOST_GRAPHS = (
+    64  # more than the read lengths of a long text; torch's own limit is 8. Beyond it steps run eagerly
+)
 
 
 class CompiledDecoder:
@@ -38,16 +40,17 @@ class CompiledDecoder:
         self.note, self.seconds, self.graphs = note, 0.0, 0
         self._model = model
         self._step = torch.compile(model, dynamic=False, backend=backend)
+        # what each cache was stepped with; a cache that is gone is forgotten
         self._known: WeakKeyDictionary[KVCache, set[tuple[bool, int | None]]] = WeakKeyDictionary()
 
     def __call__(self, token: Tensor, cache: KVCache) -> Tensor:
         """Decode tokens (B, 1) on a static cache: logits (B, 1, V)."""
         known = self._known.setdefault(cache, set())
-        if (cache.evicting, cache.reach) in known:
+        if (cache.evicting, cache.read_length) in known:
             return self._step(token, cache)
         with self._watched(cache):
             logits = self._step(token, cache)
-        known.add((cache.evicting, cache.reach))
+        known.add((cache.evicting, cache.read_length))
         return logits
 
     @torch.inference_mode()
@@ -78,7 +81,7 @@ class CompiledDecoder:
         import torch._dynamo as dynamo  # takes a second, which only those pay who compile
 
         began = 0.0
-        length = max(plan.slots for plan in cache.plans) if cache.reach is None else cache.reach
+        length = max(plan.slots for plan in cache.plans) if cache.read_length is None else cache.read_length
 
         def start(*_: object) -> None:
             nonlocal began

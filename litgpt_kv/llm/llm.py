@@ -15,7 +15,7 @@ from litgpt.config import Config
 from litgpt.prompts import PromptStyle
 from litgpt.tokenizer import Tokenizer
 from litgpt_kv.arguments import DeviceArgs, RunArgs, StoppingArgs, check_count, check_flag, check_threads, grouped
-from litgpt_kv.cache.decode import rung
+from litgpt_kv.cache.decode import read_length_for
 from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.config import KVCacheArgs, SamplingArgs, check_callable, check_type, shown
@@ -351,7 +351,7 @@ class LLM:
         """Build a cache for rows of at most `tokens` tokens, in the dtype of this model's keys and values."""
         if self.decoder is not self.model and tokens <= self.model.max_seq_length:
             args = args.resolved(tokens)  # percentages are of the exact number of tokens
-            tokens = min(rung(tokens), self.model.max_seq_length)  # few sizes: each is compiled once
+            tokens = min(read_length_for(tokens), self.model.max_seq_length)  # few sizes: each is compiled once
         mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # autocast's dtype of keys and values
         return KVCache.build(self.model, args, batch_size, tokens, mixed.get(self.fabric._precision.precision))
 

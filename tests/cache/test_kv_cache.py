@@ -41,7 +41,7 @@ def test_a_short_row_of_a_pool_leaves_no_gaps_for_the_pads_of_a_long_one(gqa: GP
         cache.reset([1])
     cache.retire([1])
     with cache.expect(3):
-        cache.reach = 4 if how == "expect" else None  # the rung of a ladder finer than the real one
+        cache.read_length = 4 if how == "expect" else None  # shorter than the real lengths
         logits = gqa(rows[:1, 3:4], cache.row(0)) if how == "view" else gqa(rows[:, 3:4], cache)[:1]
     torch.testing.assert_close(logits, gqa(rows[:1, 3:4], alone), rtol=0, atol=1e-8)
     assert kept_of(cache, 0) == kept_of(alone, 0)

