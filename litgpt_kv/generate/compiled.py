@@ -16,9 +16,7 @@ from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.config import check_callable
 
-MOST_GRAPHS = (
-    64  # more than the read lengths of a long text; torch's own limit is 8. Beyond it steps run eagerly
-)
+MOST_GRAPHS = 64  # more than the read lengths of a long text; beyond torch's limit, 8 by default, steps run eagerly
 
 
 class CompiledDecoder:
