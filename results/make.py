@@ -26,7 +26,7 @@ from litgpt_kv.evaluate.runs import ask, read
 
 NAME = "smollm2-135m"
 BUDGETS: list[int | str] = ["50%", "25%"]
-SHARED = ["keydiff:pool", "snapkv:pool", "duo:model floor=0", "kvzip:pool", "kvzip:model"]
+SHARED = ["keydiff:pool", "snapkv:pool", "duo:model floor=0", "kvzip:pool floor=0", "kvzip:model floor=0"]
 SHARED += ["expected_attention:pool epsilon=0.01"]  # the epsilon of kvpress' leaderboard; with 0 it finds nothing
 STORAGES = ["float8", "int8", "k8v4", "int4", "int4-hadamard", "kivi"]
 EVICTING_STORAGES = ["int8", "k8v4", "int4-hadamard"]

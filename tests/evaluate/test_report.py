@@ -85,7 +85,7 @@ def test_make_measures_everything_and_writes_pictures(results: Results, tmp_path
     assert {c.args.strategy for c in made} == set(registry.names("strategy"))
     assert {c.budget for c in made if c.args.strategy != "dense"} == {"50%", "25%"}
     assert all(c.args.options == {"calibration": "centres.safetensors"} for c in made if c.args.strategy in files)
-    keydiff, shared = (next(c for c in made if c.name == f"{spec} 25%") for spec in ("keydiff", "kvzip:model"))
+    keydiff, shared = (next(c for c in made if c.name == f"{spec} 25%") for spec in ("keydiff", "kvzip:model floor=0"))
     assert (keydiff.args.budget, keydiff.args.interval) == (175 + make.ROOM, make.ROOM), "175 of 700 tokens stay"
     assert (shared.args.budget, shared.args.interval) == ("25%", 1), "tokens leave in each layer there"
     assert {c.args.storage for c in make.storages()} == set(registry.names("storage")) - {"offload"}
