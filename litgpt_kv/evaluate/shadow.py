@@ -25,9 +25,13 @@ REFERENCE = "_dense_observed"
 @register("strategy", REFERENCE)
 @dataclass(frozen=True)
 class DenseObserved(Strategy):
-    """Keep every token and note the attention that each received from the newest one: what others are measured by."""
+    """Keep every token and note the attention that each received from the newest one: what others are measured by.
+
+    In a layer with a sliding window tokens outside of it receive none, so that no cache can lose them.
+    """
 
     evicts: ClassVar[bool] = False
+    outside_window: ClassVar[bool] = True
     statistics: ClassVar[tuple[str, ...]] = ("last",)
 
 
@@ -85,7 +89,8 @@ def kl_divergence(expected: Tensor, logprobs: Tensor) -> Tensor:
 def lost_by_layer(full: KVCache, cache: KVCache) -> Tensor:
     """The share of the newest token's attention in a full cache that went to tokens that another cache has not, (L,).
 
-    Both caches hold one row and have seen the same tokens; a layer's share is the mean over its key/value heads.
+    Both caches hold one row and have seen the same tokens; a layer's share is the mean over its key/value heads. In a
+    layer with a sliding window it is a share of the attention inside the window.
     """
     tokens = full.seen[0]
     attention = full.by_token(0, tokens, "last")  # (L, G, N)
