@@ -12,14 +12,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).parents[1])  # not this folder, whose `inspect` would stand for Python's
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).parents[1])  # not this folder, whose `inspect` would stand for Python's
 
-import torch  # noqa: E402
-from torch.profiler import ProfilerActivity, profile  # noqa: E402
+import torch
+from torch.profiler import ProfilerActivity, profile
 
-from litgpt.config import Config  # noqa: E402
-from litgpt_kv import GPT, KVCache, KVCacheArgs, registry  # noqa: E402
-from litgpt_kv.calibrate import query_centres, retrieval_gates, write_calibration  # noqa: E402
+from litgpt.config import Config
+from litgpt_kv import GPT, KVCache, KVCacheArgs, registry
+from litgpt_kv.calibrate import query_centres, retrieval_gates, write_calibration
 
 MOST = 1.2
 MOST_OF_REREADERS = 1.5
