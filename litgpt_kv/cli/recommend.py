@@ -24,6 +24,7 @@ from litgpt_kv.evaluate.recommend import (
     weights_bytes,
 )
 
+ROUNDING = 1e-4  # nats; float32 stays far below
 SAME_WEIGHTS = ("precision", "quantize")  # options of the printed commands, as they change the bytes
 
 
@@ -78,13 +79,19 @@ def recommend(
     print("ms a step: here, of up to five rows.")
     where = "".join(f" --{name} {value}" for name in SAME_WEIGHTS if (value := getattr(device, name)) is not None)
     where += f" --batch-size {batch_size}" if batch_size > 1 else ""
+    commands: dict[str, list[str]] = {}
     for name, one in chosen.items():
-        print(f"\n{name}:\n  litgpt_kv generate {quote(checkpoint_dir)} {options(one.candidate, asked.context)}{where}")
+        command = f"litgpt_kv generate {quote(checkpoint_dir)} {options(one.candidate, asked.context)}{where}"
+        commands.setdefault(command, []).append(name)
+    for command, names in commands.items():
+        print(f"\n{', '.join(names)}:\n  {command}")
     print(f"\nA server takes the same --kv-cache options, with --rows {batch_size} --max-tokens {asked.context}.")
-    if len({one.candidate.name for one in chosen.values()}) == 1:
+    if len(commands) == 1:
         print("All three are the same: no smaller cache that fits loses little enough on this text.")
     if 2 * chosen["safest"].found < NEEDLES:
         print("This model does not find hidden numbers, so they did not count.")
+    if any(one.candidate.spec == "dense" and one.kl > ROUNDING for one in measured):
+        print("Dense loses nothing; its difference is rounding, as the full cache reads blocks of tokens.")
     if refused:
         name, why = refused[0]
         print(f"{len(refused)} of {len(refused) + len(fit)} caches did not fit; {name}: {why.rstrip('.')}.")
