@@ -156,7 +156,10 @@ def measure(
                 f"{candidate.name} cannot be measured on {size:,} tokens: {error} A larger text_prompt may help."
             ) from error
         caches[candidate.name] = candidate.args
-    read = fidelity.measure(llm, ids[: rows * size].view(rows, size), prompt, caches)
+    text_rows, new = ids[: rows * size].view(rows, size), size - prompt - 1
+    read = fidelity.measure(
+        llm, text_rows, prompt, caches, lambda done: on_part(f"reading the text, step {done - prompt} of {new}")
+    )
     made = examples("needle", NEEDLES, prompt, lambda t: len(llm.tokenizer.encode(t, bos=False)), 1, sentences(text))
     questions = Questions(llm, made, NEEDLES)
     found = dict.fromkeys(caches, 0.0)
@@ -169,7 +172,7 @@ def measure(
     for candidate, whole in fit:
         one, count = read[candidate.name], round(found[candidate.name])
         kl, top1 = sum(one.kl) / len(one.kl), sum(one.agrees) / len(one.agrees)
-        out.append(Measured(candidate, whole, max(0.0, kl), top1, count, one.seconds / (size - prompt - 1)))
+        out.append(Measured(candidate, whole, max(0.0, kl), top1, count, one.seconds / new))
     return out
 
 
