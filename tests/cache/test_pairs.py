@@ -16,7 +16,7 @@ LATENT = dict(
     n_query_groups=4,
     latent_attention=dict(q_lora_rank=8, kv_lora_rank=9, qk_rope_head_dim=6, qk_nope_head_dim=5, v_head_dim=7),
 )
-ROWS, PROMPTS, BUDGET = [tokens_of(1, 14), tokens_of(2, 10)], [11, 5], 8
+ROWS, PROMPTS, BUDGET = [tokens_of(1, 14), tokens_of(2, 8)], [11, 5], 8
 PAIRS = [(n, kind) for n in NAMES for kind in ("gqa", "latent") if kind == "gqa" or plain(n).latent]
 
 
