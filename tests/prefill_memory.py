@@ -8,16 +8,23 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).parents[1])  # not this folder, whose `inspect` would stand for Python's
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from litgpt.config import Config
 from litgpt_kv import GPT, KVCache, KVCacheArgs, registry
+from litgpt_kv.calibrate import query_centres, retrieval_gates, write_calibration
 
 MOST = 1.2
 MOST_OF_REREADERS = 1.5
+VARIANTS = ["keydiff:pool", "keydiff:model", "kvzip:pool", "kvzip:model", "duo:model"]
 
 
 def model_of(tokens: int, layers: int) -> GPT:
@@ -29,6 +36,15 @@ def model_of(tokens: int, layers: int) -> GPT:
         norm_class_name="RMSNorm", rotary_percentage=1.0, parallel_residual=False, bias=False,
     )  # fmt: skip
     return GPT(config).eval().requires_grad_(False)
+
+
+def calibrate(model: GPT, strategy: str, folder: str) -> str:
+    """Write what a strategy needs to know of the model, measured on random tokens; return the file."""
+    tokens = torch.randint(256, (200,), generator=torch.Generator().manual_seed(2)).tolist()
+    found = retrieval_gates(model, [(tokens, 20)]) if strategy == "duo" else query_centres(model, [tokens])
+    path = Path(folder, f"{strategy}.safetensors")
+    write_calibration(path, strategy, found)
+    return str(path)
 
 
 def peak_bytes(run: Any) -> int:
@@ -58,18 +74,20 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--budget", default="25%")
-    parser.add_argument("--caches", nargs="*", help="NAME or NAME:SELECT (default: every strategy without a file)")
+    parser.add_argument(
+        "--caches", nargs="*", help="NAME or NAME:SELECT (default: every strategy and some ways to select)"
+    )
     given = parser.parse_args()
-    names = [n for n in registry.names("strategy") if "calibration" not in registry.build("strategy", n).needs]
-    names = given.caches or [*names, "keydiff:pool", "keydiff:model", "kvzip:model"]
+    names = given.caches or [*registry.names("strategy"), *VARIANTS]
     model = model_of(given.tokens, given.layers)
     print(f"Prefill of {given.tokens:,} tokens, {given.layers} layers, budget {given.budget}, float32\n")
     print(f"{'cache':<22}{'cache MB':>10}{'peak MB':>10}{'of dense':>10}{'limit':>8}")
-    dense, over = 0, []
+    dense, over, files = 0, [], tempfile.TemporaryDirectory()
     for name in ["dense", *(n for n in names if n != "dense")]:
         strategy, _, select = name.partition(":")
         kind = registry.build("strategy", strategy)
-        args = KVCacheArgs(strategy, given.budget if kind.evicts else None, select=select or None)
+        options = {"calibration": calibrate(model, strategy, files.name)} if "calibration" in kind.needs else {}
+        args = KVCacheArgs(strategy, given.budget if kind.evicts else None, select=select or None, options=options)
         size, peak = measure(model, args, given.tokens)
         dense = dense or peak
         limit = MOST_OF_REREADERS if kind.rereads else MOST

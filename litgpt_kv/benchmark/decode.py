@@ -19,7 +19,7 @@ from tqdm import tqdm
 import litgpt
 from litgpt.config import Config
 from litgpt_kv.arguments import DeviceArgs, Without, check_count
-from litgpt_kv.benchmark.parallel import DEFAULT, cache_args, compare
+from litgpt_kv.benchmark.parallel import DEFAULT, cache_args, compare, name_width
 from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.disk import check_target, write_text
@@ -113,8 +113,8 @@ def benchmark(
         checkpoint_dir: A checkpoint, or "demo" for the shipped model; by default a random model of the given shape.
         shape: The sizes of the random model.
         contexts: Prompt lengths in tokens (default: 1024 and 4096; for a checkpoint, half and most of its context).
-        strategies: The strategies (default: dense, h2o, sink, window), with an optional `select` after a colon, as in
-            h2o:pool; "none" computes the whole text at every step.
+        strategies: The caches (default: dense, h2o, sink, window): NAME, NAME:pool, NAME@STORAGE, as in dense@int8;
+            "none" computes the whole text at every step.
         budget: The budget of strategies that evict: tokens, or a percentage of the context.
         batch_size: The number of rows.
         steps: Decode steps timed together in each repetition.
@@ -313,7 +313,7 @@ def _row(c: Contender, context: int, steps: int, batch_size: int, weights: int, 
 
 def _print(rows: list[dict[str, Any]], repeats: int) -> None:
     print(f"\n{rows[0]['context']:,} tokens of context; best and median of {repeats}")
-    layout = "{:<10}{:>20}{:>20}{:>7}{:>10}{:>10}{:>9}{:>9}"
+    layout = f"{{:<{name_width(rows)}}}" + "{:>20}{:>20}{:>7}{:>10}{:>10}{:>9}{:>9}"
     heads = "cache", "prefill tokens/s", "decode ms a step", "GB/s", "of limit", "cache MB", "formula", "peak MB"
     print(layout.format(*heads))
     for r in rows:

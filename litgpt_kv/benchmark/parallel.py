@@ -155,10 +155,20 @@ def compare(
 
 
 def cache_args(name: str, budget: int | str) -> KVCacheArgs:
-    """Return the arguments for a strategy, which may be given with who selects, as in h2o:pool."""
+    """Return the arguments for a cache's name: NAME[:SELECT][@STORAGE], as in h2o:pool or dense@int8.
+
+    Raises:
+        ValueError: For an unknown name, or options that there are not.
+    """
+    name, _, storage = name.partition("@")
     strategy, _, select = name.partition(":")
     size = budget if registry.get("strategy", strategy).evicts else None
-    return KVCacheArgs(strategy, size, select=select or None)
+    return KVCacheArgs(strategy, size, select=select or None, storage=storage or "plain")
+
+
+def name_width(rows: list[dict[str, Any]]) -> int:
+    """Return the width of a table's first column."""
+    return max(10, *(len(row["cache"]) + 1 for row in rows))
 
 
 def _largest(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -169,7 +179,7 @@ def _largest(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def _print(rows: list[dict[str, Any]], repeats: int) -> None:
     title = f"{rows[0]['context']:,} tokens of context; token time, best and median of {repeats}; parts of the best"
     print(f"\n{title}")
-    layout = "{:<10}{:>10}{:>18}{:>12}{:>15}{:>13}{:>10}{:>13}{:>11}"
+    layout = f"{{:<{name_width(rows)}}}" + "{:>10}{:>18}{:>12}{:>15}{:>13}{:>10}{:>13}{:>11}"
     heads = (
         "cache",
         "processes",

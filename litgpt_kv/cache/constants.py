@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from litgpt_kv.cache.calibration import read_tensors
+from litgpt_kv.cache.door import check_one_device
 from litgpt_kv.cache.plan import LayerPlan
 from litgpt_kv.cache.spec import LayerSpec
 from litgpt_kv.cache.strategies.base import LayerConstants, Strategy
@@ -22,17 +23,13 @@ def connect(cache: Any, model: Any) -> None:
     Raises:
         ValueError: If a calibration file is missing or is not of this model.
     """
+    if model.sharing is not None:
+        check_one_device(cache.plans, model.sharing.groups_and_devices[1])
     reading = any(plan.strategy.needs or plan.strategy.reads_on_entry for plan in cache.plans)
     if reading or any(plan.endless for plan in cache.plans):
         cache.theta = model.theta()
     for slots in cache.slots:
         slots.sharing = model.sharing
-        if model.sharing is not None and slots.plan.select == "model":
-            heads = model.sharing.heads
-            raise ValueError(
-                f"select 'model' deals out the slots of all heads, which must be on one device: this one has "
-                f"{len(heads.groups)} of {heads.all_groups} key/value heads. select 'head' needs no other device's."
-            )
     if reading:
         cache.rope = model.rope()
         exact = torch.promote_types(cache.dtype, torch.float32)

@@ -229,7 +229,7 @@ def _group_step(
         slots.write_positions(slot, pos, live)
     even = T == 1 and not clock.static and all(alive) and all(n * slots.heads == extent for n in after)
     mask = None
-    if not even or slots.owner is not None or (window is not None and plan.interval > 1):
+    if not even or slots.owner is not None or (window is not None and (plan.interval > 1 or not plan.strategy.evicts)):
         mask = visible(pos[None, :, None], key_pos, window, sinks)  # (L, B, P, T, N)
         if owner is not None:  # a query sees what its own head owns
             own = owner.unsqueeze(-2) == torch.arange(slots.heads, device=device).unsqueeze(-1)  # (L, B, P, g, N)

@@ -58,11 +58,22 @@ def own_pools(args: KVCacheArgs, groups: int, devices: int) -> KVCacheArgs:
     if "pool" not in selects or groups == 1:
         return args
     if args.pools % parts or groups % parts:
+        able = ", ".join(str(n) for n in range(parts, groups + 1, parts) if groups % n == 0)
         raise ValueError(
             f"pools {args.pools} would cross devices: the {groups} key/value heads of a layer are divided among "
-            f"{devices}. pools must be a multiple of {parts} that divides the heads; select 'head' needs none."
+            f"{devices}. pools must be a multiple of {parts} that divides the heads: {able or 'there is none'}; select "
+            "'head' needs none."
         )
     return replace(args, pools=args.pools // parts)
+
+
+def check_one_device(plans: Iterable[LayerPlan], devices: int) -> None:
+    """Raise ValueError if layers choose together and their heads are divided among several devices."""
+    if devices > 1 and any(plan.select == "model" for plan in plans):
+        raise ValueError(
+            f"select 'model' deals out the slots of all heads, which must be on one device: they are divided among "
+            f"{devices}. select 'head' and 'layer' run on any number, and data_parallel has all heads on each device."
+        )
 
 
 def check_static(plans: Iterable[LayerPlan], static: bool) -> None:

@@ -173,7 +173,7 @@ def build_layers(
     if len({devices[plan.spec.index] for plan in plans if plan.select == "model"}) > 1:
         raise ValueError(
             f"select 'model' deals out the slots of all layers, which must be on one device: they are on "
-            f"{len(set(devices))}. select 'pool' shares those of each layer."
+            f"{len(set(devices))}. select 'pool' shares those of each layer, and data_parallel has all layers on each."
         )
     in_order = [layers[i] for i in range(len(plans))]
     for layer, following in pairwise(layer for layer in in_order if hasattr(layer, "keys")):

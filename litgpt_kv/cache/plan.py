@@ -144,7 +144,7 @@ def _resolve_layer(spec: LayerSpec, args: KVCacheArgs, layer: _LayerArgs, max_to
         hint = f"; {evicting_strategies()} keep a budget, and sink goes on past it" if not strategy.evicts else ""
         raise ValueError(f"{what} of {slots} tokens is over the limit of {context}: the model's context{hint}.")
     window = spec.window
-    if window is not None and slots >= window:  # nothing beyond the window is ever attended to
+    if window is not None and slots >= window and not strategy.outside_window:  # what is outside is never attended to
         strategy, slots, sinks, recent = registry.build("strategy", "window"), window, 0, 0
         interval, keep_prompt = 1, False
     elif window is not None and positions == "absolute":  # a sink beyond the window is never attended to either

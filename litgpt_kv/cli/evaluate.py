@@ -16,7 +16,7 @@ from litgpt_kv.evaluate.haystack import prose
 from litgpt_kv.evaluate.picture import draw
 from litgpt_kv.evaluate.results import Results
 from litgpt_kv.evaluate.runs import ask, read
-from litgpt_kv.evaluate.tasks import check_task
+from litgpt_kv.evaluate.tasks import check_depths, check_task
 
 MOST = 1_000_000  # of everything that is counted
 ONE_DEVICE = Without("devices", "num_nodes", "generate_strategy", "compile")
@@ -30,6 +30,7 @@ def evaluate(
     budgets: list[int | str] | None = None,
     tasks: list[str] | None = None,
     lengths: list[int] | None = None,
+    depths: list[float] | None = None,
     examples: int = 30,
     questions: str = "both",
     haystack: str = "prose",
@@ -54,6 +55,7 @@ def evaluate(
         tasks: Kinds of questions (default: needle): needle, multi-key, multi-value, multi-query, variables,
             common-words, frequent-words; an empty list asks none.
         lengths: Tokens of the texts (default: 700).
+        depths: Where needles are hidden, in turns: 0 is the beginning of a text, 1 its end (default: spread evenly).
         examples: Questions of each kind and length.
         questions: Whether a question is "seen" when the text is compressed, "unseen", or "both", one after the other.
         haystack: What needles are hidden in: prose (Python's manual) or noise (a few sentences again and again).
@@ -83,12 +85,15 @@ def evaluate(
     asked = ["needle"] if tasks is None else tasks
     for name in asked:
         check_task(name, haystack)
+    check_depths(depths)
     for length in lengths or ():
         check_count("lengths", length, 1, MOST)
     words = None if text is None else text_of(text)
     settings = {"checkpoint": checkpoint_dir, "examples": examples, "haystack": haystack, "seed": seed}
     settings |= {"text": text, "text_tokens": text_tokens, "text_prompt": text_prompt}
     settings["kv_cache"] = {k: v for k, v in asdict(base).items() if k not in ("strategy", "budget")}
+    if depths is not None:
+        settings["depths"] = depths
     if device.quantize is not None:  # results of other weights are not continued with these
         settings["quantize"] = device.quantize
     results = Results(settings, None if out is None else Path(out))

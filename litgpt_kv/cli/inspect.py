@@ -70,6 +70,9 @@ def inspect(
             raise ValueError(
                 f"text_prompt must be 1 to {len(ids) - 1} (the text has {len(ids):,} tokens), got {start}."
             )
+    of = "the cache" if len(compared) == 1 else f"{len(compared)} caches"
+    after = f"then {len(ids) - start:,} tokens one by one, with {of} and a full one"
+    print(f"Reading the first {start:,} tokens at once, {after}.", file=sys.stderr)
     with tqdm(total=len(ids) - start, unit="token", disable=None, file=sys.stderr) as bar:
         found = record(llm, ids, start, compared, on_state=lambda state: bar.update(state - bar.n))
     print(summary(found))

@@ -63,6 +63,7 @@ def plan(
     print(f"{what}; rows: how many rows of that length fit into {memory:g} GB.")
     layout = "{:<16}{:>8}{:>10}" + " {:>15} {:>8} {:>7}" * len(kinds)
     print(layout.format("parallel", "devices", "weights", *(x for name in names for x in (name, "total", "rows"))))
+    refused: dict[str, str] = {}
     counts = [n for n in (2**i for i in range(devices.bit_length())) if n < devices] + [devices]
     for strategy in PARALLEL_STRATEGIES:
         for count in counts if strategy == next(iter(PARALLEL_STRATEGIES)) else [n for n in counts if n > 1]:
@@ -72,16 +73,20 @@ def plan(
                 print(f"{strategy:<16}{count:>8}  {error}")
                 continue
             cells: list[str] = []
-            for args in kinds:
+            for name, args in zip(names, kinds):
                 try:
                     cells += _cells(config, strategy, count, args, batch_size, context, dtype, weights, memory, unit)
-                except ValueError:  # a dense cache cannot be longer than the model's context, others can
+                except ValueError as error:  # as a dense cache that is longer than the model's context
                     cells += ["-", "-", "-"]
+                    where = "" if count == 1 else f"{strategy}, "
+                    refused.setdefault(str(error), f"{where}{name.removesuffix(f' {unit}')}")
             print(
                 layout.format(
                     "one device" if count == 1 else strategy, count, f"{max(weights) / UNITS[unit]:.2f}", *cells
                 )
             )
+    for why, what in refused.items():
+        print(f"- {what}: {why}")
     print("Not counted: activations (hidden states and logits of the longest prompt), and the libraries.")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from shlex import quote
 from typing import Annotated
 
 from tqdm import tqdm
@@ -22,6 +23,9 @@ from litgpt_kv.evaluate.recommend import (
     parse_tokens,
     weights_bytes,
 )
+
+ROUNDING = 1e-4  # nats; float32 stays far below
+SAME_WEIGHTS = ("precision", "quantize")  # options of the printed commands, as they change the bytes
 
 
 def recommend(
@@ -57,30 +61,40 @@ def recommend(
     words = text_of(text)
     llm = load(checkpoint_dir, device)
     fit, refused = fitting(llm, asked)
-    weights = weights_bytes(llm)
+    weights, rows = weights_bytes(llm), "1 row" if batch_size == 1 else f"{batch_size} rows"
     print(
-        f"{llm.config.name}: weights {_gb(weights)} GB, {batch_size} rows of {asked.context:,} tokens, memory "
+        f"{llm.config.name}: weights {_gb(weights)} GB, {rows} of {asked.context:,} tokens, memory "
         f"{_gb(asked.memory)} GB. Activations are not counted."
     )
     if not fit:
         name, why = refused[-1]
-        hint = "fewer rows, a shorter context or more memory may help."
-        raise ValueError(f"None of {len(refused)} caches fits. The smallest, {name}, is refused: {why}; {hint}")
+        hint = "Fewer rows, a shorter context, more memory or other weights (--precision, --quantize) may help."
+        raise ValueError(f"None of {len(refused)} caches fits. Of the smallest, {name}: {why.rstrip('.')}. {hint}")
     with tqdm(unit="part", disable=None, file=sys.stderr) as bar:
         measured = measure(
             llm, fit, words, text_tokens, text_prompt, lambda what: (bar.set_description(what), bar.update())
         )
     chosen = choose(measured)
     print(_table(chosen))
+    print("ms a step: here, of up to five rows.")
+    where = "".join(f" --{name} {value}" for name in SAME_WEIGHTS if (value := getattr(device, name)) is not None)
+    where += f" --batch-size {batch_size}" if batch_size > 1 else ""
+    commands: dict[str, list[str]] = {}
     for name, one in chosen.items():
-        print(f"\n{name}:\n  litgpt_kv generate {checkpoint_dir} {options(one.candidate, asked.context)}")
-    if len({one.candidate.name for one in chosen.values()}) == 1:
-        print("\nAll three are the same: no smaller cache that fits loses little enough on this text.")
+        command = f"litgpt_kv generate {quote(checkpoint_dir)} {options(one.candidate, asked.context)}{where}"
+        commands.setdefault(command, []).append(name)
+    for command, names in commands.items():
+        print(f"\n{', '.join(names)}:\n  {command}")
+    print(f"\nA server takes the same --kv-cache options, with --rows {batch_size} --max-tokens {asked.context}.")
+    if len(commands) == 1:
+        print("All three are the same: no smaller cache that fits loses little enough on this text.")
     if 2 * chosen["safest"].found < NEEDLES:
-        print("\nThis model does not find hidden numbers, so that they did not count.")
+        print("This model does not find hidden numbers, so they did not count.")
+    if any(one.candidate.spec == "dense" and one.kl > ROUNDING for one in measured):
+        print("Dense loses nothing; its difference is rounding, as the full cache reads blocks of tokens.")
     if refused:
         name, why = refused[0]
-        print(f"\n{len(refused)} of {len(refused) + len(fit)} caches do not fit, among them {name}: {why}")
+        print(f"{len(refused)} of {len(refused) + len(fit)} caches did not fit; {name}: {why.rstrip('.')}.")
 
 
 def _table(chosen: dict[str, Measured]) -> str:

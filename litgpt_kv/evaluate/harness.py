@@ -15,7 +15,7 @@ continuation; then the continuation is scored, or the answer generated, token by
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -87,12 +87,14 @@ class LitgptKV(TemplateLM):
         if not isinstance(kv_cache, str) or kv_cache == "none":
             raise ValueError(f"kv_cache must be a strategy's name, got {shown(kv_cache)}.")
         base = {name: options.pop(name) for name in CACHE_FIELDS & options.keys()}
-        (found,) = candidates([kv_cache], [budget], KVCacheArgs(**base, options=options))
-        if unknown := sorted(options.keys() - found.args.options.keys()):
-            name = found.args.strategy
-            takes = ", ".join(sorted(CACHE_FIELDS | {*registry.options("strategy", name)}))
+        (found,) = candidates([kv_cache], [budget], KVCacheArgs(**base))
+        name = str(found.args.strategy)
+        own = registry.options("strategy", name)
+        if unknown := sorted(options.keys() - {*own}):
+            takes = ", ".join(sorted(CACHE_FIELDS | {*own}))
             raise ValueError(f"Unknown option {unknown[0]!r} for kv_cache {name!r}; it takes {takes}.")
-        self.args, self.batch_size, self.max_gen_toks, self.name = found.args, batch_size, max_gen_toks, checkpoint
+        self.args = replace(found.args, options={**found.args.options, **options})
+        self.batch_size, self.max_gen_toks, self.name = batch_size, max_gen_toks, checkpoint
         if threads is not None:
             check_threads(threads)
         accelerator = "auto" if device is None else device.partition(":")[0]
@@ -125,10 +127,21 @@ class LitgptKV(TemplateLM):
         return encode(self.llm.tokenizer, string)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Return a conversation as text, in the checkpoint's prompt style, up to the model's next reply."""
+        """Return a conversation as text, in the checkpoint's prompt style, up to the model's next reply.
+
+        Without `add_generation_prompt` the last message is the beginning of that reply (a task's `gen_prefix`); it
+        stands, as it is, where the reply would.
+
+        Raises:
+            ValueError: If the roles are in another order.
+        """
+        begun = ""
         if not add_generation_prompt:
-            raise ValueError("A prompt style has no place for a reply that is begun (gen_prefix).")
-        return conversation_text(self.llm.prompt_style, chat_history)
+            if not chat_history or chat_history[-1]["role"] != "assistant":
+                raise ValueError("Only a message of the assistant can be continued: the last one must be its.")
+            *chat_history, last = chat_history
+            begun = last["content"]
+        return conversation_text(self.llm.prompt_style, chat_history) + begun
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """Return the name of the checkpoint's prompt style; there is no other."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,11 +17,12 @@ from litgpt_kv.llm.llm import LLM
 
 FULL = ["dense", "dense@int8", "dense@k8v4", "dense@int4-hadamard"]
 EVICTING = ["keydiff:pool", "keydiff:pool@int8", "sink"]
-BUDGETS: list[int | str] = ["50%", "25%"]
+LARGEST = 50  # the larger share that evicting caches keep, in percent; the other one is half of it
 SAME_TOKEN = {"balanced": 0.95, "smallest": 0.85}  # least share of tokens for which the most probable one is the same
 FORGOTTEN = {"balanced": 0.125, "smallest": 0.375}  # most numbers that are not found, of those that a full cache finds
 NEEDLES = 8
 PIECES = 5
+QUESTION = 64  # tokens that a question and its answer have at most
 UNITS = {"": 1, "k": 1024, "m": 1024**2}
 BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -84,7 +86,7 @@ def fitting(llm: LLM, asked: Request) -> tuple[list[tuple[Candidate, int]], list
     dtype = llm.model.transformer.wte.weight.dtype
     fit, refused, large = [], [], []
     base = KVCacheArgs()
-    for candidate in [*candidates(FULL, BUDGETS, base), *candidates(EVICTING, BUDGETS, base)]:
+    for candidate in [*candidates(FULL, [], base), *candidates(EVICTING, shares(llm, asked.context), base)]:
         args = candidate.args.resolved(asked.context)
         try:
             fidelity.check(llm, args, asked.context, 1)
@@ -97,6 +99,19 @@ def fitting(llm: LLM, asked: Request) -> tuple[list[tuple[Candidate, int]], list
         else:
             fit.append((candidate, size))
     return fit, refused + [(name, why) for _, name, why in sorted(large, reverse=True)]
+
+
+def shares(llm: LLM, context: int) -> list[int | str]:
+    """Return the budgets of caches that evict, smaller where rows are much longer than the model's context.
+
+    Raises:
+        ValueError: If no share of so many tokens is inside the model's context.
+    """
+    own = llm.model.max_seq_length
+    most = min(LARGEST, math.floor(1000 * own / context) / 10)
+    if most < 2:
+        raise ValueError(f"context must be at most {50 * own:,}: the model's is {own:,} tokens, got {context:,}.")
+    return [f"{share:g}%" for share in (most, math.floor(5 * most) / 10)]
 
 
 def measure(
@@ -115,18 +130,36 @@ def measure(
         on_part: Called with what is done next.
 
     Raises:
-        ValueError: If the text is too short.
+        ValueError: If the text is too short, or its pieces are longer than the model's context.
     """
-    ids = llm.encode_text(text)
+    ids, context = llm.encode_text(text), llm.model.max_seq_length
     for rows in range(PIECES, 0, -1):  # as many pieces as there are, side by side: that is faster
         size = prompt + -(-tokens // rows) + 1
         if len(ids) >= rows * size:
             break
     else:
-        raise ValueError(f"The text has {len(ids)} tokens: {size} are needed.")
+        raise ValueError(
+            f"The text has {len(ids):,} tokens: {size:,} are needed, or a smaller text_prompt or text_tokens."
+        )
+    if (longest := max(size, prompt + QUESTION)) > context:
+        raise ValueError(
+            f"The text is read in pieces of up to {longest:,} tokens, over the model's context of {context:,}: give a "
+            f"smaller text_prompt (now {prompt:,}) or text_tokens (now {tokens:,})."
+        )
     on_part("reading the text")
-    caches = {candidate.name: candidate.args for candidate, _ in fit}
-    read = fidelity.measure(llm, ids[: rows * size].view(rows, size), prompt, caches)
+    caches = {}
+    for candidate, _ in fit:
+        try:
+            fidelity.check(llm, candidate.args, size, prompt)
+        except ValueError as error:  # a share of a few tokens
+            raise ValueError(
+                f"{candidate.name} cannot be measured on {size:,} tokens: {error} A larger text_prompt may help."
+            ) from error
+        caches[candidate.name] = candidate.args
+    text_rows, new = ids[: rows * size].view(rows, size), size - prompt - 1
+    read = fidelity.measure(
+        llm, text_rows, prompt, caches, lambda done: on_part(f"reading the text, step {done - prompt} of {new}")
+    )
     made = examples("needle", NEEDLES, prompt, lambda t: len(llm.tokenizer.encode(t, bos=False)), 1, sentences(text))
     questions = Questions(llm, made, NEEDLES)
     found = dict.fromkeys(caches, 0.0)
@@ -139,7 +172,7 @@ def measure(
     for candidate, whole in fit:
         one, count = read[candidate.name], round(found[candidate.name])
         kl, top1 = sum(one.kl) / len(one.kl), sum(one.agrees) / len(one.agrees)
-        out.append(Measured(candidate, whole, max(0.0, kl), top1, count, one.seconds / (size - prompt - 1)))
+        out.append(Measured(candidate, whole, max(0.0, kl), top1, count, one.seconds / new))
     return out
 
 

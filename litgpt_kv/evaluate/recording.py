@@ -82,10 +82,17 @@ class Recording:
 
 @torch.inference_mode()
 def record(model: GPT, prompts: list[Tensor]) -> Recording:
-    """Read prompts, 1-D token ids of any lengths, in one pass without a cache."""
-    device = model.transformer.wte.weight.device
+    """Read prompts, 1-D token ids of any lengths up to the model's context, in one pass without a cache.
+
+    Raises:
+        ValueError: If a prompt is longer than the context.
+    """
+    device, longest = model.transformer.wte.weight.device, max(map(len, prompts))
+    if longest > model.max_seq_length:
+        raise ValueError(
+            f"A prompt of {longest:,} tokens is over the limit of {model.max_seq_length:,}: the model's context."
+        )
     length = torch.tensor([len(p) for p in prompts], device=device)
-    longest = int(length.max())
     tokens = torch.stack([torch.cat((p, p[-1:].expand(longest - len(p)))) for p in prompts]).to(device)
     step = training_pass([block.attn.spec for block in model.transformer.h], longest, model.rope())
     views = [RecordingView(view.spec, view.angles) for view in step.views]

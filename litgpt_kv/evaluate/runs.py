@@ -33,7 +33,7 @@ def ask(
     """Ask every cache the same questions; each batch of texts is read once for all of them.
 
     Args:
-        results: Where to put cells; its settings have `seed` and `haystack`.
+        results: Where to put cells; its settings have `seed` and `haystack`, and may have `depths`.
         tasks, lengths: Kinds of questions and tokens of their texts. questions: "seen", "unseen" or both.
         examples: How many. batch_size: Questions at a time. until: Ask only so many of them now; None: all.
     """
@@ -57,7 +57,8 @@ def ask(
             while start := _unfinished(cells, now):
                 if asked is None:
                     try:
-                        made = examples_of(task, examples, tokens, count, settings["seed"], settings["haystack"])
+                        how = settings["seed"], settings["haystack"], settings.get("depths")
+                        made = examples_of(task, examples, tokens, count, *how)
                         asked = Questions(llm, made, batch_size)
                     except ValueError as error:
                         for cell in cells.values():

@@ -16,7 +16,7 @@ from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.cache.strategies.base import Strategy
 from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.config import KVCacheArgs
-from litgpt_kv.generate import prefill
+from litgpt_kv.evaluate.recording import record
 from litgpt_kv.registry import register
 
 REFERENCE = "_dense_observed"
@@ -25,9 +25,13 @@ REFERENCE = "_dense_observed"
 @register("strategy", REFERENCE)
 @dataclass(frozen=True)
 class DenseObserved(Strategy):
-    """Keep every token and note the attention that each received from the newest one: what others are measured by."""
+    """Keep every token and note the attention that each received from the newest one: what others are measured by.
+
+    In a layer with a sliding window tokens outside of it receive none, so that no cache can lose them.
+    """
 
     evicts: ClassVar[bool] = False
+    outside_window: ClassVar[bool] = True
     statistics: ClassVar[tuple[str, ...]] = ("last",)
 
 
@@ -35,7 +39,7 @@ class Shadow:
     """Several caches, and a full one as far as the model's context goes, after the same tokens.
 
     Args:
-        model: The model. prompt: (n,) the first tokens, read in one pass and then compressed.
+        model: The model. prompt: (n,) the first tokens, read in one pass, once for all caches, and then compressed.
         candidates: Caches by name; a share is taken of `total`.
         total: The most tokens that will be read.
 
@@ -49,10 +53,14 @@ class Shadow:
     def __init__(self, model: GPT, prompt: Tensor, candidates: Mapping[str, KVCacheArgs], total: int) -> None:
         self.model = model
         self.caches = {name: KVCache.build(model, a.resolved(total), 1, total) for name, a in candidates.items()}
-        self.logits = {name: prefill(model, [prompt], cache, "full")[0] for name, cache in self.caches.items()}
         within = total <= model.max_seq_length
         self.full = KVCache.build(model, KVCacheArgs(REFERENCE), 1, total) if within else None
-        self.full_logits = None if self.full is None else prefill(model, [prompt], self.full, "full")[0]
+        recording = record(model, [prompt])
+        for cache in [*self.caches.values(), self.full]:
+            if cache is not None:
+                recording.seed(cache)
+        self.logits = dict.fromkeys(self.caches, recording.logits)
+        self.full_logits = None if self.full is None else recording.logits
 
     def read(self, name: str, tokens: Tensor) -> Tensor:
         """Let one cache read tokens (T,) one by one, as in decoding: the logits (T, V) before each of them."""
@@ -85,7 +93,8 @@ def kl_divergence(expected: Tensor, logprobs: Tensor) -> Tensor:
 def lost_by_layer(full: KVCache, cache: KVCache) -> Tensor:
     """The share of the newest token's attention in a full cache that went to tokens that another cache has not, (L,).
 
-    Both caches hold one row and have seen the same tokens; a layer's share is the mean over its key/value heads.
+    Both caches hold one row and have seen the same tokens; a layer's share is the mean over its key/value heads. In a
+    layer with a sliding window it is a share of the attention inside the window.
     """
     tokens = full.seen[0]
     attention = full.by_token(0, tokens, "last")  # (L, G, N)

@@ -6,7 +6,7 @@ The families are RULER's; texts, words and counts are our own, so that figures a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from random import Random
@@ -50,23 +50,32 @@ class Example:
 
 
 def examples(
-    task: str, number: int, tokens: int, count: Count, seed: int = 0, haystack: Haystack = "prose"
+    task: str,
+    number: int,
+    tokens: int,
+    count: Count,
+    seed: int = 0,
+    haystack: Haystack = "prose",
+    depths: Sequence[float] | None = None,
 ) -> list[Example]:
     """Examples of a task, the same ones for the same seed.
 
     Args:
-        task: One of `TASKS`. number: How many; their depths are spread evenly.
+        task: One of `TASKS`. number: How many.
         tokens: Length of each text. count: Tokens of a text.
         haystack: "prose", "noise", or sentences of a text; tasks that count words have none.
+        depths: Where answers are hidden, 0 to 1, in turns; None: spread evenly.
 
     Raises:
-        ValueError: If there is no such task or haystack, or a task cannot make so long a text.
+        ValueError: If there is no such task, haystack or depth, or a task cannot make so long a text.
     """
     check_task(task, haystack)
+    check_depths(depths)
     made = []
     for i in range(number):
         random = Random(f"{seed} {task} {i}")
-        made.append(TASKS[task](random, depth(i, number), tokens, haystack, count))
+        at = depths[i % len(depths)] if depths else depth(i, number)
+        made.append(TASKS[task](random, at, tokens, haystack, count))
     return made
 
 
@@ -82,6 +91,13 @@ def check_task(task: str, haystack: Haystack = "prose") -> None:
         raise ValueError(f"tasks must be some of {', '.join(TASKS)}, got {shown(task)}.")
     if isinstance(haystack, str) and haystack not in HAYSTACKS:
         raise ValueError(f"haystack must be one of {', '.join(HAYSTACKS)}, got {shown(haystack)}.")
+
+
+def check_depths(depths: Sequence[float] | None) -> None:
+    """Raise ValueError unless depths are numbers from 0 to 1."""
+    for value in depths or ():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise ValueError(f"depths must be numbers from 0 (the beginning) to 1 (the end), got {shown(value)}.")
 
 
 def _keys(random: Random, number: int) -> list[str]:

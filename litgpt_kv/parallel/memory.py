@@ -7,8 +7,9 @@ from functools import partial
 import torch
 
 from litgpt.config import Config
-from litgpt_kv.cache.door import own_pools
+from litgpt_kv.cache.door import check_one_device, own_pools
 from litgpt_kv.cache.kv_cache import KVCache
+from litgpt_kv.cache.plan import resolve
 from litgpt_kv.cache.spec import layer_spec
 from litgpt_kv.config import KVCacheArgs
 from litgpt_kv.model.gpt import GPT
@@ -54,6 +55,7 @@ def cache_bytes(
     """Return the bytes of a cache on each device, as `KVCache.nbytes` counts them."""
     if strategy == "tensor_parallel":
         parts, groups = divide_heads(config, devices), layer_spec(config, 0).groups
+        check_one_device(resolve(config, args.resolved(max_tokens), max_tokens, config.block_size), devices)
         args, parts = own_pools(args, groups, devices), [local_config(config, heads) for heads in parts]
         return [KVCache.nbytes(part, args, batch_size, max_tokens, dtype)["total"] for part in parts]
     if strategy == "data_parallel":  # rows are divided

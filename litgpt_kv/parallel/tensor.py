@@ -145,7 +145,7 @@ def load_tensor_parallel(
     if split_head:
         gather = partial(_whole_vocabulary, collectives.all_gather, config.padded_vocab_size)
         model.lm_head.register_forward_hook(partial(_change_output, gather))
-    model.sharing = Sharing(collectives, heads)
+    model.sharing = Sharing(collectives, heads) if collectives.size > 1 else None
     return model.eval().requires_grad_(False)
 
 

@@ -31,6 +31,17 @@ def test_table_and_json(capsys, tmp_path):
     assert rows["dense", 48]["cache_bytes"] == 2 * 2 * 3 * 8 * 51 * 4 + 51 * 8 + 17
 
 
+def test_storages_beside_each_other(capsys, tmp_path):
+    names = "[dense, dense@int8, keydiff:pool@int4-hadamard]"
+    out = tmp_path / "out.json"
+    main(["benchmark", "--accelerator", "cpu", *SMALL, "--litgpt", "false", "--strategies", names, "--out", str(out)])
+    table, rows = capsys.readouterr().out, json.loads(out.read_text())["rows"]
+    sizes = {row["cache"]: row["cache_bytes"] for row in rows if row["context"] == 96}
+    # of a head of 8: 32 bytes in float32, 8 and a scale of 4 in int8
+    assert [*sizes] == names[1:-1].split(", ") and sizes["dense@int8"] / sizes["dense"] == pytest.approx(12 / 32, 0.1)
+    assert re.search(r"^keydiff:pool@int4-hadamard +[\d,]+ [\d,]+ +\d", table, re.MULTILINE)
+
+
 def test_a_checkpoint_one_strategy_without_litgpt(capsys):
     flags = ["--checkpoint-dir", "demo", "--strategies", "[h2o, none]", "--litgpt", "false", "--contexts", "[40]"]
     main(["benchmark", "--accelerator", "cpu", *flags, "--steps", "2", "--repeats", "1", "--budget", "16"])
@@ -46,6 +57,7 @@ def test_a_checkpoint_one_strategy_without_litgpt(capsys):
         (["--repeats", "0"], "must be at least 1"),
         (["--checkpoint-dir", "demo", "--contexts", "[1024]"], "do not fit"),
         (["--strategies", "[nope]"], "Unknown strategy 'nope'"),
+        (["--strategies", "[dense@nope]"], "Unknown storage 'nope'"),
         (["--out", "/dev/null"], "/dev/null cannot be written: it is a device, not a file"),
         (["--out", "no/folder/out.json"], "there is no folder"),
     ],

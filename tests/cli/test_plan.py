@@ -120,5 +120,21 @@ def test_names_with_the_organisation(capsys: pytest.CaptureFixture) -> None:
 
 def test_a_stream_past_the_context_has_no_dense_cache(capsys: pytest.CaptureFixture) -> None:
     main(["plan", "demo", "--context", "5000", "--kv-cache", "sink", "--kv-cache.budget", "64"])
-    (line,) = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("one device")]
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = [line.split() for line in lines if line.startswith("one device")]
     assert line[4:7] == ["-", "-", "-"] and float(line[8]) > 0
+    assert lines[-2].startswith("- dense: A dense cache of 5000 tokens is over the limit of 1024")
+
+
+def test_what_cannot_be_divided_says_why(capsys: pytest.CaptureFixture) -> None:
+    cache = ["--kv-cache", "keydiff", "--kv-cache.budget", "64", "--kv-cache.select"]
+    for select, given, message in (
+        ("model", "tensor_parallel", "all heads, which must be on one device: they are divided among 3."),
+        ("model", "sequential", "all layers, which must be on one device: they are on 3."),
+        ("pool", "tensor_parallel", "pools 1 would cross devices: the 3 key/value heads of a layer"),
+    ):
+        main(["plan", "demo", "--devices", "3", *cache, select])
+        lines = capsys.readouterr().out.splitlines()
+        (line,) = [line.split() for line in lines if line.split()[:2] == [given, "3"]]
+        assert line[-3:] == ["-", "-", "-"]
+        assert any(line.startswith(f"- {given}, keydiff 64: ") and message in line for line in lines)

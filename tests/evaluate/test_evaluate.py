@@ -44,6 +44,8 @@ def test_examples_hold_their_answers_at_their_depth_and_come_from_the_seed(task:
             assert example.depth == depth(i, 4)
             at = example.context.index(example.answers[0]) / len(example.context)
             assert abs(at - example.depth) < 0.15
+            chosen = examples(task, 3, 300, words, seed=3, depths=[0.2, 0.9])
+            assert [one.depth for one in chosen] == [0.2, 0.9, 0.2]
 
 
 def test_depths_are_even_in_every_part() -> None:
@@ -268,6 +270,7 @@ def test_the_command_writes_tables_and_pictures_and_goes_on(tmp_path: Path, caps
     ("args", "message"),
     [
         (["--tasks", "[needle, x]"], "tasks must be some of needle,"),
+        (["--depths", "[0.5, 1.5]"], "depths must be numbers from 0 (the beginning) to 1 (the end), got 1.5"),
         (["--questions", "no"], "questions must be one of seen, unseen, both"),
         (["--resume"], "--resume goes with --out"),
         (["--strategies", "[h3o]"], "Unknown strategy 'h3o'"),

@@ -14,8 +14,12 @@ import pytest
 import torch
 
 from litgpt_kv import KVCacheArgs
+from litgpt_kv.llm.turns import Turns
 
 pytest.importorskip("lm_eval", reason="needs the extra eval")
+
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
 
 from litgpt_kv.evaluate.continuations import score
 from litgpt_kv.evaluate.harness import LitgptKV, cli_evaluate
@@ -97,6 +101,8 @@ def test_a_cache_changes_scores_as_the_library_says(h2o: LitgptKV, dense: Litgpt
     assert found == score(h2o.llm, tokens, KVCacheArgs("h2o", budget="50%"), 4)
     assert found != dense.loglikelihood([asked(*pair) for pair in pairs])
     assert "budget='50%'" in h2o.get_model_info()["kv_cache"]
+    own = LitgptKV("demo", "snapkv", 20, device="cpu", window=8, sinks=2).args
+    assert (own.options, own.sinks, own.budget) == ({"window": 8}, 2, 20)
 
 
 def test_answers_are_generated_greedily_until_a_text(h2o: LitgptKV) -> None:
@@ -116,6 +122,25 @@ def test_answers_are_generated_greedily_until_a_text(h2o: LitgptKV) -> None:
 def test_a_conversation_is_put_into_the_prompt_style(dense: LitgptKV) -> None:
     assert dense.apply_chat_template([{"role": "user", "content": "x = "}]) == dense.llm.prompt_style.apply("x = ")
     assert dense.chat_template(True) == type(dense.llm.prompt_style).__name__ and dense.tokenizer_name == "demo"
+    with pytest.raises(ValueError, match="Only a message of the assistant can be continued"):
+        dense.apply_chat_template([{"role": "user", "content": "x = "}], add_generation_prompt=False)
+
+
+def test_a_reply_that_a_task_begins_stands_where_the_reply_does(
+    dense: LitgptKV, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = 'gen_prefix: "Answer:"\nfewshot_split: test\n'
+    (folder / "tasks" / "begun.yaml").write_text(block("yaml").replace("task: python_choice", "task: begun") + more)
+    monkeypatch.setattr(dense.llm, "prompt_style", Turns("<first>", "<reply>", "<between>", "<past>"))
+    manager = TaskManager(include_path="tasks")
+    for shots, before in ((0, "<first>"), (1, r"<first>.*<past>Answer: .*<between>")):
+        found = simple_evaluate(
+            dense, tasks=["begun"], task_manager=manager, num_fewshot=shots, apply_chat_template=True
+        )
+        assert len(found["samples"]["begun"]) == 3
+        for sample in found["samples"]["begun"]:
+            for context, _ in sample["arguments"]:
+                assert re.fullmatch(before + re.escape(sample["doc"]["code"] + "<reply>Answer:"), context, flags=re.S)
 
 
 @pytest.mark.parametrize(

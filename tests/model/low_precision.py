@@ -1,4 +1,4 @@
-"""How far bfloat16 logits are from float64, with a cache and without one: `python tests/low_precision.py --steps 2000`.
+"""How far bfloat16 logits are from float64, cached or not: `python tests/model/low_precision.py --steps 2000`.
 
 The weights are bfloat16 numbers on all sides, so what is measured is the arithmetic: of a cacheless bfloat16 pass over
 the whole text, and of the same text decoded token by token, both against the same weights in float64.

@@ -1,6 +1,6 @@
 """In bfloat16 a cache costs no precision: cached logits stay within twice the error of the cacheless bfloat16 pass.
 
-100 steps of what `python tests/low_precision.py --steps 2000` runs for more models and every strategy.
+100 steps of what `python tests/model/low_precision.py --steps 2000` runs for more models and every strategy.
 """
 
 from __future__ import annotations

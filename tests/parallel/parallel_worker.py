@@ -117,8 +117,10 @@ def cases(devices: int) -> Iterator[tuple[str, Config, str, str, str, str]]:
                 yield f"{name}/{strategy}/plain/full", config, strategy, "plain", "absolute", "full"
             if name == "gqa" and strategy in ("h2o", "one-choice") if few else name in ("mha", "mqa"):
                 yield f"{name}/{strategy}/plain/streamed", config, strategy, "plain", "absolute", "streamed"
-    if not few:  # two pools of two devices
-        yield "mha/h2o:pool/plain/full", GRID["mha"], "h2o:pool", "plain", "absolute", "full"
+    for strategy in NAMES if not few else ():  # two pools of two devices
+        if not plain(strategy).recency:
+            way = "full" if strategy == "h2o" else "admitted"
+            yield f"mha/{strategy}:pool/plain/{way}", GRID["mha"], f"{strategy}:pool", "plain", "absolute", way
     for strategy in THREE if not few else ():
         for storage in storages_for(strategy):
             if storage != "plain":

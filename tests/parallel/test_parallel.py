@@ -17,14 +17,16 @@ from filelock import FileLock
 
 from litgpt.config import Config, name_to_config
 from litgpt.utils import save_config
-from litgpt_kv import GPT, LLM
+from litgpt_kv import GPT, LLM, KVCache, KVCacheArgs
 from litgpt_kv.__main__ import main
 from litgpt_kv.llm.checkpoint import DEMO
 from litgpt_kv.parallel import PARALLEL_STRATEGIES, DeviceRequest, find_parallel_strategy
+from litgpt_kv.parallel.collectives import Collectives
 from litgpt_kv.parallel.data import assign_prompts
 from litgpt_kv.parallel.heads import divide_heads, split_range
-from litgpt_kv.parallel.tensor import slice_parameter
-from tests.oracle.shrink import LLAMA, shrink
+from litgpt_kv.parallel.memory import cache_bytes
+from litgpt_kv.parallel.tensor import load_tensor_parallel, slice_parameter
+from tests.oracle.shrink import LLAMA, fill, shrink
 from tests.parallel.parallel_worker import GRID, LATENT, SPREAD, _config, cases
 from tests.parallel.processes import GENERATE, finished, free_port, linux, started, together
 
@@ -140,6 +142,16 @@ def test_every_named_model_can_be_divided_by_eight_or_says_why() -> None:
         else:
             with pytest.raises(ValueError, match=f"has {config.n_head} heads: 1 to {config.n_head} devices"):
                 divide_heads(config, 8)
+
+
+def test_a_device_with_all_heads_lets_layers_choose_together() -> None:
+    """As each device of data_parallel has them."""
+    config = shrink(LLAMA)
+    model = load_tensor_parallel(config, Collectives(), fill(GPT(config)).state_dict())
+    args = KVCacheArgs("kvzip", 6, select="model")
+    assert model.sharing is None and KVCache.build(model, args, 1, 16).plans[0].select == "model"
+    with pytest.raises(ValueError, match="all heads, which must be on one device: they are divided among 2"):
+        cache_bytes(config, "tensor_parallel", 2, args, 1, 16, torch.float32)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 7])

@@ -217,6 +217,8 @@ class Strategy:
             statistic "reread" is then the largest attention that the second reading paid to a token, over the query
             heads of a group; 0 where nothing was read again. `chunk` says how many tokens are read again at once.
         evicts: Whether a full cache makes room; otherwise it refuses the next token.
+        outside_window: Whether a layer with a sliding window keeps tokens outside of it, too, which no query sees; for
+            a strategy that does not evict. Otherwise a budget of at least the window keeps the window alone.
         comparable: Whether scores of different heads can be compared; if not, `select="pool"` divides each by its
             head's sum.
         select: Who chooses unless the user says otherwise: "head", "layer" or "pool", see `KVCacheArgs`.
@@ -230,6 +232,7 @@ class Strategy:
     recency: ClassVar[bool] = False
     rereads: ClassVar[bool] = False
     evicts: ClassVar[bool] = True
+    outside_window: ClassVar[bool] = False
     comparable: ClassVar[bool] = True
     select: ClassVar[str] = "head"
     positions: ClassVar[str] = "absolute"
