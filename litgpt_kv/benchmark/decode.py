@@ -139,8 +139,8 @@ def benchmark(
         peers: Other libraries: litgpt, transformers, llama.cpp, openvino. Strategies are then by default dense alone.
             The row of a library that is not installed, or that cannot load the model, says so.
         ragged: Rows have different lengths, from a tenth of the context up to it; takes a batch_size of 2 or more.
-        gguf: What llama.cpp and OpenVINO read: GGUF files of the same model, or types to which its weights are
-            converted for them (f32, f16, bf16, q8_0); default: the model's own type.
+        gguf: What llama.cpp reads: GGUF files of the same model, or types to which its weights are converted for it
+            (f32, f16, bf16, q8_0); default: the model's own type.
         prefills: How often prompts are read (default: as often as repeats; once if longer than 4096 tokens).
         prefill_chunk: Tokens of a block, in which strategies that evict read the rest of a prompt after a first pass
             of as many tokens as they keep (default: one pass over the whole prompt).

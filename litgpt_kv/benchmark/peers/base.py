@@ -19,6 +19,7 @@ from torch import Tensor
 
 from litgpt.config import Config
 from litgpt_kv.compat.input_pos import GPT
+from litgpt_kv.config import KVCacheArgs
 
 
 class Unable(Exception):
@@ -34,14 +35,16 @@ class Job:
         lengths: Tokens of each row's prompt.
         new_tokens: The most tokens that a row decodes after its prompt.
         compiled: Whether ways with a compiled step are measured as well.
+        budget: Of ways that evict: tokens, or a percentage of the longest row.
         gguf: For libraries that read GGUF: paths of files, or types in which the model's weights are written.
-        folder: For files that a library needs; it is removed after the run.
+        folder: For files that a library needs. Other jobs with the same model find them there.
     """
 
     model: GPT
     lengths: tuple[int, ...]
     new_tokens: int
     compiled: bool = False
+    budget: int | str = "25%"
     gguf: tuple[str, ...] = ()
     folder: Path = Path()
 
@@ -67,6 +70,11 @@ class Job:
     def total(self) -> int:
         """The tokens that the longest row has at the end."""
         return max(self.lengths) + self.new_tokens
+
+    @property
+    def kept(self) -> int:
+        """The budget in tokens."""
+        return KVCacheArgs("h2o", self.budget).resolved(self.total).budget
 
     @property
     def dtype(self) -> torch.dtype:
@@ -103,12 +111,15 @@ class Variant(ABC):
     twin: Variant | None = None
 
     @abstractmethod
-    def prefill(self, prompts: list[Tensor]) -> Tensor:
-        """Forget everything, and read a prompt (T,) int64 for each row: logits (B, V) after its last token."""
+    def prefill(self, prompts: list[Tensor]) -> Tensor | None:
+        """Forget everything, and read a prompt (T,) int64 for each row: logits (B, V) after its last token.
+
+        None from a library that does not tell them.
+        """
 
     @abstractmethod
-    def step(self, tokens: Tensor) -> Tensor:
-        """Read the next token of each row, (B,) int64: logits (B, V) after it."""
+    def step(self, tokens: Tensor) -> Tensor | None:
+        """Read the next token of each row, (B,) int64: logits (B, V) after it, or None."""
 
     def follow(self) -> None:
         """Go on after the prompts that the twin has just read."""

@@ -19,17 +19,16 @@ class Ours(Variant):
     Args:
         job: What is run.
         strategy: Its name, with a `select` after a colon.
-        budget: Of strategies that evict: tokens, or a percentage of the longest row.
         compiled: Whether the decode step is compiled.
         chunk: Tokens of a block; strategies that evict read a prompt in blocks after a first pass of as many tokens as
             they keep. None: in one pass.
     """
 
-    def __init__(self, job: Job, strategy: str, budget: int | str, compiled: bool, chunk: int | None) -> None:
+    def __init__(self, job: Job, strategy: str, compiled: bool, chunk: int | None) -> None:
         self.name = f"{strategy}, compiled" if compiled else strategy
         self.model = job.model
         self.decoder = CompiledDecoder(job.model) if compiled else job.model
-        self.cache = KVCache.build(job.model, cache_args(strategy, budget), job.rows, job.total, static=compiled)
+        self.cache = KVCache.build(job.model, cache_args(strategy, job.budget), job.rows, job.total, static=compiled)
         self.chunk = chunk if chunk is None else min(chunk, self.cache.longest_block)
         self.lengths: list[int] = []
         quantized = getattr(job.model.lm_head, "dequantized", None) is not None
@@ -66,7 +65,7 @@ class Ours(Variant):
         return self.weight_bytes + (held["keys"] + held["values"]) * kept // rows_and_slots
 
 
-def our_variants(job: Job, strategies: Sequence[str], budget: int | str, chunk: int | None) -> list[Ours]:
+def our_variants(job: Job, strategies: Sequence[str], chunk: int | None) -> list[Ours]:
     """Return each strategy with an eager step and, if the job asks for it, with a compiled one."""
     ways = (False, True) if job.compiled else (False,)
-    return [Ours(job, strategy, budget, compiled, chunk) for strategy in strategies for compiled in ways]
+    return [Ours(job, strategy, compiled, chunk) for strategy in strategies for compiled in ways]

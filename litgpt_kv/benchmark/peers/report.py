@@ -18,7 +18,15 @@ from litgpt_kv.benchmark.processor import bandwidth, processor
 from litgpt_kv.compat.input_pos import GPT
 
 LAYOUT = "{:<38}{:<10}{:>17}{:>14}{:>18}{:>14}{:>10}{:>9}{:>7}"
-HEADS = "library and cache", "weights", "prefill tokens/s", "times slower", "decode ms a step", "times slower", "tokens/s"
+HEADS = (
+    "library and cache",
+    "weights",
+    "prefill tokens/s",
+    "times slower",
+    "decode ms a step",
+    "times slower",
+    "tokens/s",
+)
 HEADS += "of limit", "same"
 
 
@@ -79,29 +87,29 @@ def compare_peers(model: GPT, contexts: Sequence[int], settings: Settings) -> di
     print(f"{report['machine']}; memory reads at most {limit / 1e9:.1f} GB/s")
     if versions:
         print("; ".join(versions))
-    for context in contexts:
-        report["rows"] += _at(model, context, settings, limit)
+    with tempfile.TemporaryDirectory() as folder:
+        for context in contexts:
+            report["rows"] += _at(model, context, settings, limit, Path(folder))
     return report
 
 
-def _at(model: GPT, context: int, settings: Settings, limit: float) -> list[dict[str, Any]]:
+def _at(model: GPT, context: int, settings: Settings, limit: float, folder: Path) -> list[dict[str, Any]]:
     """Measure at one context, and print the table."""
     if settings.compiled:
         torch.compiler.reset()  # graphs of earlier contexts are of no use
     lengths = row_lengths(context, settings.rows, settings.ragged)
     vocabulary, device = model.config.vocab_size, model.lm_head.weight.device
     g = torch.Generator().manual_seed(context)
-    with tempfile.TemporaryDirectory() as folder:
-        job = Job(model, lengths, settings.new_tokens, settings.compiled, settings.gguf, Path(folder))
-        sizes = [length + settings.new_tokens for length in lengths]
-        tokens = [torch.randint(vocabulary, (size,), generator=g).to(device) for size in sizes]
-        entries = collect(job, settings.peers, settings.strategies, settings.budget, settings.chunk)
-        try:
-            measure(entries, tokens, job, settings.steps, settings.repeats, settings.times_read(context))
-            rows = [_row(entry, entries[0], job, context, settings.steps, limit) for entry in entries]
-        finally:
-            for entry in entries:
-                entry.close()
+    job = Job(model, lengths, settings.new_tokens, settings.compiled, settings.budget, settings.gguf, folder)
+    sizes = [length + settings.new_tokens for length in lengths]
+    tokens = [torch.randint(vocabulary, (size,), generator=g).to(device) for size in sizes]
+    entries = collect(job, settings.peers, settings.strategies, settings.chunk)
+    try:
+        measure(entries, tokens, job, settings.steps, settings.repeats, settings.times_read(context))
+        rows = [_row(entry, entries[0], job, context, settings.steps, limit) for entry in entries]
+    finally:
+        for entry in entries:
+            entry.close()
     _print(rows, settings, lengths)
     return rows
 

@@ -91,11 +91,9 @@ def named_peers(peers: str | Sequence[str]) -> list[str]:
     return found
 
 
-def collect(
-    job: Job, peers: Sequence[str], strategies: Sequence[str], budget: int | str, chunk: int | None
-) -> list[Measured]:
+def collect(job: Job, peers: Sequence[str], strategies: Sequence[str], chunk: int | None) -> list[Measured]:
     """Build all variants of a job, ours first; a library that cannot run it gives an entry that says why."""
-    found = [Measured("litgpt_kv", variant) for variant in our_variants(job, strategies, budget, chunk)]
+    found = [Measured("litgpt_kv", variant) for variant in our_variants(job, strategies, chunk)]
     for name in peers:
         peer: Peer = registry.build("peer", name)
         try:
@@ -151,7 +149,11 @@ def _prefill(entry: Measured, prompts: list[Tensor], last: bool) -> None:
     began = now(device)
     logits = entry.variant.prefill(prompts)
     entry.prefill_seconds.append(now(device) - began)
-    entry.top = [logits.argmax(dim=-1)]
+    entry.top = _top(logits)
+
+
+def _top(logits: Tensor | None) -> list[Tensor]:
+    return [] if logits is None else [logits.argmax(dim=-1)]
 
 
 def _steps(entry: Measured, tokens: Tensor, warm_up: bool) -> None:
@@ -159,7 +161,8 @@ def _steps(entry: Measured, tokens: Tensor, warm_up: bool) -> None:
     given = [row.clone() for row in tokens]  # compiled models want tensors that begin at aligned addresses
     began = now(tokens.device)
     if warm_up:
-        entry.top += [entry.variant.step(row).argmax(dim=-1) for row in given]
+        for row in given:
+            entry.top += _top(entry.variant.step(row))
         return
     for row in given:
         entry.variant.step(row)
