@@ -5,6 +5,7 @@ B rows · T tokens of a prompt · V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -158,15 +159,13 @@ class Peer(ABC):
         if missing:
             raise Unable(f"not installed: pip install {' '.join(dict.fromkeys(missing))}")
 
-    def version(self) -> str:
-        """Name the installed packages with their versions; "" if there are none."""
+    def versions(self) -> list[str]:
+        """Name the packages that are installed, with their versions."""
         found = []
         for package in dict.fromkeys(self.packages.values()):
-            try:
+            with contextlib.suppress(metadata.PackageNotFoundError):
                 found.append(f"{package} {metadata.version(package)}")
-            except metadata.PackageNotFoundError:
-                continue
-        return ", ".join(found)
+        return found
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -23,7 +23,8 @@ class LitgptCache(Variant):
 
     def __init__(self, job: Job, model: litgpt.GPT, twin: LitgptCache | None = None) -> None:
         self.name = "own cache" if twin is None else "own cache, compiled"
-        self.model, self.decoder, self.twin = model, model if twin is None else torch.compile(model), twin
+        self.model, self.twin = model, twin
+        self.decoder = model if twin is None else torch.compile(model, dynamic=False)
         self.weights, self.weight_bytes, self.token_bytes = name_of(job.dtype), step_bytes(model), job.token_bytes
         self.position = 0
 
@@ -38,7 +39,8 @@ class LitgptCache(Variant):
     def step(self, tokens: Tensor) -> Tensor:
         position = torch.tensor([self.position], device=tokens.device)
         self.position += 1
-        return self.decoder(tokens.unsqueeze(1), position, input_pos_maxp1=self.position)[:, -1]
+        end = self.position if self.twin is None else None  # a compiled step reads all slots: it has one shape
+        return self.decoder(tokens.unsqueeze(1), position, input_pos_maxp1=end)[:, -1]
 
 
 @register("peer", "litgpt")

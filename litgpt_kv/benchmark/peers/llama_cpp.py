@@ -121,10 +121,13 @@ class LlamaCppPeer(Peer):
 
     title: ClassVar[str] = "llama.cpp"
     packages: ClassVar[dict[str, str]] = {"llama_cpp": "llama-cpp-python"}
+    quiet: ClassVar[Any] = None  # llama.cpp's log goes here; it must live as long as the process
 
     def variants(self, job: Job) -> Iterator[Variant | Unable]:
-        import llama_cpp  # sets llama.cpp's log to errors
+        import llama_cpp
 
+        LlamaCppPeer.quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
+        llama_cpp.llama_log_set(LlamaCppPeer.quiet, None)
         llama_cpp.llama_backend_init()
         for file in gguf_files(job):
             if isinstance(file, Unable):

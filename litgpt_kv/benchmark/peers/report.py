@@ -76,17 +76,17 @@ def compare_peers(model: GPT, contexts: Sequence[int], settings: Settings) -> di
         library that cannot run has "problem".
     """
     limit = bandwidth(model.lm_head.weight.device)
-    versions = [version for name in settings.peers if (version := registry.build("peer", name).version())]
+    versions = dict.fromkeys(v for name in settings.peers for v in registry.build("peer", name).versions())
     report: dict[str, Any] = {
         "machine": processor(),
-        "versions": versions,
+        "versions": list(versions),
         "model": model.config.name,
         "read_GB_per_s": limit / 1e9,
         "rows": [],
     }
     print(f"{report['machine']}; memory reads at most {limit / 1e9:.1f} GB/s")
     if versions:
-        print("; ".join(versions))
+        print(", ".join(versions))
     with tempfile.TemporaryDirectory() as folder:
         for context in contexts:
             report["rows"] += _at(model, context, settings, limit, Path(folder))

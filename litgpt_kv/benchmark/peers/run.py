@@ -123,23 +123,23 @@ def measure(entries: list[Measured], tokens: list[Tensor], job: Job, steps: int,
     running = [entry for entry in entries if entry.variant is not None]
     turns = len(running) * (prefills + repeats + 1)
     shown: dict[str, Any] = {"file": sys.stderr, "disable": None, "leave": False}
-    with tqdm(total=turns, **shown) as bar, torch.inference_mode(), _many_graphs(job.compiled):
+    with tqdm(total=turns, **shown) as bar, torch.inference_mode(), many_graphs(job.compiled):
         for i in range(prefills):
             for entry in running:
                 bar.set_postfix_str(f"{entry.name}, prompt")
-                with _reported(entry):
-                    _prefill(entry, prompts, last=i + 1 == prefills)
+                with reported(entry):
+                    read_prompts(entry, prompts, last=i + 1 == prefills)
                 bar.update()
         for i in range(repeats + 1):
             part = later[i * steps : (i + 1) * steps]
             for entry in running:
                 bar.set_postfix_str(f"{entry.name}, {'warm-up' if i == 0 else 'steps'}")
-                with _reported(entry):
-                    _steps(entry, part, warm_up=i == 0)
+                with reported(entry):
+                    decode(entry, part, warm_up=i == 0)
                 bar.update()
 
 
-def _prefill(entry: Measured, prompts: list[Tensor], last: bool) -> None:
+def read_prompts(entry: Measured, prompts: list[Tensor], last: bool) -> None:
     """Read the prompts; a variant with a twin only goes on after the twin's last time."""
     if entry.variant.twin is not None:
         if last:
@@ -156,7 +156,7 @@ def _top(logits: Tensor | None) -> list[Tensor]:
     return [] if logits is None else [logits.argmax(dim=-1)]
 
 
-def _steps(entry: Measured, tokens: Tensor, warm_up: bool) -> None:
+def decode(entry: Measured, tokens: Tensor, warm_up: bool) -> None:
     """Decode tokens (steps, B)."""
     given = [row.clone() for row in tokens]  # compiled models want tensors that begin at aligned addresses
     began = now(tokens.device)
@@ -170,7 +170,7 @@ def _steps(entry: Measured, tokens: Tensor, warm_up: bool) -> None:
 
 
 @contextlib.contextmanager
-def _reported(entry: Measured) -> Iterator[None]:
+def reported(entry: Measured) -> Iterator[None]:
     """Turn an error of another library into the text of its row; errors of ours are raised."""
     if entry.variant is None:
         yield
@@ -184,7 +184,7 @@ def _reported(entry: Measured) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _many_graphs(compiled: bool) -> Iterator[None]:
+def many_graphs(compiled: bool) -> Iterator[None]:
     """Allow for one graph of each library and context; beyond torch's limit, steps would run eagerly unnoticed."""
     if not compiled:
         yield
