@@ -120,23 +120,27 @@ def measure(entries: list[Measured], tokens: list[Tensor], job: Job, steps: int,
     """
     prompts = [row[:length] for row, length in zip(tokens, job.lengths)]
     later = torch.stack([row[length:] for row, length in zip(tokens, job.lengths)], dim=1)  # (new tokens, B)
-    running = [entry for entry in entries if entry.variant is not None]
-    turns = len(running) * (prefills + repeats + 1)
+    turns = sum(map(_runs, entries)) * (prefills + repeats + 1)
     shown: dict[str, Any] = {"file": sys.stderr, "disable": None, "leave": False}
     with tqdm(total=turns, **shown) as bar, torch.inference_mode(), many_graphs(job.compiled):
         for i in range(prefills):
-            for entry in running:
+            for entry in filter(_runs, entries):
                 bar.set_postfix_str(f"{entry.name}, prompt")
                 with reported(entry):
                     read_prompts(entry, prompts, last=i + 1 == prefills)
                 bar.update()
         for i in range(repeats + 1):
             part = later[i * steps : (i + 1) * steps]
-            for entry in running:
+            for entry in filter(_runs, entries):
                 bar.set_postfix_str(f"{entry.name}, {'warm-up' if i == 0 else 'steps'}")
                 with reported(entry):
                     decode(entry, part, warm_up=i == 0)
                 bar.update()
+
+
+def _runs(entry: Measured) -> bool:
+    """Whether a variant can run; it may have failed a moment ago."""
+    return entry.variant is not None
 
 
 def read_prompts(entry: Measured, prompts: list[Tensor], last: bool) -> None:
@@ -172,9 +176,6 @@ def decode(entry: Measured, tokens: Tensor, warm_up: bool) -> None:
 @contextlib.contextmanager
 def reported(entry: Measured) -> Iterator[None]:
     """Turn an error of another library into the text of its row; errors of ours are raised."""
-    if entry.variant is None:
-        yield
-        return
     try:
         yield
     except Exception as error:
