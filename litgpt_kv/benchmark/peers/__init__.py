@@ -5,6 +5,6 @@ examples, `run.py` measures all of them in one interleaved run, `report.py` and 
 A new library is a file here with a class decorated with `@register("peer", "name")`, and its import below.
 """
 
-from litgpt_kv.benchmark.peers import litgpt_cache, llama_cpp, open_vino, transformers_caches
+from litgpt_kv.benchmark.peers import litgpt_cache, llama_cpp_batch, open_vino, transformers_caches
 
-__all__ = ["litgpt_cache", "llama_cpp", "open_vino", "transformers_caches"]
+__all__ = ["litgpt_cache", "llama_cpp_batch", "open_vino", "transformers_caches"]
