@@ -1,6 +1,6 @@
 """Measure what the speed of this library is held to, and print a table: goal, measured, held or not.
 
-    python tests/speed_goals.py --threads 2 --out build/goals --checkpoint checkpoints/SmolLM2 --gguf SmolLM2.gguf
+    python -m tests.speed_goals --out build/goals --checkpoint checkpoints/SmolLM2 --gguf SmolLM2.gguf
 
 Sections, each an interleaved run whose results are stored in the folder `--out`; a section that is stored there is not
 measured again, so a run can be interrupted. `--only` names sections, `--again` measures them anew, `--small` tries
