@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import sys
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from litgpt_kv.benchmark.peers.base import float_state
 from litgpt_kv.benchmark.peers.picture import check_picture, draw_costs
 from litgpt_kv.benchmark.peers.report import Settings, compare_peers
 from litgpt_kv.benchmark.peers.run import named_peers
-from litgpt_kv.benchmark.processor import bandwidth, now
+from litgpt_kv.benchmark.processor import bandwidth, now, processor
 from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.config import shown
@@ -128,7 +127,8 @@ def benchmark(
     Args:
         checkpoint_dir: A checkpoint, or "demo" for the shipped model; by default a random model of the given shape.
         shape: The sizes of the random model.
-        contexts: Prompt lengths in tokens (default: 1024 and 4096; for a checkpoint, half and most of its context).
+        contexts: Prompt lengths in tokens (default: 1024 and 4096; for a checkpoint, half and most of its context; with
+            peers, 1024, 4096 and 16384, as far as they fit).
         strategies: The caches (default: dense, h2o, sink, window): NAME, NAME:pool, NAME@STORAGE, as in dense@int8;
             "none" computes the whole text at every step.
         budget: The budget of strategies that evict: tokens, or a percentage of the context.
@@ -190,14 +190,15 @@ def benchmark(
     new = steps * (repeats + 1) if comparing else steps
     fabric = checkpoint.fabric_for(device.precision, device.accelerator, device.quantize)
     if checkpoint_dir is None:
-        contexts = contexts or [1024, 4096]
+        contexts = contexts or [1024, 4096, *([16384] if comparing else [])]
         config = shape.config(2 * max(contexts) + new + 1)  # room for strategies that read prompts twice
         model = random_model(config, fabric, device.quantize)
     else:
         folder = checkpoint.find(checkpoint_dir)
         config = checkpoint.load_config(folder)
         model = checkpoint.load_model(folder, config, fabric, device.quantize)
-        contexts = contexts or [config.block_size // 2, config.block_size - new - 1]
+        usual = [n for n in (1024, 4096, 16384) if comparing and n + new < config.block_size]
+        contexts = contexts or usual or [config.block_size // 2, config.block_size - new - 1]
     _check_contexts(contexts, new, config)
     if comparing:
         settings = Settings(
@@ -222,7 +223,7 @@ def benchmark(
     limit = bandwidth(fabric.device)
     weights = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "wte" not in n)
     report = {
-        "machine": f"{platform.processor() or platform.machine()}, {fabric.device}, {torch.get_num_threads()} threads",
+        "machine": f"{processor()}, on {fabric.device}",
         "torch": torch.__version__,
         "model": config.name,
         "batch_size": batch_size,
@@ -230,7 +231,7 @@ def benchmark(
         "read_GB_per_s": limit / 1e9,
         "rows": [],
     }
-    print(f"{report['machine']}, torch {torch.__version__}; memory reads at most {limit / 1e9:.1f} GB/s")
+    print(f"{report['machine']}; memory reads at most {limit / 1e9:.1f} GB/s")
     with tqdm(total=len(contexts) * repeats, file=sys.stderr, disable=None, leave=False) as bar, torch.inference_mode():
         for context in contexts:
             compared = contenders(model, context, steps, batch_size, strategies, budget, litgpt, device.compile)

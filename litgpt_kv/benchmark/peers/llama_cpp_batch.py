@@ -126,6 +126,8 @@ class LlamaCppPeer(Peer):
     def variants(self, job: Job) -> Iterator[Variant | Unable]:
         import llama_cpp
 
+        if job.device.type != "cpu":
+            raise Unable("it is measured on a CPU only")
         LlamaCppPeer.quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
         llama_cpp.llama_log_set(LlamaCppPeer.quiet, None)
         llama_cpp.llama_backend_init()

@@ -37,7 +37,7 @@ class PlainLlama(nn.Module):
         self.register_buffer("frequencies", 1.0 / config.rope_base**steps)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor) -> list[Tensor]:
-        """Return the logits (B, T, V), and keys and values (B, G, N, D) of each layer.
+        """Return the logits (B, 1, V) after the last token, and keys and values (B, G, N, D) of each layer.
 
         Args:
             input_ids: (B, T) int64. attention_mask: (B, N) int64, 0 for padding. position_ids: (B, T) int64.
@@ -59,7 +59,7 @@ class PlainLlama(nn.Module):
             h = self._norm(f"{name}norm_2", x)
             gate, up = (F.linear(h, self.weights[f"{name}mlp.fc_{i}.weight"]) for i in (1, 2))
             x = x + F.linear(F.silu(gate) * up, self.weights[f"{name}mlp.proj.weight"])
-        logits = F.linear(self._norm("transformer.ln_f", x), self.weights["lm_head.weight"])
+        logits = F.linear(self._norm("transformer.ln_f", x[:, -1:]), self.weights["lm_head.weight"])
         return [logits, *present]
 
     def _attend(
