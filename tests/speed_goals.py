@@ -4,7 +4,7 @@
 
 Sections, each an interleaved run whose results are stored in the folder `--out`; a section that is stored there is not
 measured again, so a run can be interrupted. `--only` names sections, `--again` measures them anew, `--small` tries
-everything on a small model in a minute or two (its figures mean nothing).
+everything on a small model in a few minutes (its figures mean nothing). Run nothing else beside.
 
 - dense: the 12 × 768 model at 1,024, 4,096 and 16,384 tokens, against litgpt and transformers, eager and compiled.
 - flat: h2o and sink with 512 tokens from 1,024 to 65,536, all contexts in one interleaved run, and dense at 16,384.
@@ -30,8 +30,9 @@ from tqdm import tqdm
 from litgpt_kv.benchmark.decode import Shape, random_model
 from litgpt_kv.benchmark.peers.base import Job
 from litgpt_kv.benchmark.peers.ours import Ours
+from litgpt_kv.benchmark.peers.picture import check_picture, draw_costs
 from litgpt_kv.benchmark.peers.report import Settings, compare_peers
-from litgpt_kv.benchmark.peers.run import Measured, decode, read_prompts
+from litgpt_kv.benchmark.peers.run import Measured, decode, named_peers, read_prompts
 from litgpt_kv.benchmark.processor import processor
 from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.llm import checkpoint
@@ -73,10 +74,13 @@ class Run:
 
     Args:
         sizes: See `Sizes`. folder: A checkpoint for `int8`, and for `ragged` if there is one. gguf: Its GGUF file.
+        peers: The libraries of `dense`.
+
+    The sections get the file that they are stored in.
     """
 
-    def __init__(self, sizes: Sizes, folder: str | None, gguf: str | None) -> None:
-        self.sizes, self.folder, self.gguf = sizes, folder, gguf
+    def __init__(self, sizes: Sizes, folder: str | None, gguf: str | None, peers: tuple[str, ...]) -> None:
+        self.sizes, self.folder, self.gguf, self.peers = sizes, folder, gguf, peers
         self.settings = Settings(steps=sizes.steps, repeats=sizes.repeats)
 
     def random(self, tokens: int) -> GPT:
@@ -89,16 +93,20 @@ class Run:
         fabric = checkpoint.fabric_for("32-true", "cpu", quantize)
         return checkpoint.load_model(folder, checkpoint.load_config(folder), fabric, quantize)
 
-    def dense(self) -> Report:
-        settings = replace(self.settings, peers=("litgpt", "transformers"), compiled=True)
+    def dense(self, file: Path) -> Report:
+        """Each context is stored when it is measured; those in the file are kept."""
+        report: Report = json.loads(file.read_text()) if file.is_file() else {"rows": []}
+        settings = replace(self.settings, peers=self.peers, compiled=True)
         model = self.random(max(self.sizes.contexts))
-        report: Report = {"rows": []}
         for context in self.sizes.contexts:
-            long = context > 4096
-            report = merged(report, compare_peers(model, [context], replace(settings, prefills=1 if long else 3)))
+            if any(row["context"] == context for row in report["rows"]):
+                continue
+            part = compare_peers(model, [context], replace(settings, prefills=1 if context > 4096 else 3))
+            report = {**part, "rows": report["rows"] + part["rows"]}
+            file.write_text(json.dumps(report, indent=2) + "\n")
         return report
 
-    def flat(self) -> Report:
+    def flat(self, file: Path) -> Report:
         """All contexts in turns, so that what else happens on the machine happens to all of them."""
         sizes, torch_threads = self.sizes, torch.get_num_threads()
         model, dense_at = self.random(max(sizes.flat)), sizes.flat[2]
@@ -122,13 +130,13 @@ class Run:
             print(f"{name:<8}{context:>9,} tokens  {both[0]:8.2f} {both[1]:8.2f} ms a step")
         return {"machine": processor(), "threads": torch_threads, "rows": rows}
 
-    def ragged(self) -> Report:
+    def ragged(self, file: Path) -> Report:
         longest = self.sizes.ragged
         model = self.random(longest) if self.folder is None else self.loaded()
         settings = replace(self.settings, peers=("transformers",), rows=8, ragged=True, compiled=True, prefills=1)
         return compare_peers(model, [longest], settings)
 
-    def int8(self) -> Report:
+    def int8(self, file: Path) -> Report:
         if self.folder is None:
             raise SystemExit("The section int8 needs --checkpoint, and --gguf with the file that it was made from.")
         files = tuple(filter(None, (self.gguf, "q8_0")))
@@ -137,10 +145,6 @@ class Run:
 
 
 SECTIONS = ("dense", "flat", "ragged", "int8")
-
-
-def merged(first: Report, second: Report) -> Report:
-    return {**second, "rows": first["rows"] + second["rows"]}
 
 
 # -- the table -------------------------------------------------------------------------------------------------------
@@ -233,25 +237,33 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="measure sections that are stored already")
     parser.add_argument("--checkpoint", help="for int8 and ragged; without it int8 is left out")
     parser.add_argument("--gguf", help="the GGUF file that the checkpoint was made from")
+    parser.add_argument("--peers", default="litgpt,transformers", help="libraries of dense; the goals are about these")
+    parser.add_argument("--plot", type=Path, help="draw the cost of a token against the context, of dense")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--small", action="store_true", help="try it on a small model")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     sizes = SMALL if given.small else Sizes()
-    run = Run(sizes, given.checkpoint, given.gguf)
+    picture = None if given.plot is None else check_picture(str(given.plot))
+    run = Run(sizes, given.checkpoint, given.gguf, tuple(named_peers(given.peers)))
     given.out.mkdir(parents=True, exist_ok=True)
     for name in given.only:
         file = given.out / f"{name}.json"
-        if (file.is_file() and not given.again) or (name == "int8" and given.checkpoint is None):
+        if given.again:
+            file.unlink(missing_ok=True)
+        whole = file.is_file() and "seconds" in json.loads(file.read_text())
+        if whole or (name == "int8" and given.checkpoint is None):
             continue
         print(f"\n== {name}", flush=True)
         began = time.perf_counter()
-        report = getattr(run, name)()
+        report = getattr(run, name)(file)
         report |= {"seconds": time.perf_counter() - began, "small": given.small, "when": time.strftime("%F %R %Z")}
         file.write_text(json.dumps(report, indent=2) + "\n")
         print(f"{name} took {report['seconds']:,.0f} s")
     stored = {name: given.out / f"{name}.json" for name in SECTIONS}
     reports = {name: json.loads(file.read_text()) for name, file in stored.items() if file.is_file()}
+    if picture is not None and "dense" in reports:
+        draw_costs(reports["dense"]["rows"], picture)
     table = list(goals(reports, sizes))
     (given.out / "goals.json").write_text(json.dumps([asdict(goal) for goal in table], indent=2) + "\n")
     print(f"\n{processor()}")

@@ -88,12 +88,13 @@ class PagedCache(OpenVinoVariant):
         import openvino_genai as genai
 
         super().__init__(job)
-        self.name = "paged cache" if keep is None else f"paged cache, evicting to {keep:,}"
+        self.name = "paged cache" if keep is None else "paged cache, evicting"
         self.genai, self.keep = genai, keep
         settings = genai.SchedulerConfig()
         settings.enable_prefix_caching = False  # prompts are read again and again
         settings.dynamic_split_fuse = False
-        settings.max_num_batched_tokens = sum(job.lengths)
+        settings.max_num_batched_tokens = sum(job.lengths)  # all prompts in one pass
+        settings.max_num_seqs = job.rows
         if keep is not None:
             settings.use_cache_eviction = True
             recent = max(BLOCK, keep // 2 // BLOCK * BLOCK)
