@@ -20,6 +20,7 @@ from litgpt_kv.benchmark.peers.litgpt_cache import Litgpt
 from litgpt_kv.benchmark.peers.openvino_model import PlainLlama
 from litgpt_kv.benchmark.peers.ours import Ours
 from litgpt_kv.benchmark.peers.picture import draw_costs
+from litgpt_kv.benchmark.peers.report import Settings
 from litgpt_kv.benchmark.peers.run import Measured, collect, measure, row_lengths
 from litgpt_kv.convert.gguf_file import GGUFFile
 from litgpt_kv.convert.weights import plan_weights, read_weight
@@ -375,3 +376,17 @@ def test_the_table_of_goals() -> None:
         held[f"h2o 32 against own dense at {sizes.flat[2]}"]
         and found["int8 weights, dense, against llama.cpp with any file"].why == "llama.cpp: not installed"
     )
+
+
+def test_how_often_the_next_token_is_the_same() -> None:
+    """Only what both know counts: a library may tell no more than its first tokens."""
+    first = Measured("litgpt_kv", top={i: torch.tensor([1, 2]) for i in range(3)})
+    told = {0: torch.tensor([1, 2]), 1: torch.tensor([1, 0])}
+    assert Measured("other", top=told).agreement(first) == 0.75
+    assert Measured("other", top={2: torch.tensor([0, 2])}).agreement(first) == 0.5
+    assert Measured("other").agreement(first) is None
+
+
+def test_how_often_prompts_are_read() -> None:
+    assert [Settings().times_read(n) for n in (4096, 4097)] == [5, 1]
+    assert [Settings(prefills=3).times_read(n) for n in (16, 65536)] == [3, 3]

@@ -115,12 +115,12 @@ class Variant(ABC):
     def prefill(self, prompts: list[Tensor]) -> Tensor | None:
         """Forget everything, and read a prompt (T,) int64 for each row: logits (B, V) after its last token.
 
-        None from a library that does not tell them.
+        A library that tells no logits gives the most probable tokens (B,) int64, or None if it tells nothing.
         """
 
     @abstractmethod
     def step(self, tokens: Tensor) -> Tensor | None:
-        """Read the next token of each row, (B,) int64: logits (B, V) after it, or None."""
+        """Read the next token of each row, (B,) int64: logits (B, V) after it, or as in `prefill`."""
 
     def follow(self) -> None:
         """Go on after the prompts that the twin has just read."""

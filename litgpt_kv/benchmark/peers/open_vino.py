@@ -77,7 +77,7 @@ class StatefulCache(OpenVinoVariant):
 
 
 class PagedCache(OpenVinoVariant):
-    """GenAI's continuous batching. It chooses its next tokens itself, so there are no logits to compare.
+    """GenAI's continuous batching. It tells no logits, and goes on with its own tokens after the prompt.
 
     Args:
         job: What is run. folder: Where the model and a tokenizer are.
@@ -103,7 +103,7 @@ class PagedCache(OpenVinoVariant):
         self.pipeline = genai.ContinuousBatchingPipeline(folder, settings, "CPU", device_settings())
         self.new_tokens, self.requests, self.handles = job.new_tokens + 1, 0, []
 
-    def prefill(self, prompts: list[Tensor]) -> None:
+    def prefill(self, prompts: list[Tensor]) -> Tensor:
         import openvino
 
         for handle in self.handles:
@@ -119,6 +119,8 @@ class PagedCache(OpenVinoVariant):
             self.requests += 1
         while not all(handle.can_read() for handle in self.handles):
             self.pipeline.step()
+        outputs = [next(iter(handle.read().values())) for handle in self.handles]
+        return torch.tensor([output.generated_ids[0] for output in outputs])
 
     def step(self, tokens: Tensor) -> None:
         self.pipeline.step()

@@ -18,16 +18,8 @@ from litgpt_kv.benchmark.processor import bandwidth, processor
 from litgpt_kv.compat.input_pos import GPT
 
 LAYOUT = "{:<38}{:<10}{:>17}{:>14}{:>18}{:>14}{:>10}{:>9}{:>7}"
-HEADS = (
-    "library and cache",
-    "weights",
-    "prefill tokens/s",
-    "times slower",
-    "decode ms a step",
-    "times slower",
-    "tokens/s",
-)
-HEADS += "of limit", "same"
+HEADS = ["library and cache", "weights", "prefill tokens/s", "times slower", "decode ms a step", "times slower"]
+HEADS += ["tokens/s", "of limit", "same"]
 
 
 @dataclass(frozen=True)

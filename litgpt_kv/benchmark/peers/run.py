@@ -10,6 +10,7 @@ The context grows by `steps` tokens a round, for all variants alike.
 from __future__ import annotations
 
 import contextlib
+import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -38,7 +39,7 @@ class Measured:
         library: Whose it is. variant: None if the library cannot run; then `problem` says why.
         prefill_seconds: Of each time that the prompts were read; empty if a twin read them.
         step_seconds: Of each round, the mean over its steps.
-        top: The most probable token (B,) after the prompt, unless a twin read it, and after each warm-up step.
+        top: The most probable token (B,) after the prompt (0) and after each warm-up step (1, 2, ...), where known.
     """
 
     library: str
@@ -46,7 +47,7 @@ class Measured:
     problem: str = ""
     prefill_seconds: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
-    top: list[Tensor] = field(default_factory=list)
+    top: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -54,10 +55,10 @@ class Measured:
 
     def agreement(self, first: Measured) -> float | None:
         """The share of tokens that are the most probable ones of the first variant too; None: nothing was run."""
-        if not self.top or not first.top:
+        common = self.top.keys() & first.top.keys()
+        if not common:
             return None
-        own, others = torch.stack(self.top), torch.stack(first.top[-len(self.top) :])
-        return float((own == others).double().mean())
+        return statistics.mean(float((self.top[i] == first.top[i]).double().mean()) for i in common)
 
     def fail(self, error: BaseException) -> None:
         """Note why the variant cannot go on, and give up its memory."""
@@ -153,11 +154,12 @@ def read_prompts(entry: Measured, prompts: list[Tensor], last: bool) -> None:
     began = now(device)
     logits = entry.variant.prefill(prompts)
     entry.prefill_seconds.append(now(device) - began)
-    entry.top = _top(logits)
+    _note_top(entry, 0, logits)
 
 
-def _top(logits: Tensor | None) -> list[Tensor]:
-    return [] if logits is None else [logits.argmax(dim=-1)]
+def _note_top(entry: Measured, step: int, output: Tensor | None) -> None:
+    if output is not None:
+        entry.top[step] = output.argmax(dim=-1) if output.is_floating_point() else output
 
 
 def decode(entry: Measured, tokens: Tensor, warm_up: bool) -> None:
@@ -165,8 +167,8 @@ def decode(entry: Measured, tokens: Tensor, warm_up: bool) -> None:
     given = [row.clone() for row in tokens]  # compiled models want tensors that begin at aligned addresses
     began = now(tokens.device)
     if warm_up:
-        for row in given:
-            entry.top += _top(entry.variant.step(row))
+        for i, row in enumerate(given):
+            _note_top(entry, i + 1, entry.variant.step(row))
         return
     for row in given:
         entry.variant.step(row)
