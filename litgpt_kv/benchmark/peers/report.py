@@ -64,33 +64,32 @@ def compare_peers(model: GPT, contexts: Sequence[int], settings: Settings) -> di
         model: Ours. contexts: Tokens of the longest row. settings: What is compared.
 
     Returns:
-        "machine", "versions", "model", "read_GB_per_s" and "rows", one for each variant and context; the row of a
-        library that cannot run has "problem".
+        "machine", "versions", "model" and "rows", one for each variant and context; the row of a library that cannot
+        run has "problem".
     """
-    limit = bandwidth(model.lm_head.weight.device)
     versions = dict.fromkeys(v for name in settings.peers for v in registry.build("peer", name).versions())
     report: dict[str, Any] = {
         "machine": processor(),
         "versions": list(versions),
         "model": model.config.name,
-        "read_GB_per_s": limit / 1e9,
         "rows": [],
     }
-    print(f"{report['machine']}; memory reads at most {limit / 1e9:.1f} GB/s")
+    print(report["machine"])
     if versions:
         print(", ".join(versions))
     with tempfile.TemporaryDirectory() as folder:
         for context in contexts:
-            report["rows"] += _at(model, context, settings, limit, Path(folder))
+            report["rows"] += _at(model, context, settings, Path(folder))
     return report
 
 
-def _at(model: GPT, context: int, settings: Settings, limit: float, folder: Path) -> list[dict[str, Any]]:
+def _at(model: GPT, context: int, settings: Settings, folder: Path) -> list[dict[str, Any]]:
     """Measure at one context, and print the table."""
     if settings.compiled:
         torch.compiler.reset()  # graphs of earlier contexts are of no use
     lengths = row_lengths(context, settings.rows, settings.ragged)
     vocabulary, device = model.config.vocab_size, model.lm_head.weight.device
+    limit = bandwidth(device)
     g = torch.Generator().manual_seed(context)
     job = Job(model, lengths, settings.new_tokens, settings.compiled, settings.budget, settings.gguf, folder)
     sizes = [length + settings.new_tokens for length in lengths]
@@ -98,11 +97,12 @@ def _at(model: GPT, context: int, settings: Settings, limit: float, folder: Path
     entries = collect(job, settings.peers, settings.strategies, settings.chunk)
     try:
         measure(entries, tokens, job, settings.steps, settings.repeats, settings.times_read(context))
+        limit = max(limit, bandwidth(device))  # something else may have disturbed the first measurement
         rows = [_row(entry, entries[0], job, context, settings.steps, limit) for entry in entries]
     finally:
         for entry in entries:
             entry.close()
-    _print(rows, settings, lengths)
+    _print(rows, settings, lengths, limit)
     return rows
 
 
@@ -112,7 +112,7 @@ def _row(entry: Measured, first: Measured, job: Job, context: int, steps: int, l
     if entry.variant is None:
         return {**row, "problem": entry.problem}
     rounds = len(entry.step_seconds)
-    lengths = [length + steps * (rounds + 1) // 2 + steps // 2 for length in job.lengths]  # in the middle of the run
+    lengths = [length + steps * (rounds + 2) // 2 for length in job.lengths]  # in the middle of the run
     both = _both(entry.step_seconds)
     row |= {
         "cache": entry.variant.name,
@@ -121,6 +121,7 @@ def _row(entry: Measured, first: Measured, job: Job, context: int, steps: int, l
         "decode_ms": [1e3 * seconds for seconds in both],
         "decode_tokens_per_s": [job.rows / seconds for seconds in both],
         "decode_ratio": [own / ours for own, ours in zip(both, _both(first.step_seconds))],
+        "read_GB_per_s": limit / 1e9,
         "of_limit": entry.variant.read_bytes(lengths) / both[0] / limit,
         "same_tokens": entry.agreement(first),
     }
@@ -135,11 +136,12 @@ def _both(seconds: list[float]) -> list[float]:
     return [min(seconds), statistics.median(seconds)] if seconds else []
 
 
-def _print(rows: list[dict[str, Any]], settings: Settings, lengths: tuple[int, ...]) -> None:
+def _print(rows: list[dict[str, Any]], settings: Settings, lengths: tuple[int, ...], limit: float) -> None:
     context, times = max(lengths), settings.times_read(max(lengths))
     batch = "1 row" if len(lengths) == 1 else f"{len(lengths)} rows"
     spread = f"{min(lengths):,} to {context:,}" if min(lengths) < context else f"{context:,}"
-    print(f"\n{spread} tokens of context, {batch}; best and median of {settings.repeats}, of prefill {times}")
+    run = f"best and median of {settings.repeats}, of prefill {times}; memory reads {limit / 1e9:.1f} GB/s"
+    print(f"\n{spread} tokens of context, {batch}; {run}")
     print(LAYOUT.format(*HEADS).rstrip())
     for row in rows:
         if "problem" in row:
