@@ -1,4 +1,6 @@
-"""Register strategies, storages and attention kernels by name. Importing this module imports nothing of litgpt_kv.
+"""Register strategies, storages, attention kernels and libraries to compare with, by name.
+
+This module imports nothing of litgpt_kv.
 
 A class decorated with `register` is known by its name. When a name is first looked up, the modules with this package's
 own classes are imported (`OWN`), and those that other packages name in the entry point ``litgpt_kv.strategies``::
@@ -28,8 +30,9 @@ OWN = {  # where the classes of this package are
     "strategy": "litgpt_kv.cache.strategies",
     "storage": "litgpt_kv.cache.storage",
     "kernel": "litgpt_kv.attention.kernels",
+    "peer": "litgpt_kv.benchmark.peers",
 }
-_KINDS: dict[str, dict[str, Any]] = {"strategy": {}, "storage": {}, "kernel": {}}
+_KINDS: dict[str, dict[str, Any]] = {kind: {} for kind in OWN}
 
 IMPORTED: dict[str, str] = {}  # path of each user file that was run: digest of its content
 
@@ -40,8 +43,8 @@ def register(kind: str, name: str) -> Callable[[C], C]:
     """Register a class under a name; to be used as a class decorator.
 
     Args:
-        kind: ``"strategy"`` (which tokens are kept), ``"storage"`` (how they are stored) or ``"kernel"`` (decode
-            attention).
+        kind: ``"strategy"`` (which tokens are kept), ``"storage"`` (how they are stored), ``"kernel"`` (decode
+            attention) or ``"peer"`` (another library, for the benchmark).
         name: The name on the command line and in YAML: lower case, no spaces.
 
     Raises:

@@ -45,6 +45,9 @@ def run(*command: object, cwd: Path) -> subprocess.CompletedProcess[str]:
 # -- dependencies ------------------------------------------------------------------------------------------------------
 
 
+PACKAGES = {"llama_cpp": "llama-cpp-python"}  # of modules that need not be installed and are called otherwise
+
+
 def imported(*folders: Path) -> set[str]:
     """Names of the distributions that the modules in some folders import, wherever in the file."""
     names: set[str] = set()
@@ -56,7 +59,10 @@ def imported(*folders: Path) -> set[str]:
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 names.add(node.module.split(".")[0])
     found = metadata.packages_distributions()
-    return {found.get(name, [name])[0].lower().replace("_", "-") for name in names - own - set(sys.stdlib_module_names)}
+    return {
+        found.get(name, [PACKAGES.get(name, name)])[0].lower().replace("_", "-")
+        for name in names - own - set(sys.stdlib_module_names)
+    }
 
 
 def required(requirements: list[str]) -> set[str]:

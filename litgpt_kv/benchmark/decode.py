@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import lightning as L
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -20,13 +19,21 @@ import litgpt
 from litgpt.config import Config
 from litgpt_kv.arguments import DeviceArgs, Without, check_count
 from litgpt_kv.benchmark.parallel import DEFAULT, cache_args, compare, name_width
+from litgpt_kv.benchmark.peers.base import float_state
+from litgpt_kv.benchmark.peers.picture import check_picture, draw_costs
+from litgpt_kv.benchmark.peers.report import Settings, compare_peers
+from litgpt_kv.benchmark.peers.run import named_peers
+from litgpt_kv.benchmark.processor import bandwidth, now, processor
 from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.compat.input_pos import GPT
+from litgpt_kv.config import shown
 from litgpt_kv.disk import check_target, write_text
 from litgpt_kv.generate.compiled import CompiledDecoder
 from litgpt_kv.llm import checkpoint
 from litgpt_kv.llm.check_config import LIMITS
 from litgpt_kv.llm.check_weights import check_memory
+from litgpt_kv.llm.quantize import OWN
+from litgpt_kv.model.quantized import head_inputs, to_int8
 from litgpt_kv.parallel import DeviceRequest
 from litgpt_kv.parallel.weights import full_shapes
 
@@ -104,22 +111,40 @@ def benchmark(
     steps: int = 16,
     repeats: int = 5,
     litgpt: bool = True,
+    peers: str | list[str] | None = None,
+    ragged: bool = False,
+    gguf: str | list[str] | None = None,
+    prefills: int | None = None,
+    prefill_chunk: int | None = None,
+    plot: str | None = None,
     out: str | None = None,
-    device: Annotated[DeviceArgs, Without("generate_strategy", "quantize")] = DeviceArgs(),
+    device: Annotated[DeviceArgs, Without("generate_strategy")] = DeviceArgs(),
 ) -> None:
     """Measure prefill, decode and memory of strategies and of litgpt's cache at several context lengths.
+
+    With peers, ragged or plot, another table compares speed with other libraries, on the same weights and tokens.
 
     Args:
         checkpoint_dir: A checkpoint, or "demo" for the shipped model; by default a random model of the given shape.
         shape: The sizes of the random model.
-        contexts: Prompt lengths in tokens (default: 1024 and 4096; for a checkpoint, half and most of its context).
+        contexts: Prompt lengths in tokens (default: 1024 and 4096; for a checkpoint, half and most of its context; with
+            peers, 1024, 4096 and 16384, as far as they fit).
         strategies: The caches (default: dense, h2o, sink, window): NAME, NAME:pool, NAME@STORAGE, as in dense@int8;
             "none" computes the whole text at every step.
         budget: The budget of strategies that evict: tokens, or a percentage of the context.
         batch_size: The number of rows.
         steps: Decode steps timed together in each repetition.
         repeats: Repetitions of everything, interleaved; the table shows the best and the median.
-        litgpt: Also measure litgpt's cache.
+        litgpt: Also measure litgpt's cache; with peers, name it there instead.
+        peers: Other libraries: litgpt, transformers, llama.cpp, openvino. Strategies are then by default dense alone.
+            The row of a library that is not installed, or that cannot load the model, says so.
+        ragged: Rows have different lengths, from a tenth of the context up to it; takes a batch_size of 2 or more.
+        gguf: What llama.cpp reads: GGUF files of the same model, or types to which its weights are converted for it
+            (f32, f16, bf16, q8_0); default: the model's own type.
+        prefills: How often prompts are read (default: as often as repeats; once if longer than 4096 tokens).
+        prefill_chunk: Tokens of a block, in which strategies that evict read the rest of a prompt after a first pass
+            of as many tokens as they keep (default: one pass over the whole prompt).
+        plot: Draw the cost of a token against the context into this PNG, SVG or PDF file.
         out: Write all measurements to this JSON file.
         device: Where to run. With several devices, tensor parallel processes are compared with one process, and the
             time of computation and of communication is shown.
@@ -128,11 +153,23 @@ def benchmark(
         check_count(name, value, 1, MOST)
     for context in contexts or ():
         check_count("contexts", context, 1, LIMITS["block_size"])
-    if out is not None:
-        check_target(out)  # fail before minutes of measuring
+    for name, value in {"prefills": prefills, "prefill_chunk": prefill_chunk}.items():
+        if value is not None:
+            check_count(name, value, 1, MOST)
+    if ragged and batch_size == 1:
+        raise ValueError("ragged needs rows of different lengths: a batch_size of 2 or more, got 1.")
+    for path in filter(None, (out, plot)):
+        check_target(path)  # fail before minutes of measuring
+    picture = None if plot is None else check_picture(plot)
+    named = named_peers(peers or ())
+    comparing = bool(named) or ragged or picture is not None
+    if device.quantize not in (None, *OWN):
+        raise ValueError(f"benchmark measures quantize {', '.join(OWN)}, got {shown(device.quantize)}.")
     if device.threads is not None:
         torch.set_num_threads(device.threads)
     if device.many:
+        if comparing:
+            raise ValueError("Other libraries, ragged rows and plots are measured on one device.")
         if device.compile:
             raise ValueError("With several devices, the benchmark cannot be compiled: leave out --compile.")
         if checkpoint_dir is None:
@@ -150,24 +187,43 @@ def benchmark(
         if out is not None and report is not None:
             write_text(out, json.dumps(report, indent=2) + "\n")
         return
-    fabric = checkpoint.fabric_for(device.precision, device.accelerator)
+    new = steps * (repeats + 1) if comparing else steps
+    fabric = checkpoint.fabric_for(device.precision, device.accelerator, device.quantize)
     if checkpoint_dir is None:
-        contexts = contexts or [1024, 4096]
-        config = shape.config(2 * max(contexts) + steps + 1)  # room for strategies that read prompts twice
-        check_memory(config, 4 * sum(weight.numel() for weight in full_shapes(config).values()))
-        torch.manual_seed(0)
-        with fabric.init_module():
-            model = GPT(config).eval()
+        contexts = contexts or [1024, 4096, *([16384] if comparing else [])]
+        config = shape.config(2 * max(contexts) + new + 1)  # room for strategies that read prompts twice
+        model = random_model(config, fabric, device.quantize)
     else:
         folder = checkpoint.find(checkpoint_dir)
         config = checkpoint.load_config(folder)
-        model = checkpoint.load_model(folder, config, fabric)
-        contexts = contexts or [config.block_size // 2, config.block_size - steps - 1]
-    _check_contexts(contexts, steps, config)
+        model = checkpoint.load_model(folder, config, fabric, device.quantize)
+        usual = [n for n in (1024, 4096, 16384) if comparing and n + new < config.block_size]
+        contexts = contexts or usual or [config.block_size // 2, config.block_size - new - 1]
+    _check_contexts(contexts, new, config)
+    if comparing:
+        settings = Settings(
+            peers=tuple(named),
+            strategies=tuple(strategies or ["dense"]),
+            budget=budget,
+            chunk=prefill_chunk,
+            rows=batch_size,
+            ragged=ragged,
+            steps=steps,
+            repeats=repeats,
+            prefills=prefills,
+            compiled=device.compile,
+            gguf=tuple([gguf] if isinstance(gguf, str) else gguf or ()),
+        )
+        report = compare_peers(model, contexts, settings)
+        if picture is not None:
+            draw_costs(report["rows"], picture)
+        if out is not None:
+            write_text(out, json.dumps(report, indent=2) + "\n")
+        return
     limit = bandwidth(fabric.device)
     weights = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "wte" not in n)
     report = {
-        "machine": f"{platform.processor() or platform.machine()}, {fabric.device}, {torch.get_num_threads()} threads",
+        "machine": f"{processor()}, on {fabric.device}",
         "torch": torch.__version__,
         "model": config.name,
         "batch_size": batch_size,
@@ -175,7 +231,7 @@ def benchmark(
         "read_GB_per_s": limit / 1e9,
         "rows": [],
     }
-    print(f"{report['machine']}, torch {torch.__version__}; memory reads at most {limit / 1e9:.1f} GB/s")
+    print(f"{report['machine']}; memory reads at most {limit / 1e9:.1f} GB/s")
     with tqdm(total=len(contexts) * repeats, file=sys.stderr, disable=None, leave=False) as bar, torch.inference_mode():
         for context in contexts:
             compared = contenders(model, context, steps, batch_size, strategies, budget, litgpt, device.compile)
@@ -190,6 +246,21 @@ def benchmark(
             _print(rows, repeats)
     if out is not None:
         write_text(out, json.dumps(report, indent=2) + "\n")
+
+
+def random_model(config: Config, fabric: L.Fabric, quantize: str | None = None) -> GPT:
+    """Return a model with random weights, always the same ones, on the fabric's device and in its precision.
+
+    Args:
+        config: Of the model. fabric: See `checkpoint.fabric_for`. quantize: One of `OWN`, or None.
+    """
+    check_memory(config, 4 * sum(weight.numel() for weight in full_shapes(config).values()))
+    torch.manual_seed(0)
+    with fabric.init_module():
+        model = GPT(config).eval()
+    if quantize is not None:
+        model.unquantized = to_int8(model, head_inputs(config, model.state_dict()))
+    return model
 
 
 def _check_contexts(contexts: list[int], steps: int, config: Config) -> None:
@@ -256,7 +327,7 @@ def _litgpt(model: GPT, context: int, steps: int, batch_size: int) -> Contender:
     device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
     with torch.device("meta"):
         other = litgpt.GPT(model.config).eval()
-    other.load_state_dict(model.state_dict(), assign=True)
+    other.load_state_dict(float_state(model), assign=True)
     other.cos, other.sin = model.cos, model.sin
     other.max_seq_length = context + steps
     other.set_kv_cache(batch_size, device=device, dtype=dtype)
@@ -329,23 +400,6 @@ def _print(rows: list[dict[str, Any]], repeats: int) -> None:
                 "-" if r["peak_bytes"] is None else f"{r['peak_bytes'] / MB:.1f}",
             )
         )
-
-
-def bandwidth(device: torch.device) -> float:
-    """Measure the bytes per second that this device reads, in a sum over 256 MB: the limit of a decode step."""
-    x = torch.ones(64 * 2**20, device=device)
-    times = []
-    for _ in range(6):
-        began = now(device)
-        x.sum()
-        times.append(now(device) - began)
-    return x.numel() * x.element_size() / min(times)
-
-
-def now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _resident(device: torch.device, reset: bool = False) -> int | None:

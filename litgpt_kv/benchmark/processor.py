@@ -1,9 +1,10 @@
-"""What a processor can do, for the head of a table of timings."""
+"""What a processor can do, for the head of a table of timings; the clock, and the limit of what memory gives."""
 
 from __future__ import annotations
 
 import platform
 import re
+import time
 from pathlib import Path
 
 import torch
@@ -32,3 +33,20 @@ def processor() -> str:
     onednn = re.search(r"MKL-DNN\) v([\d.]+)", torch.__config__.show())
     versions = f"torch {torch.__version__}" + (f", oneDNN {onednn.group(1)}" if onednn else "")
     return f"{name} ({', '.join(able) or 'instructions unknown'}), {torch.get_num_threads()} threads, {versions}"
+
+
+def bandwidth(device: torch.device) -> float:
+    """Measure the bytes per second that this device reads, in a sum over 256 MB: the limit of a decode step."""
+    x = torch.ones(64 * 2**20, device=device)
+    times = []
+    for _ in range(6):
+        began = now(device)
+        x.sum()
+        times.append(now(device) - began)
+    return x.numel() * x.element_size() / min(times)
+
+
+def now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

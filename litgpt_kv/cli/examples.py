@@ -57,6 +57,10 @@ EXAMPLES: dict[str, list[tuple[str, str]]] = {
             'benchmark --contexts "[1024]" --strategies "[dense, h2o]" --budget 25%',
             "speed of two caches and of litgpt's",
         ),
+        (
+            "benchmark --peers litgpt,transformers,llama.cpp,openvino --plot costs.png",
+            "other libraries in the same run, and a picture",
+        ),
     ],
     "benchmark_batches": [("benchmark_batches --rows 8", "batches against rows that take the next prompt")],
     "benchmark_weights": [("benchmark_weights --steps 16", "speed and divergence of int8 weights")],
