@@ -178,6 +178,8 @@ def parsed_options(text: str) -> Any:
             level["kv_cache"] = cache_fields(level["kv_cache"])
         if "import" in level:
             raise ValueError(HINT.format(level["import"]))
+        if isinstance(level.get("strategies"), list):
+            _refuse_files(level["strategies"])
     return value
 
 
@@ -188,7 +190,11 @@ def cache_fields(given: str | dict[str, Any]) -> dict[str, Any]:
         ValueError: If a strategy is a user's file: YAML cannot import code.
     """
     given = {"strategy": given} if isinstance(given, str) else given
-    for name in given["strategy"] if isinstance(given.get("strategy"), list) else [given.get("strategy")]:
-        if isinstance(name, str) and registry.is_file_name(name):
-            raise ValueError(HINT.format(name.rpartition(":")[0]))
+    _refuse_files(given["strategy"] if isinstance(given.get("strategy"), list) else [given.get("strategy")])
     return config.cache_fields(given)
+
+
+def _refuse_files(names: list[Any]) -> None:
+    for name in names:
+        if isinstance(name, str) and registry.is_file_name(name):
+            raise ValueError(HINT.format(name.partition(":")[0]))
