@@ -54,7 +54,7 @@ def generate(
             format, or text with one prompt a line; - is standard input.
         out: Write the answers to this file, as JSON lines; by default they go to standard output.
         resume: Continue the file of an interrupted run.
-        sys_prompt: The system prompt, for prompt styles that have one.
+        sys_prompt: The system prompt; refused if the model's prompt style has no place for one.
         num_samples: How many texts to make of each prompt; each has the next seed.
         json: Print one JSON object instead of text: answers, statistics of the run, and the size of the cache.
         stopping: When a text ends.
@@ -83,7 +83,7 @@ def generate(
         usual = TextRequest(sampling=CLI_SAMPLING)
         usual_settings = answer_settings("", usual, KVCacheArgs(), RunArgs(), DeviceArgs(), 1) | {"import": []}
         answers = Answers(out, resume, digest_of(settings, usual_settings), usual_settings)
-        _answer(load(checkpoint_dir, device), file, answers, args, run, num_samples, json)
+        _answer(load(checkpoint_dir, device, sys_prompt), file, answers, args, run, num_samples, json)
         return
     prompt = QUESTION if prompt is None else prompt
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -93,7 +93,7 @@ def generate(
         TextRequest(text, sys_prompt=sys_prompt, stopping=stopping, sampling=row_sampling)
         for text, row_sampling in zip(texts, sampling.rows(len(texts)))
     ]
-    llm = load(checkpoint_dir, device)
+    llm = load(checkpoint_dir, device, sys_prompt)
     output, total, records = Output.of(llm), Stats(), []
     failed: list[Sequence] = []
     for sample in range(num_samples):

@@ -22,8 +22,11 @@ from litgpt_kv.cli.commands import Entry, table
 from litgpt_kv.cli.groups import groups_of
 from litgpt_kv.cli.help import command_help, description_of, overview
 from litgpt_kv.cli.options import PROG, fail, load_yaml, normalise, read_options
+from litgpt_kv.cli.other_commands import loader_without, others_defaults
 from litgpt_kv.cli.refusals import Refused, explain, file_of
 from litgpt_kv.config import shown
+
+LOADER_ERRORS = (yaml.YAMLError,)
 
 
 class Parser(ArgumentParser):
@@ -75,7 +78,7 @@ def build_parser(
     With `only`, just that command gets its options: reading types and docstrings of all takes a tenth of a second.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    set_loader("litgpt_kv", load_yaml, exceptions=(yaml.YAMLError,))
+    set_loader("litgpt_kv", load_yaml, LOADER_ERRORS)
     parser = Parser(prog=PROG, description=description, parser_mode="litgpt_kv", default_meta=False)
     parser.add_argument("--config", action=ActionConfigFile, help="Options of a command from a YAML file.")
     subcommands = parser.add_subcommands(required=True)
@@ -105,6 +108,9 @@ def parse(
 
         show_strategy(help_on)
     parser = build_parser(commands, description, only)
+    if only is not None and any(arg.startswith("--config=") for arg in args):
+        known = {action.dest.partition(".")[0] for action in options_of(parser, only)}
+        set_loader("litgpt_kv", loader_without(others_defaults(only, known, commands, _configs(args))), LOADER_ERRORS)
     if asked := [arg for arg in args if arg in ("--help", "-h", "--help_all")]:
         if only is None:
             _print(_about_the_program(commands, description, []))

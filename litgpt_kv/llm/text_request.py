@@ -26,7 +26,7 @@ class TextRequest:
         prompt: The text to continue. A request without a prompt has the default settings of other requests.
         messages: A conversation instead of a prompt: mappings of "role" (system, user, assistant) and "content".
         id: The caller's id for it.
-        sys_prompt: The system prompt, for prompt styles that have one.
+        sys_prompt: The system prompt; refused where the prompt style has no place for one.
         stopping: When the text ends.
         sampling: How its tokens are chosen; each setting has one value.
     """

@@ -133,6 +133,30 @@ def test_json_has_answers_statistics_and_the_cache(llm: LLM, capsys: pytest.Capt
     assert "--logprobs needs --json" in refused(capsys, "generate", "demo", "--logprobs")
 
 
+def test_a_file_of_generates_options_is_one_for_chat(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["generate", "demo", *SHORT, "--kv-cache", "sink", "--kv-cache.budget", "30", "--print-config"])
+    whole = capsys.readouterr().out
+    options = tmp_path / "a.yaml"
+    options.write_text(whole)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("x = 1\n/cache\n"))
+    main(["chat", "--config", str(options)])
+    out, err = capsys.readouterr()
+    assert out and "sink 30 tokens a row" in err
+    for text, says in (
+        (
+            whole.replace("num_samples: 1", "num_samples: 2"),
+            "chat has no option 'num_samples', which generate has: take",
+        ),
+        (whole.replace("prompts: null", "prompts: a.txt"), "chat has no option 'prompts', which generate has: take"),
+        (whole + "temprature: null\n", "chat has no option 'temprature'. Did you mean 'temperature'?"),
+    ):
+        options.write_text(text)
+        assert f"{options}: {says}" in refused(capsys, "chat", "--config", options)
+
+
 def test_resume_says_which_settings_differ(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a\nb\n")
     files = ["--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "answers.jsonl", "--kv-cache.budget", 30]
