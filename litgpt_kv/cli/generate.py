@@ -20,13 +20,14 @@ from litgpt_kv.cli.prompt_files import Line, PromptFile
 from litgpt_kv.cli.run_digest import digest_of
 from litgpt_kv.config import KVCacheArgs, SamplingArgs
 from litgpt_kv.generate import Request, Sequence, Stats
+from litgpt_kv.generate.runner import BLOCK
 from litgpt_kv.llm import checkpoint
 from litgpt_kv.llm.llm import LLM
 from litgpt_kv.llm.text_request import TextRequest
 
 QUESTION = "What food do llamas eat?"
 MOST_BAD_LINES = 20  # as many are shown one by one, the rest as a count
-MANY_STEPS = 256  # from so many prompt tokens read one at a time, a note names the faster option
+MANY_STEPS = 256  # from so many steps in which prompts are read, a note names the faster option
 
 
 def generate(
@@ -241,22 +242,29 @@ class _FileNotes:
 def _announce(
     output: Output, requests: abc.Sequence[Request], cache: KVCache | None, run: RunArgs, args: KVCacheArgs | None
 ) -> bool:
-    """Print a note if nothing will be evicted for want of a budget, and if much of a prompt will be read one token at a
-    time; return whether the latter was printed."""
+    """Print a note if nothing will be evicted for want of a budget, and if prompts will be read in many small steps;
+    return whether the latter was printed."""
     if (note := budget_note(args)) is not None:
         output.note(note)
     if not requests or cache is None or run.prefill != "min-length" or run.prefill_chunk is not None:
         return False
-    if cache.exact_blocks:
-        return False
     lengths = [len(request.prompt) for request in requests]
-    longest, first = max(lengths), min(cache.first_chunk, max(lengths))
-    if longest - first >= MANY_STEPS:
-        budget = min(slots.plan.slots for slots in cache.slots)
-        what = f"{longest:,} tokens, {longest / budget:.3g} times the budget"
-        output.note(
-            f"{'A' if len(requests) == 1 else 'The longest'} prompt has {what}: {longest - first:,} will be read one "
-            "at a time; --prefill full reads all in one pass."
-        )
-        return True
-    return False
+    longest, first = max(lengths), cache.first_chunk
+    block = min(BLOCK, cache.longest_block) if cache.exact_blocks else 1
+    if block == 1:  # all rows take these steps together
+        steps, how = longest - first, "one at a time"
+    elif longest > cache.context:  # nothing is faster
+        return False
+    else:  # blocks of different rows are read one after the other
+        steps, how = sum(-(-max(0, length - first) // block) for length in lengths), f"in blocks of {block}"
+    if steps < MANY_STEPS:
+        return False
+    faster = "--prefill full reads all in one pass, then evicts"
+    if longest > cache.context:  # which one pass cannot read
+        faster = f"--prefill-chunk {min(BLOCK, cache.longest_block)} reads blocks and evicts for each at once"
+    budget = min(slots.plan.slots for slots in cache.slots)
+    what = f"{longest:,} tokens, {longest / budget:.3g} times the budget"
+    output.note(
+        f"{'A' if len(requests) == 1 else 'The longest'} prompt has {what}: {longest - first:,} will be read {how}; {faster}."
+    )
+    return True

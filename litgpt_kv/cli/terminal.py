@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from litgpt_kv.cli.colour import paint
+from litgpt_kv.cli.output import Output, dense_bytes, heads_differ, strategies_of
 from litgpt_kv.llm.chat import Chat
 from litgpt_kv.registry import did_you_mean
 
@@ -83,19 +84,37 @@ def _command(chat: Chat, text: str) -> None:
         chat.reset()
         _say("A new conversation starts.")
     elif text == "/cache":
-        tokens, size = chat.cache.tokens(), chat.cache.allocated()
-        _say(f"{chat.cache}: keeps {tokens['kept'][0]:,} of {tokens['seen'][0]:,} tokens, {size['total']:,} bytes.")
+        _say(describe_cache(chat))
     else:
         hint = did_you_mean(text.split()[0], ["/reset", "/cache", "/quit"])
         _say(f"There is no command {text.split()[0]}.{hint} {HELP}")
 
 
+def describe_cache(chat: Chat) -> str:
+    """Return what a chat's cache keeps and takes, and what a dense cache would take."""
+    cache = chat.cache
+    tokens, size, seen = cache.tokens(), cache.allocated(), cache.seen[0]
+    keeps = "a head keeps up to" if heads_differ(cache) else "keeps"
+    text = f"{cache}: {keeps} {tokens['kept'][0]:,} of {seen:,} tokens, {size['total']:,} bytes."
+    if strategies_of(cache) == ["dense"]:
+        return text
+    if seen > cache.context:
+        return f"{text} A dense cache cannot hold so many: the model's context is {cache.context:,}."
+    takes = []
+    if seen and (dense := dense_bytes(chat.llm, cache, seen)) is not None:
+        takes.append(f"{dense:,} bytes for these tokens")
+    if (whole := dense_bytes(chat.llm, cache)) is not None:
+        takes.append(f"{whole:,} bytes for the {cache.max_tokens:,} of a whole conversation")
+    return f"{text} A dense cache takes {', '.join(takes)}." if takes else text
+
+
 def _reply(chat: Chat, text: str) -> bool:
     """Print the reply to a turn; return whether the turn was accepted."""
+    output = Output()
     try:
         with interrupts() as interrupted:
             for piece in chat.say(text):
-                print(piece, end="", flush=True)
+                output.text(piece, end="")
                 if interrupted():
                     break
     except ValueError as error:
@@ -108,7 +127,7 @@ def _reply(chat: Chat, text: str) -> bool:
         chat.reset()
         _say("\nInterrupted in the middle of a step: a new conversation starts.")
         return True
-    print(flush=True)
+    output.text("")
     stats = chat.stats
     speed = f", {stats.decode_tokens / stats.decode_seconds:,.0f} tokens/s" if stats.decode_tokens else ""
     if chat.full:

@@ -150,7 +150,7 @@ def test_a_file_of_generates_options_is_one_for_chat(
             whole.replace("num_samples: 1", "num_samples: 2"),
             "chat has no option 'num_samples', which generate has: take",
         ),
-        (whole.replace("prompts: null", "prompts: a.txt"), "chat has no option 'prompts', which generate has: take"),
+        (whole.replace("prompts: null", "prompts: a.txt"), "chat has no option 'prompts', which generate has"),
         (whole + "temprature: null\n", "chat has no option 'temprature'. Did you mean 'temperature'?"),
     ):
         options.write_text(text)
