@@ -264,7 +264,6 @@ def _announce(
         faster = f"--prefill-chunk {min(BLOCK, cache.longest_block)} reads blocks and evicts for each at once"
     budget = min(slots.plan.slots for slots in cache.slots)
     what = f"{longest:,} tokens, {longest / budget:.3g} times the budget"
-    output.note(
-        f"{'A' if len(requests) == 1 else 'The longest'} prompt has {what}: {longest - first:,} will be read {how}; {faster}."
-    )
+    which = "A" if len(requests) == 1 else "The longest"
+    output.note(f"{which} prompt has {what}: {longest - first:,} will be read {how}; {faster}.")
     return True

@@ -12,7 +12,6 @@ from litgpt_kv.generate import Stats
 from litgpt_kv.llm.llm import LLM
 from litgpt_kv.llm.text_model import TextModel
 
-
 _in_a_line = False  # whether the last text on standard output ended in the middle of a line
 
 

@@ -27,8 +27,9 @@ class Candidate:
     """A cache to compare.
 
     Attributes:
-        spec: As the user wrote it. budget: Tokens or a share; None for strategies that keep everything.
-        args: What it comes to.
+        spec: As the user wrote it.
+        budget: Tokens or a share; None for strategies that keep everything.
+        args: The arguments of the cache.
     """
 
     spec: str

@@ -39,7 +39,9 @@ class Chat:
             conversation is full) and `SamplingArgs`, by name. The first turn has `seed`, each turn the next one.
 
     Attributes:
-        cache: The cache. stats: Those of the last turn. turns: The number of turns so far.
+        cache: The cache.
+        stats: Those of the last turn.
+        turns: The number of turns so far.
         interrupted: Whether a step of the last reply failed or was interrupted. Half of its token may be in the cache,
             so `say` raises an error until `reset` is called.
     """
