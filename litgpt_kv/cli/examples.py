@@ -30,7 +30,7 @@ EXAMPLES: dict[str, list[tuple[str, str]]] = {
     ],
     "strategies": [
         ("strategies", "all strategies"),
-        ("generate --kv-cache.help h2o", "all about one of them"),
+        ("strategies h2o", "all about one of them"),
     ],
     "plan": [
         ("plan Llama-3.1-8B --devices 2 --memory 24", "memory on one and two devices, computed"),

@@ -7,6 +7,7 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
 
+from litgpt_kv import registry
 from litgpt_kv.config import shown
 from litgpt_kv.registry import did_you_mean
 
@@ -70,13 +71,24 @@ def _unknown(arguments: Sequence[str], who: str, known: Mapping[str, Action]) ->
         return f"{who} does not take {shown(first)}: {_positionals(known)}."
     names = [name for name in known if name not in ("help", "print_config")]
     hint = did_you_mean(option.lstrip("-"), names, "--").replace("_", "-")
+    if (own := _cache_option(option.lstrip("-").replace("-", "_"), known)) is not None:
+        hint = f" Did you mean '--kv-cache.{own.replace('_', '-')}'?"
     return f"{who} has no option {option.replace('_', '-')}.{hint}"
+
+
+def _cache_option(name: str, known: Mapping[str, Action]) -> str | None:
+    """Return a name if it is an option of the cache or of a strategy, and the command has a cache; else None."""
+    if "kv_cache.options" not in known:
+        return None
+    of_strategies = (option for one in registry.names("strategy") for option in registry.options("strategy", one))
+    return name if f"kv_cache.{name}" in known or name in of_strategies else None
 
 
 def _positionals(known: Mapping[str, Action]) -> str:
     names = [name for name, action in known.items() if not action.option_strings]
     taken = " and ".join(names)
-    return f"beside {taken}, values follow an option" if names else "it has options only"
+    follow = "values follow an option" + (", as a text follows --prompt" if "prompt" in known else "")
+    return f"beside {taken}, {follow}" if names else "it has options only"
 
 
 def _missing(known: Mapping[str, Action], args: Sequence[str], configs: Configs) -> list[str]:

@@ -115,7 +115,8 @@ def test_examples(name: str, line: str, folder: Path, capsys: pytest.CaptureFixt
         command, _ = parse(COMMANDS, "", words)
         assert command is COMMANDS[name]
         return
-    if "--kv-cache.help" in words:
+    if words == ["strategies", "h2o"]:
+        assert shown(capsys, "generate", "--kv-cache.help", "h2o") == shown(capsys, *words)
         assert shown(capsys, *words).startswith("h2o: ")
         return
     short = name == "generate" and "--prompts" not in words  # a line of the file asks for at least 20 tokens
@@ -146,8 +147,14 @@ def test_names_that_are_almost_right(
         (("generate", "org/my-modle"), "Did you mean 'org/my-model'?"),
         (("generate", "model.gguf"), "There is no checkpoint folder 'model.gguf'"),
         (("chat", "demo", "--batch-size", "3"), "chat has no option --batch-size."),
-        (("strategies", "h2o"), "strategies does not take 'h2o': it has options only."),
-        ((*generate, "more"), "generate does not take 'more': beside checkpoint_dir, values follow an option."),
+        (("benchmark_serve", "more"), "benchmark_serve does not take 'more': it has options only."),
+        (
+            (*generate, "more"),
+            "generate does not take 'more': beside checkpoint_dir, values follow an option, as",
+        ),
+        ((*generate, "--budget", "3"), "generate has no option --budget. Did you mean '--kv-cache.budget'?"),
+        ((*generate, "--window", "3"), "generate has no option --window. Did you mean '--kv-cache.window'?"),
+        (("strategies", "h20"), "Unknown strategy 'h20'."),
         (("generate",), "generate needs checkpoint_dir (A checkpoint folder in litgpt's layout, or "),
         (("calibrate", "demo"), "calibrate needs --text and --out. See litgpt_kv calibrate --help."),
         (("--print-completion", "cmd"), "--print-completion needs one of bash, zsh"),
