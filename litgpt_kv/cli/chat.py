@@ -48,9 +48,11 @@ def chat(
         raise ValueError("chat needs a cache, kv_cache 'none' has none: choose a strategy.")
     llm = load(checkpoint_dir, device, sys_prompt)
     settings = {f.name: getattr(part, f.name) for part in (stopping, sampling) for f in fields(part)}
+    output = Output.of(llm)
+    output.take_notes(llm)
     if (note := budget_note(args)) is not None:
-        Output.of(llm).note(note)
+        output.note(note)
     conversation = llm.chat(sys_prompt, kv_cache=args, max_tokens=max_tokens, prefill=run.prefill, **settings)
-    refused = talk(conversation, multiline)
+    refused = talk(conversation, multiline, output)
     if refused and not sys.stdin.isatty():  # a script must know
         raise SystemExit(1)

@@ -96,6 +96,7 @@ def generate(
     ]
     llm = load(checkpoint_dir, device, sys_prompt)
     output, total, records = Output.of(llm), Stats(), []
+    output.take_notes(llm)
     failed: list[Sequence] = []
     for sample in range(num_samples):
         batch = [llm.request(request.sample(sample), b) for b, request in enumerate(requests)]
@@ -103,7 +104,7 @@ def generate(
         _announce(output, batch, steps.cache, run, args)
         prompts_read = [llm.decode(request.prompt.tolist()) for request in batch]
         reading = Reading(steps.stats, sum(len(request.prompt) for request in batch), output.shown)
-        continuations = Continuations(Output(shown=output.shown and not json), prompts_read)
+        continuations = Continuations(Output(shown=False) if json else output, prompts_read)
         try:
             for sequences in steps:
                 reading.close()

@@ -9,21 +9,22 @@ from typing import Any
 from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.config import KVCacheArgs
 from litgpt_kv.generate import Stats
+from litgpt_kv.generate.compiled import CompiledDecoder
 from litgpt_kv.llm.llm import LLM
 from litgpt_kv.llm.text_model import TextModel
 
-_in_a_line = False  # whether the last text on standard output ended in the middle of a line
 
-
-@dataclass(frozen=True)
+@dataclass
 class Output:
     """Print for a command. A note that comes while a text is printed gets a line of its own.
 
     Attributes:
         shown: Whether to print: if several processes run one command, only process 0 prints.
+        in_line: Whether the text ends in the middle of a line so far.
     """
 
     shown: bool = True
+    in_line: bool = False
 
     @classmethod
     def of(cls, llm: LLM) -> Output:
@@ -32,18 +33,21 @@ class Output:
 
     def text(self, text: str, end: str = "\n") -> None:
         """Print text of the model."""
-        global _in_a_line
         if self.shown:
             print(text, end=end, flush=True)
-            _in_a_line = not (text + end).endswith("\n") if text + end else _in_a_line
+            self.in_line = not (text + end).endswith("\n") if text + end else self.in_line
 
     def note(self, text: str) -> None:
         """Print a note about the run."""
-        global _in_a_line
         if self.shown:
-            apart = _in_a_line and sys.stdout.isatty() == sys.stderr.isatty()  # else they are not seen together
+            apart = self.in_line and sys.stdout.isatty() == sys.stderr.isatty()  # else they are not seen together
             print("\n" * apart + text, file=sys.stderr, flush=True)
-            _in_a_line = _in_a_line and not apart
+            self.in_line = self.in_line and not apart
+
+    def take_notes(self, llm: LLM) -> None:
+        """Let the notes about compiled steps come through this output, which knows what text it has printed."""
+        if isinstance(llm.decoder, CompiledDecoder):
+            llm.decoder.note = self.note
 
 
 def report(output: Output, llm: LLM, stats: Stats, cache: KVCache | None, brief: bool = False) -> None:

@@ -22,13 +22,13 @@ HELP = "/reset starts a new conversation, /cache shows the cache, /quit ends; a 
 END = ("!submit", "!quit", "!exit")
 
 
-def talk(chat: Chat, multiline: bool = False) -> int:
-    """Answer turns from standard input until it ends. Replies go to standard output, all else to standard error.
+def talk(chat: Chat, multiline: bool = False, output: Output | None = None) -> int:
+    """Answer turns from standard input until it ends. Replies go to `output`, all else to standard error.
 
     Returns:
         How many turns were refused.
     """
-    refused: list[str] = []
+    output, refused = output or Output(), []
     _say(f"Now chatting with {chat.llm.config.name}. {HELP}")
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="surrogateescape")  # `read_turn` refuses such a line
@@ -38,7 +38,7 @@ def talk(chat: Chat, multiline: bool = False) -> int:
         elif text.startswith("/") and text[1:].strip().isalpha():  # one word; anything longer is a question
             _command(chat, text.strip())
         elif text.strip():
-            refused += [] if _reply(chat, text) else [text]
+            refused += [] if _reply(chat, text, output) else [text]
     return len(refused)
 
 
@@ -108,9 +108,8 @@ def describe_cache(chat: Chat) -> str:
     return f"{text} A dense cache takes {', '.join(takes)}." if takes else text
 
 
-def _reply(chat: Chat, text: str) -> bool:
+def _reply(chat: Chat, text: str, output: Output) -> bool:
     """Print the reply to a turn; return whether the turn was accepted."""
-    output = Output()
     try:
         with interrupts() as interrupted:
             for piece in chat.say(text):

@@ -162,8 +162,8 @@ def test_a_note_within_a_text_has_a_line_of_its_own(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when a step is compiled in the middle of a text."""
-    output = Output()
     for both_seen in (True, False):
+        output = Output()
         both = io.StringIO()
         terminal = both if both_seen else Terminal()  # else standard output is a file
         monkeypatch.setattr(sys, "stdout", both)
