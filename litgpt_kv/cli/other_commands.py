@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from litgpt_kv.cli.groups import groups_of
-from litgpt_kv.cli.options import load_yaml
+from litgpt_kv.cli.options import FIELDS, load_yaml
 from litgpt_kv.cli.refusals import Configs
 from litgpt_kv.config import shown
 
@@ -30,7 +30,8 @@ def others_defaults(
     """
     found: dict[str, Any] = {}
     for path, data in configs:
-        foreign = [key for key in data if key not in (*known, *commands)] if isinstance(data, dict) else []
+        own = [*known, *commands, *(FIELDS if "kv_cache" in known else ())]
+        foreign = [key for key in data if key not in own] if isinstance(data, dict) else []
         for name in (name for name in commands if name != command and _is_ours(name, commands)):
             if not foreign:
                 break  # a command is imported only if it is needed

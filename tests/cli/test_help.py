@@ -203,6 +203,10 @@ def test_the_words_for_types() -> None:
         ("top_p: 2\n", "a.yaml: top_p must be between 0 and 1, got 2"),
         ("kv_cache: {budget: 0}\n", "a.yaml: budget must be at least 1, got 0"),
         ("kv_cache: {sinks: x}\n", "a.yaml: --kv-cache.sinks cannot be x: it must be a whole number"),
+        ("temperature: [1, a]\n", "a.yaml: --temperature cannot be [1, 'a']: it must be a number, a list of numbers"),
+        ("prompt: 3\n", "a.yaml: --prompt cannot be 3: it must be a list of texts, [a, b], a text or null"),
+        ("budget: 3\n", "a.yaml: generate has no option 'budget'. Did you mean 'kv_cache: {budget: ...}'?"),
+        ("window: 3\n", "a.yaml: generate has no option 'window'. Did you mean 'kv_cache: {window: ...}'?"),
         ("import: mine.py\n", "a.yaml cannot be used: YAML and JSON cannot import code"),
         ("- a\n", "a.yaml must have options by name, as in 'max_new_tokens: 9', got '- a'"),
         ("", "a.yaml must have options by name"),
@@ -212,7 +216,7 @@ def test_what_is_wrong_with_a_file_of_options_names_the_file(
     text: str, says: str, folder: Path, capsys: pytest.CaptureFixture
 ) -> None:
     Path("a.yaml").write_text(text)
-    assert says in refused(capsys, "generate", "demo", "--config", "a.yaml")
+    assert says in refused(capsys, "generate", "demo", "--prompt", "x", "--config", "a.yaml")
     Path("b.yaml").write_text(f"generate: {{{text.strip()}}}\n")
     if text.startswith("top_p"):
         assert says.replace("a.yaml", "b.yaml") in refused(capsys, "--config", "b.yaml", "generate", "demo")

@@ -54,7 +54,10 @@ def test_every_field_is_a_key(cls: type) -> None:
         ({}, "it has no prompt"),
         ({"prompt": ""}, "it has no prompt"),
         ({"prompt": 3}, "prompt must be a text, got 3"),
-        ({"prompt": "a", "temprature": 1}, "unknown 'temprature'; a request may have prompt, messages, id, sys_prompt"),
+        (
+            {"prompt": "a", "temprature": 1},
+            "unknown 'temprature'. Did you mean 'temperature'\\? A request may have prompt, messages, id",
+        ),
         ({"prompt": "a", "temperature": [0.1, 0.2]}, "temperature must be one value"),
         ({"prompt": "a", "seed": True}, "seed must be a whole number, got True"),
         ({"prompt": "a", "id": 1.5}, "id must be a text or a whole number"),
