@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from litgpt_kv import LLM, KVCacheArgs, registry
+from litgpt_kv import LLM, KVCache, KVCacheArgs, registry
 from litgpt_kv.__main__ import main
 from tests import warm
 from tests.test_contributing import STRATEGY
@@ -95,7 +95,11 @@ def test_python_takes_a_file_by_its_name(file: Path, capsys: pytest.CaptureFixtu
     }
     assert len(texts) == 1 and set(llm.cache.args.strategy) == {"unusual"}
     assert run(capsys, "--kv-cache", name, "--kv-cache.budget", 8) in {f"def f(x):{text}\n" for text in texts}
-    assert llm.chat(kv_cache=name, budget=8, max_tokens=40).cache.args.strategy == "unusual"
+    chat = llm.chat(kv_cache=name, budget=8, max_tokens=40)
+    assert chat.cache.args.strategy == "unusual"
+    chat.cache.save(tmp_path / "a.safetensors")
+    assert KVCache.load(tmp_path / "a.safetensors", llm.model, KVCacheArgs(name, 8)).args == chat.cache.args
+    assert KVCache.nbytes(llm.config, KVCacheArgs(name, 8), 1, 40) == chat.cache.allocated()
     with pytest.raises(ValueError, match="has no class 'Nothing'"):
         llm.generate("x", kv_cache=f"{file}:Nothing")
 
