@@ -113,8 +113,8 @@ def benchmark(
         checkpoint_dir: A checkpoint, or "demo" for the shipped model; by default a random model of the given shape.
         shape: The sizes of the random model.
         contexts: Prompt lengths in tokens (default: 1024 and 4096; for a checkpoint, half and most of its context).
-        strategies: The caches (default: dense, h2o, sink, window): NAME, NAME:pool, NAME@STORAGE, as in dense@int8;
-            "none" computes the whole text at every step.
+        strategies: The caches (default: dense, h2o, sink, window): NAME, NAME:pool, NAME@STORAGE or
+            my_file.py:MyStrategy; "none" computes the whole text at every step.
         budget: The budget of strategies that evict: tokens, or a percentage of the context.
         batch_size: The number of rows.
         steps: Decode steps timed together in each repetition.
