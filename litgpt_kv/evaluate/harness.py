@@ -140,7 +140,8 @@ class LitgptKV(TemplateLM):
         """
         begun, style = "", self.llm.prompt_style
         if any(message["role"] == "system" for message in chat_history) and not takes_system_prompt(style):
-            warnings.warn(f"The prompt style {type(style).__name__} has no place for system messages: left out.")
+            left_out = f"The prompt style {type(style).__name__} has no place for system messages: left out."
+            warnings.warn(left_out, stacklevel=2)
             chat_history = [message for message in chat_history if message["role"] != "system"]
         if not add_generation_prompt:
             if not chat_history or chat_history[-1]["role"] != "assistant":
