@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
+from litgpt_kv import registry
+
 T = TypeVar("T")
 SELECTS = (None, "head", "layer", "pool", "model")
 PATTERNS = (None, "pyramid", "funnel")
@@ -40,7 +42,8 @@ class KVCacheArgs:
     """Which tokens a cache keeps, how many, how they are stored, and which positions the rotary embedding sees.
 
     Args:
-        strategy: Which tokens are kept: a registered name (`litgpt_kv strategies` lists them).
+        strategy: Which tokens are kept: a registered name (`litgpt_kv strategies` lists them), or a strategy of your
+            own, my_file.py:MyStrategy.
         budget: How many tokens each row, layer and head keeps, including the one that is decoded. None: `max_tokens`.
             "20%", or the fraction 0.2, is that share of `max_tokens`.
         sinks: Never evict the first so many positions. None: the strategy's own default.
@@ -90,11 +93,13 @@ class KVCacheArgs:
     ) -> KVCacheArgs | None:
         """Return `kv_cache` as KVCacheArgs, with `budget` if it is given; None for None or "none".
 
-        A mapping is read as in a YAML file: {"strategy": "snapkv", "budget": "20%", "window": 32}.
+        A mapping is read as in a YAML file: {"strategy": "snapkv", "budget": "20%", "window": 32}. A strategy of your
+        own, "my_file.py:MyStrategy", is imported, which runs the file: do not pass on text from people whom you do not
+        trust.
 
         Raises:
             TypeError: If `kv_cache` has another type.
-            ValueError: If "none" comes with options or a budget.
+            ValueError: If "none" comes with options or a budget, or a strategy's file cannot be imported.
         """
         args = cls(strategy=kv_cache) if isinstance(kv_cache, str) else kv_cache
         if isinstance(args, Mapping):
@@ -108,6 +113,9 @@ class KVCacheArgs:
             args = None
         if budget is not None and args is None:
             raise ValueError(f"A budget needs a cache, got budget {shown(budget)} and no cache.")
+        if args is not None and any(map(registry.is_file_name, _each(args.strategy))):
+            names = [registry.import_named(name) for name in _each(args.strategy)]
+            args = replace(args, strategy=names[0] if isinstance(args.strategy, str) else names)
         return args if budget is None else replace(args, budget=budget)
 
     def resolved(self, max_tokens: int) -> KVCacheArgs:
@@ -168,6 +176,20 @@ def cache_fields(given: Mapping[str, Any]) -> dict[str, Any]:
         options = known.get("options", {})
         known["options"] = {**options, **own} if isinstance(options, Mapping) else options
     return known
+
+
+def split_name(text: str) -> tuple[str, str | None, str | None]:
+    """Split the name of a cache to compare, NAME[:SELECT][@STORAGE]; NAME may be my_file.py:MyStrategy.
+
+    Returns:
+        The name of its strategy, which is imported if it is in a file; its select and its storage, None if not given.
+
+    Raises:
+        ValueError: If a strategy's file cannot be imported.
+    """
+    name, _, storage = text.partition("@")
+    select = next((s for s in SELECTS if s and name.endswith(f":{s}")), None)
+    return registry.import_named(name.removesuffix(f":{select}")), select, storage or None
 
 
 def _share(budget: Any) -> Any:

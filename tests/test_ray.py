@@ -241,3 +241,9 @@ def test_a_replica_that_dies_is_replaced_and_every_request_can_be_answered(url: 
     assert failed  # those that the dead replica was answering
     after = until(lambda: len(replicas()) == 2 and replicas())
     assert len(after & before) == 1
+
+
+def test_a_file_of_code_is_not_imported_as_yaml_may_name_it() -> None:
+    for name, places in (("answer_prompts", ["demo", "a.jsonl", "b.jsonl"]), ("deployment", ["demo"])):
+        with pytest.raises(ValueError, match=r"Unknown strategy 'mine\.py:Mine'"):
+            auto_cli(loaded(name).main, args=[*places, "--kv_cache.strategy", "mine.py:Mine"])

@@ -22,6 +22,7 @@ from ray import cloudpickle
 
 from litgpt_kv import LLM
 from litgpt_kv.arguments import RunArgs, StoppingArgs, check_count
+from litgpt_kv.cli.groups import check_names
 from litgpt_kv.config import KVCacheArgs, SamplingArgs
 from litgpt_kv.generate import Request
 from litgpt_kv.generate.limits import Limits
@@ -234,6 +235,7 @@ def main(
         stopping: When a text ends, where a row says nothing.
         run: How prompts are read and batched; batch_size is 8 where nothing is said.
     """
+    check_names(vars(kv_cache))  # a YAML file may not name a file of code to import
     run = replace(run, batch_size=run.batch_size or 8)
     checkpoint_dir = str(Path(checkpoint_dir).resolve()) if Path(checkpoint_dir).is_dir() else checkpoint_dir
     settings = Settings(checkpoint_dir, kv_cache, sampling, stopping, run, max_tokens, precision, accelerator)

@@ -13,6 +13,7 @@ from ray import cloudpickle, serve
 
 from litgpt_kv import LLM
 from litgpt_kv.arguments import RunArgs, StoppingArgs, check_count
+from litgpt_kv.cli.groups import check_names
 from litgpt_kv.config import KVCacheArgs, SamplingArgs
 from litgpt_kv.serve.server import NEW_TOKENS, build_guarded_app
 from litgpt_kv.serve.settings import ServeArgs
@@ -95,6 +96,7 @@ def main(
         stopping: When a text ends, where a request says nothing.
         run: How prompts are read.
     """
+    check_names(vars(kv_cache))  # a YAML file may not name a file of code to import
     caches = {str(kv_cache.strategy): KVCacheArgs.of(kv_cache)}
     app = application(
         str(Path(checkpoint_dir).resolve()) if Path(checkpoint_dir).is_dir() else checkpoint_dir,  # for other folders

@@ -129,8 +129,8 @@ def benchmark(
         shape: The sizes of the random model.
         contexts: Prompt lengths in tokens (default: 1024 and 4096; for a checkpoint, half and most of its context; with
             peers, 1024, 4096 and 16384, as far as they fit).
-        strategies: The caches (default: dense, h2o, sink, window): NAME, NAME:pool, NAME@STORAGE, as in dense@int8;
-            "none" computes the whole text at every step.
+        strategies: The caches (default: dense, h2o, sink, window): NAME, NAME:pool, NAME@STORAGE or
+            my_file.py:MyStrategy; "none" computes the whole text at every step.
         budget: The budget of strategies that evict: tokens, or a percentage of the context.
         batch_size: The number of rows.
         steps: Decode steps timed together in each repetition.

@@ -18,7 +18,7 @@ from litgpt.config import Config
 from litgpt_kv import registry
 from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.compat.input_pos import GPT
-from litgpt_kv.config import KVCacheArgs
+from litgpt_kv.config import KVCacheArgs, split_name
 from litgpt_kv.parallel import DeviceRequest
 from litgpt_kv.parallel.collectives import Collectives, CollectiveTimer
 from litgpt_kv.parallel.heads import divide_heads
@@ -155,15 +155,14 @@ def compare(
 
 
 def cache_args(name: str, budget: int | str) -> KVCacheArgs:
-    """Return the arguments for a cache's name: NAME[:SELECT][@STORAGE], as in h2o:pool or dense@int8.
+    """Return the arguments for a cache's name: NAME[:SELECT][@STORAGE], as in h2o:pool, dense@int8 or my_file.py:Mine.
 
     Raises:
         ValueError: For an unknown name, or options that there are not.
     """
-    name, _, storage = name.partition("@")
-    strategy, _, select = name.partition(":")
+    strategy, select, storage = split_name(name)
     size = budget if registry.get("strategy", strategy).evicts else None
-    return KVCacheArgs(strategy, size, select=select or None, storage=storage or "plain")
+    return KVCacheArgs(strategy, size, select=select, storage=storage or "plain")
 
 
 def name_width(rows: list[dict[str, Any]]) -> int:

@@ -147,7 +147,8 @@ class KVCache(nn.Module):
 
     def __repr__(self) -> str:
         kept = dict.fromkeys(f"{type(s.strategy).__name__.lower()} {s.plan.slots}" for s in self.slots)
-        return f"KVCache({', '.join(kept)} tokens a row; {len(self.layers)} layers, {self.batch_size} rows)"
+        rows = "1 row" if self.batch_size == 1 else f"{self.batch_size} rows"
+        return f"KVCache({', '.join(kept)} tokens a row; {len(self.layers)} layers, {rows})"
 
     # -- what it holds -----------------------------------------------------------------------------------------------
 

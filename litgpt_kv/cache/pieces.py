@@ -29,7 +29,8 @@ class LayerPrompt:
 
     Attributes:
         length: Tokens of the whole prompt.
-        rotated, unrotated: (1, G, N, D) keys, the second only where needed. v: (1, G, N, Dv). All are the beginnings
+        rotated, unrotated: (1, G, N, D) keys, the second only where needed.
+        v: (1, G, N, Dv) values. All are the beginnings
             of tensors that hold the whole prompt.
         q, raw_q: The last queries, (1, H, n, D), for strategies that read them.
         received: Attention received so far by name, (1, G, N).
@@ -61,7 +62,8 @@ class PromptReader:
     """The prompt of one row, on its way into the cache. `model(piece, reader)` reads the next tokens (1, t).
 
     Attributes:
-        length: Tokens of the whole prompt. read: How many were read.
+        length: The tokens of the whole prompt.
+        read: How many of them were read.
         batch_size: 1.
     """
 

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from litgpt_kv import registry
-from litgpt_kv.cache.door import own_pools
+from litgpt_kv.cache.door import check_build, own_pools
 from litgpt_kv.cache.rows import storages_of
 from litgpt_kv.cache.storage.coded import Coded
 from litgpt_kv.cache.table import Table
@@ -68,7 +68,7 @@ def write(cache: Any, path: str | Path, model: Any) -> None:
 
 def read(cls: Any, path: str | Path, model: Any, args: KVCacheArgs | str | None) -> Any:
     """Do the work of `KVCache.load`."""
-    args, path = KVCacheArgs(strategy=args) if isinstance(args, str) else args, os.fspath(path)
+    args, path = None if args is None else check_build(args, 1, 1), os.fspath(path)
     try:
         if not os.path.isfile(path):  # a pipe would be waited for
             raise ValueError("there is no such file")

@@ -17,8 +17,10 @@ def write_calibration(path: str | Path, strategy: str, tensors: Mapping[str, Ten
     """Write what a strategy needs to know of a model.
 
     Args:
-        path: The file. strategy: The strategy's name.
-        tensors: `layers.{i}.{name}`, whose first dimension is the query heads. model: The model's name, for people.
+        path: The file.
+        strategy: The strategy's name.
+        tensors: `layers.{i}.{name}`, whose first dimension is the query heads.
+        model: The model's name, for people.
 
     Raises:
         ValueError: If the file cannot be written.

@@ -11,11 +11,13 @@ ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "
 def passkey_text(
     filler: Sequence[int], length: int, encode: Callable[[str], list[int]], seed: int, keys: int = 8
 ) -> tuple[list[int], int]:
-    """A text of `length` tokens or fewer in which passkeys are told, spread over it, and then recalled.
+    """Return a text of `length` tokens or fewer in which passkeys are told, spread over it, and then recalled.
 
     Args:
-        filler: Token ids of the text around them. encode: Token ids of a sentence.
-        seed: Of the digits and of the order in which they are recalled. keys: How many, at most 8.
+        filler: Token ids of the text around them.
+        encode: A function from a sentence to its token ids.
+        seed: The seed of the digits and of the order in which they are recalled.
+        keys: How many passkeys, at most 8.
 
     Returns:
         The token ids, and how many of the last ones recall passkeys.

@@ -33,7 +33,7 @@ def chat(
 
     Args:
         checkpoint_dir: A checkpoint folder in litgpt's layout, or "demo" for the shipped model.
-        sys_prompt: The system prompt, for prompt styles that have one.
+        sys_prompt: The system prompt; refused if the model's prompt style has no place for one.
         max_tokens: The most tokens of a conversation: the size of a dense cache, and the default budget. By default the
             model's context, but at most 8192.
         multiline: An input may have several lines; !submit on its own line ends it.
@@ -46,11 +46,13 @@ def chat(
     args = KVCacheArgs.of(kv_cache)
     if args is None:
         raise ValueError("chat needs a cache, kv_cache 'none' has none: choose a strategy.")
-    llm = load(checkpoint_dir, device)
+    llm = load(checkpoint_dir, device, sys_prompt)
     settings = {f.name: getattr(part, f.name) for part in (stopping, sampling) for f in fields(part)}
+    output = Output.of(llm)
+    output.take_notes(llm)
     if (note := budget_note(args)) is not None:
-        Output.of(llm).note(note)
+        output.note(note)
     conversation = llm.chat(sys_prompt, kv_cache=args, max_tokens=max_tokens, prefill=run.prefill, **settings)
-    refused = talk(conversation, multiline)
+    refused = talk(conversation, multiline, output)
     if refused and not sys.stdin.isatty():  # a script must know
         raise SystemExit(1)

@@ -22,7 +22,7 @@ EXAMPLES: dict[str, list[tuple[str, str]]] = {
     ],
     "chat": [
         ("chat demo --kv-cache sink --kv-cache.budget 512", "a conversation of any length in a small cache"),
-        ('chat demo --sys-prompt "Be brief." --max-new-tokens 40', "a system prompt, short replies"),
+        ("chat demo --kv-cache h2o --kv-cache.budget 100 --max-new-tokens 40", "short replies"),
     ],
     "serve": [
         ("serve demo --kv-cache h2o --kv-cache.budget 25% --port 8000", "an OpenAI-compatible server"),
@@ -30,7 +30,7 @@ EXAMPLES: dict[str, list[tuple[str, str]]] = {
     ],
     "strategies": [
         ("strategies", "all strategies"),
-        ("generate --kv-cache.help h2o", "all about one of them"),
+        ("strategies h2o", "all about one of them"),
     ],
     "plan": [
         ("plan Llama-3.1-8B --devices 2 --memory 24", "memory on one and two devices, computed"),

@@ -20,13 +20,14 @@ from litgpt_kv.cli.prompt_files import Line, PromptFile
 from litgpt_kv.cli.run_digest import digest_of
 from litgpt_kv.config import KVCacheArgs, SamplingArgs
 from litgpt_kv.generate import Request, Sequence, Stats
+from litgpt_kv.generate.runner import BLOCK
 from litgpt_kv.llm import checkpoint
 from litgpt_kv.llm.llm import LLM
 from litgpt_kv.llm.text_request import TextRequest
 
 QUESTION = "What food do llamas eat?"
 MOST_BAD_LINES = 20  # as many are shown one by one, the rest as a count
-MANY_STEPS = 256  # from so many prompt tokens read one at a time, a note names the faster option
+MANY_STEPS = 256  # from so many steps in which prompts are read, a note names the faster option
 
 
 def generate(
@@ -54,7 +55,7 @@ def generate(
             format, or text with one prompt a line; - is standard input.
         out: Write the answers to this file, as JSON lines; by default they go to standard output.
         resume: Continue the file of an interrupted run.
-        sys_prompt: The system prompt, for prompt styles that have one.
+        sys_prompt: The system prompt; refused if the model's prompt style has no place for one.
         num_samples: How many texts to make of each prompt; each has the next seed.
         json: Print one JSON object instead of text: answers, statistics of the run, and the size of the cache.
         stopping: When a text ends.
@@ -83,7 +84,7 @@ def generate(
         usual = TextRequest(sampling=CLI_SAMPLING)
         usual_settings = answer_settings("", usual, KVCacheArgs(), RunArgs(), DeviceArgs(), 1) | {"import": []}
         answers = Answers(out, resume, digest_of(settings, usual_settings), usual_settings)
-        _answer(load(checkpoint_dir, device), file, answers, args, run, num_samples, json)
+        _answer(load(checkpoint_dir, device, sys_prompt), file, answers, args, run, num_samples, json)
         return
     prompt = QUESTION if prompt is None else prompt
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -93,8 +94,9 @@ def generate(
         TextRequest(text, sys_prompt=sys_prompt, stopping=stopping, sampling=row_sampling)
         for text, row_sampling in zip(texts, sampling.rows(len(texts)))
     ]
-    llm = load(checkpoint_dir, device)
+    llm = load(checkpoint_dir, device, sys_prompt)
     output, total, records = Output.of(llm), Stats(), []
+    output.take_notes(llm)
     failed: list[Sequence] = []
     for sample in range(num_samples):
         batch = [llm.request(request.sample(sample), b) for b, request in enumerate(requests)]
@@ -102,7 +104,7 @@ def generate(
         _announce(output, batch, steps.cache, run, args)
         prompts_read = [llm.decode(request.prompt.tolist()) for request in batch]
         reading = Reading(steps.stats, sum(len(request.prompt) for request in batch), output.shown)
-        continuations = Continuations(Output(shown=output.shown and not json), prompts_read)
+        continuations = Continuations(Output(shown=False) if json else output, prompts_read)
         try:
             for sequences in steps:
                 reading.close()
@@ -241,22 +243,28 @@ class _FileNotes:
 def _announce(
     output: Output, requests: abc.Sequence[Request], cache: KVCache | None, run: RunArgs, args: KVCacheArgs | None
 ) -> bool:
-    """Print a note if nothing will be evicted for want of a budget, and if much of a prompt will be read one token at a
-    time; return whether the latter was printed."""
+    """Print a note if nothing will be evicted for want of a budget, and if prompts will be read in many small steps;
+    return whether the latter was printed."""
     if (note := budget_note(args)) is not None:
         output.note(note)
     if not requests or cache is None or run.prefill != "min-length" or run.prefill_chunk is not None:
         return False
-    if cache.exact_blocks:
-        return False
     lengths = [len(request.prompt) for request in requests]
-    longest, first = max(lengths), min(cache.first_chunk, max(lengths))
-    if longest - first >= MANY_STEPS:
-        budget = min(slots.plan.slots for slots in cache.slots)
-        what = f"{longest:,} tokens, {longest / budget:.3g} times the budget"
-        output.note(
-            f"{'A' if len(requests) == 1 else 'The longest'} prompt has {what}: {longest - first:,} will be read one "
-            "at a time; --prefill full reads all in one pass."
-        )
-        return True
-    return False
+    longest, first = max(lengths), cache.first_chunk
+    block = min(BLOCK, cache.longest_block) if cache.exact_blocks else 1
+    if block == 1:  # all rows take these steps together
+        steps, how = longest - first, "one at a time"
+    elif longest > cache.context:  # nothing is faster
+        return False
+    else:  # blocks of different rows are read one after the other
+        steps, how = sum(-(-max(0, length - first) // block) for length in lengths), f"in blocks of {block}"
+    if steps < MANY_STEPS:
+        return False
+    faster = "--prefill full reads all in one pass, then evicts"
+    if longest > cache.context:  # which one pass cannot read
+        faster = f"--prefill-chunk {min(BLOCK, cache.longest_block)} reads blocks and evicts for each at once"
+    budget = min(slots.plan.slots for slots in cache.slots)
+    what = f"{longest:,} tokens, {longest / budget:.3g} times the budget"
+    which = "A" if len(requests) == 1 else "The longest"
+    output.note(f"{which} prompt has {what}: {longest - first:,} will be read {how}; {faster}.")
+    return True

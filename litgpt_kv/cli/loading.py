@@ -12,8 +12,10 @@ from litgpt_kv.cli.output import Output
 from litgpt_kv.cli.progress import loading
 from litgpt_kv.config import KVCacheArgs, SamplingArgs
 from litgpt_kv.generate.compiled import keep_compiled
+from litgpt_kv.llm import checkpoint
 from litgpt_kv.llm.llm import LLM
 from litgpt_kv.llm.threads import SMALL_MODEL, best_threads
+from litgpt_kv.llm.turns import check_system_prompt
 from litgpt_kv.model.quantized import describe_refused, has_bf16_products
 
 CLI_SAMPLING = SamplingArgs(temperature=None, top_k=50, seed=1234)  # litgpt's defaults on the command line
@@ -23,8 +25,15 @@ BF16_HINT = (
 )
 
 
-def load(checkpoint_dir: str, device: DeviceArgs) -> LLM:
-    """Load a model onto the devices that `device` names, and set the number of CPU threads."""
+def load(checkpoint_dir: str, device: DeviceArgs, sys_prompt: str | None = None) -> LLM:
+    """Load a model onto the devices that `device` names, and set the number of CPU threads.
+
+    Raises:
+        ValueError: If it cannot be loaded, or its prompt style has no place for a system prompt.
+    """
+    if sys_prompt:  # before minutes of loading
+        folder = checkpoint.find(checkpoint_dir)
+        check_system_prompt(checkpoint.load_prompt(folder, checkpoint.load_config(folder)), sys_prompt)
     began = time.perf_counter()
     with loading(checkpoint_dir) as on_progress:
         llm = LLM.load(

@@ -45,7 +45,9 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def normalise(args: list[str], flags: Collection[str] = ()) -> tuple[list[str], str | None]:
+def normalise(
+    args: list[str], flags: Collection[str] = (), lists: Collection[str] = ()
+) -> tuple[list[str], str | None]:
     """Bring a command line into the parser's form.
 
     Dashes in option names become underscores, `--kv_cache X` becomes `--kv_cache.strategy X`, a strategy's own options
@@ -55,6 +57,7 @@ def normalise(args: list[str], flags: Collection[str] = ()) -> tuple[list[str], 
     Args:
         args: What the user typed.
         flags: Options that mean "true" if they have no value.
+        lists: Options whose value is a list: h2o,sink is written as [h2o,sink].
 
     Returns:
         The arguments, and the strategy of `--kv-cache.help`, or None.
@@ -95,6 +98,8 @@ def normalise(args: list[str], flags: Collection[str] = ()) -> tuple[list[str], 
         elif name == "--import":
             or_fail("", registry.import_file, value)
         else:
+            if name[2:] in lists and not value.lstrip().startswith("[") and value.strip() not in ("", "null"):
+                value = f"[{value}]"
             out.append("=".join(_pair(option, name, value)))
     listed = [f"{name}={json.dumps(given, ensure_ascii=False)}" for name, given in texts.items() if given]
     end = out.index("--") if "--" in out else len(out)
@@ -178,6 +183,8 @@ def parsed_options(text: str) -> Any:
             level["kv_cache"] = cache_fields(level["kv_cache"])
         if "import" in level:
             raise ValueError(HINT.format(level["import"]))
+        if isinstance(level.get("strategies"), list):
+            _refuse_files(level["strategies"])
     return value
 
 
@@ -188,7 +195,11 @@ def cache_fields(given: str | dict[str, Any]) -> dict[str, Any]:
         ValueError: If a strategy is a user's file: YAML cannot import code.
     """
     given = {"strategy": given} if isinstance(given, str) else given
-    for name in given["strategy"] if isinstance(given.get("strategy"), list) else [given.get("strategy")]:
-        if isinstance(name, str) and registry.is_file_name(name):
-            raise ValueError(HINT.format(name.rpartition(":")[0]))
+    _refuse_files(given["strategy"] if isinstance(given.get("strategy"), list) else [given.get("strategy")])
     return config.cache_fields(given)
+
+
+def _refuse_files(names: list[Any]) -> None:
+    for name in names:
+        if isinstance(name, str) and registry.is_file_name(name):
+            raise ValueError(HINT.format(name.partition(":")[0]))

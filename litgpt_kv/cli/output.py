@@ -9,18 +9,22 @@ from typing import Any
 from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.config import KVCacheArgs
 from litgpt_kv.generate import Stats
+from litgpt_kv.generate.compiled import CompiledDecoder
 from litgpt_kv.llm.llm import LLM
+from litgpt_kv.llm.text_model import TextModel
 
 
-@dataclass(frozen=True)
+@dataclass
 class Output:
-    """Print for a command.
+    """Print for a command. A note that comes while a text is printed gets a line of its own.
 
     Attributes:
         shown: Whether to print: if several processes run one command, only process 0 prints.
+        in_line: Whether the text ends in the middle of a line so far.
     """
 
     shown: bool = True
+    in_line: bool = False
 
     @classmethod
     def of(cls, llm: LLM) -> Output:
@@ -31,11 +35,19 @@ class Output:
         """Print text of the model."""
         if self.shown:
             print(text, end=end, flush=True)
+            self.in_line = not (text + end).endswith("\n") if text + end else self.in_line
 
     def note(self, text: str) -> None:
         """Print a note about the run."""
         if self.shown:
-            print(text, file=sys.stderr, flush=True)
+            apart = self.in_line and sys.stdout.isatty() == sys.stderr.isatty()  # else they are not seen together
+            print("\n" * apart + text, file=sys.stderr, flush=True)
+            self.in_line = self.in_line and not apart
+
+    def take_notes(self, llm: LLM) -> None:
+        """Let the notes about compiled steps come through this output, which knows what text it has printed."""
+        if isinstance(llm.decoder, CompiledDecoder):
+            llm.decoder.note = self.note
 
 
 def report(output: Output, llm: LLM, stats: Stats, cache: KVCache | None, brief: bool = False) -> None:
@@ -56,7 +68,8 @@ def report(output: Output, llm: LLM, stats: Stats, cache: KVCache | None, brief:
         what = f"Cache {', '.join(strategies_of(cache))}: budget {budget} tokens, {size['total']:,} bytes ({parts})"
         if llm.parallel is not None and llm.parallel.collectives.size > 1:
             what += f" on process 0 of {llm.parallel.collectives.size}"
-        output.note(what + "." if brief else f"{what}; kept {kept} tokens seen.")
+        most = "a head kept up to" if heads_differ(cache) else "kept"
+        output.note(what + "." if brief else f"{what}; {most} {kept} tokens seen.")
         dense = dense_bytes(llm, cache)
         if dense is not None and dense > size["total"]:
             output.note(f"A dense cache takes {dense:,} bytes: {dense / size['total']:.2g} times as many.")
@@ -80,16 +93,28 @@ def strategies_of(cache: KVCache) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def heads_differ(cache: KVCache) -> bool:
+    """Return whether heads may keep different numbers of tokens: in pools, or because layers have other budgets."""
+    return len(budgets_of(cache)) > 1 or any(slots.owner is not None for slots in cache.slots)
+
+
 def budgets_of(cache: KVCache) -> list[int]:
     """Return the budgets of a cache's layers in tokens, each once, the smallest first."""
     return sorted({slots.plan.slots for slots in cache.slots})
 
 
-def dense_bytes(llm: LLM, cache: KVCache) -> int | None:
-    """Return the bytes of a dense cache for the same rows; None if one process has not all of it, or it cannot be."""
-    if llm.parallel is not None or cache.max_tokens > cache.context:
+def dense_bytes(llm: TextModel, cache: KVCache, tokens: int | None = None) -> int | None:
+    """Return the bytes of a dense cache for the same rows; None if one process has not all of it, or it cannot be.
+
+    Args:
+        llm: The model.
+        cache: The cache.
+        tokens: The tokens of a row; None: as many as `cache` has room for.
+    """
+    if llm.parallel is not None or (cache.max_tokens if tokens is None else tokens) > cache.context:
         return None
-    tokens = max(cache.seen) if cache.static else cache.max_tokens  # a compiled cache has room for more
+    if tokens is None:
+        tokens = max(cache.seen) if cache.static else cache.max_tokens  # a compiled cache has room for more
     return KVCache.nbytes(llm.config, KVCacheArgs(), cache.batch_size, max(1, tokens), cache.dtype)["total"]
 
 

@@ -12,7 +12,7 @@ import dataclasses
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_origin
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_loader, set_parsing_settings
@@ -21,9 +21,12 @@ from litgpt_kv import __version__, registry
 from litgpt_kv.cli.commands import Entry, table
 from litgpt_kv.cli.groups import groups_of
 from litgpt_kv.cli.help import command_help, description_of, overview
-from litgpt_kv.cli.options import PROG, fail, load_yaml, normalise, read_options
+from litgpt_kv.cli.options import PROG, fail, load_yaml, normalise, or_fail, read_options
+from litgpt_kv.cli.other_commands import loader_without, others_defaults
 from litgpt_kv.cli.refusals import Refused, explain, file_of
 from litgpt_kv.config import shown
+
+LOADER_ERRORS = (yaml.YAMLError,)
 
 
 class Parser(ArgumentParser):
@@ -67,6 +70,16 @@ def flags_of(commands: Mapping[str, Callable[..., Any]]) -> set[str]:
     return found
 
 
+def lists_of(commands: Mapping[str, Callable[..., Any]]) -> set[str]:
+    """Return the options of all commands whose value is always a list."""
+    found = set()
+    for command in commands.values():
+        for parameter in inspect.signature(command, eval_str=True).parameters.values():
+            kinds = set(get_args(parameter.annotation) or [parameter.annotation]) - {type(None)}
+            found |= {parameter.name} if kinds and all(get_origin(kind) is list for kind in kinds) else set()
+    return found
+
+
 def build_parser(
     commands: Mapping[str, Callable[..., Any]], description: str, only: str | None = None
 ) -> ArgumentParser:
@@ -75,7 +88,7 @@ def build_parser(
     With `only`, just that command gets its options: reading types and docstrings of all takes a tenth of a second.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    set_loader("litgpt_kv", load_yaml, exceptions=(yaml.YAMLError,))
+    set_loader("litgpt_kv", load_yaml, LOADER_ERRORS)
     parser = Parser(prog=PROG, description=description, parser_mode="litgpt_kv", default_meta=False)
     parser.add_argument("--config", action=ActionConfigFile, help="Options of a command from a YAML file.")
     subcommands = parser.add_subcommands(required=True)
@@ -99,12 +112,18 @@ def parse(
         hint = registry.did_you_mean(args[0], commands)
         fail(f"There is no command {shown(args[0])}.{hint} {PROG} --help lists all.")
     only = _command_of(args, commands)
-    args, help_on = normalise(args, flags_of({only: commands[only]} if only else commands))
+    asked_for = {only: commands[only]} if only else commands
+    args, help_on = normalise(args, flags_of(asked_for), lists_of(asked_for))
+    if only == "strategies" and len(args) == 2 and not args[1].startswith("-"):
+        help_on = or_fail("", registry.import_named, args[1])
     if help_on is not None:
         from litgpt_kv.cli.strategies import show_strategy  # needs torch
 
         show_strategy(help_on)
     parser = build_parser(commands, description, only)
+    if only is not None and any(arg.startswith("--config=") for arg in args):
+        known = {action.dest.partition(".")[0] for action in options_of(parser, only)}
+        set_loader("litgpt_kv", loader_without(others_defaults(only, known, commands, _configs(args))), LOADER_ERRORS)
     if asked := [arg for arg in args if arg in ("--help", "-h", "--help_all")]:
         if only is None:
             _print(_about_the_program(commands, description, []))

@@ -57,7 +57,8 @@ def plan(
     kinds = [KVCacheArgs("dense")] + ([] if kv_cache.strategy in ("none", "dense") else [kv_cache])
     unit = _unit(config, kinds, batch_size, context, dtype)
     names = [_name(args, unit) for args in kinds]
-    print(f"Computed, not measured: {config.name}, {precision}, {batch_size} rows of {context:,} tokens.")
+    rows = "1 row" if batch_size == 1 else f"{batch_size} rows"
+    print(f"Computed, not measured: {config.name}, {precision}, {rows} of {context:,} tokens.")
     bytes_each = {"GB": "10^9 bytes", "MB": "10^6 bytes"}[unit]
     what = f"{unit} ({bytes_each}) on the device that needs most"
     print(f"{what}; rows: how many rows of that length fit into {memory:g} GB.")

@@ -7,6 +7,7 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
 
+from litgpt_kv import registry
 from litgpt_kv.config import shown
 from litgpt_kv.registry import did_you_mean
 
@@ -52,6 +53,8 @@ def explain(
         key = found[1]
         where = next((path for path, data in configs if _has(data, key)), None)
         hint = did_you_mean(key.rpartition(".")[2], [name.rpartition(".")[2] for name in known])
+        if (own := _cache_option(key, known)) is not None:
+            hint = f" Did you mean 'kv_cache: {{{own}: ...}}'?"
         return f"{where + ': ' if where else ''}{who} has no option {key!r}.{hint}{_see(command)}"
     if found := re.match(r"Unexpected config: ?(.*)", text):
         where = configs[-1][0] if configs else "The file of options"
@@ -70,13 +73,24 @@ def _unknown(arguments: Sequence[str], who: str, known: Mapping[str, Action]) ->
         return f"{who} does not take {shown(first)}: {_positionals(known)}."
     names = [name for name in known if name not in ("help", "print_config")]
     hint = did_you_mean(option.lstrip("-"), names, "--").replace("_", "-")
+    if (own := _cache_option(option.lstrip("-").replace("-", "_"), known)) is not None:
+        hint = f" Did you mean '--kv-cache.{own.replace('_', '-')}'?"
     return f"{who} has no option {option.replace('_', '-')}.{hint}"
+
+
+def _cache_option(name: str, known: Mapping[str, Action]) -> str | None:
+    """Return a name if it is an option of the cache or of a strategy, and the command has a cache; else None."""
+    if "kv_cache.options" not in known:
+        return None
+    of_strategies = (option for one in registry.names("strategy") for option in registry.options("strategy", one))
+    return name if f"kv_cache.{name}" in known or name in of_strategies else None
 
 
 def _positionals(known: Mapping[str, Action]) -> str:
     names = [name for name, action in known.items() if not action.option_strings]
     taken = " and ".join(names)
-    return f"beside {taken}, values follow an option" if names else "it has options only"
+    follow = "values follow an option" + (", as a text follows --prompt" if "prompt" in known else "")
+    return f"beside {taken}, {follow}" if names else "it has options only"
 
 
 def _missing(known: Mapping[str, Action], args: Sequence[str], configs: Configs) -> list[str]:
@@ -97,11 +111,16 @@ def _spelled(name: str, known: Mapping[str, Action]) -> str:
 def _wrong_value(name: str, value: str, known: Mapping[str, Action], args: Sequence[str], configs: Configs) -> str:
     action = known.get(name)
     typed = next((arg.partition("=")[2] for arg in args if arg.partition("=")[0] == f"--{name}"), None)
-    value = value if typed is None else typed
+    where, read = next(
+        ((f"{path}: ", found[0]) for path, data in reversed(configs) if (found := _in(data, name))), ("", None)
+    )
+    if where and (typed is None or value.startswith(str(read))):  # the parser's own text may have its words behind it
+        value = str(read)
+    elif typed is not None:
+        where, value = "", typed
     words = describe(getattr(action, "_typehint", None) or getattr(action, "type", None))
     expected = f": it must be {words}" if words else ""
     value = value if len(value) <= 200 else f"{value[:200]}..."
-    where = file_of(name, args, configs)
     return f"{where}--{name.replace('_', '-')} cannot be {value or 'empty'}{expected}; see --help."
 
 
@@ -114,12 +133,17 @@ def file_of(name: str, args: Sequence[str], configs: Configs) -> str:
 
 def _has(data: Any, name: str) -> bool:
     """Return whether a file of options has a key, in any mapping; `kv_cache.budget` is `budget` in `kv_cache`."""
+    return bool(_in(data, name))
+
+
+def _in(data: Any, name: str) -> list[Any]:
+    """Return the values of a key in a file of options, in any mapping, as `_has` finds it."""
     first, _, rest = name.partition(".")
     if not isinstance(data, dict):
-        return False
+        return []
     if first in data:
-        return not rest or _has(data[first], rest)
-    return any(_has(value, name) for value in data.values())
+        return _in(data[first], rest) if rest else [data[first]]
+    return [found for value in data.values() for found in _in(value, name)]
 
 
 def _see(command: str | None) -> str:

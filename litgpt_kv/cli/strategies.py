@@ -19,7 +19,7 @@ HEADER = ("strategy", "scores by", "evicts", "latent", "select, positions")
 
 
 def strategies() -> None:
-    """List every registered strategy in a table; `--kv-cache.help NAME` shows all about one.
+    """List every registered strategy in a table; `litgpt_kv strategies NAME` shows all about one.
 
     The columns: what its score is computed from; when it evicts; whether it supports multi-head latent attention; the
     defaults of `--kv-cache.select` and `--kv-cache.positions`. Below each line: what it keeps, and its source.
@@ -91,13 +91,14 @@ def describe(name: str) -> str:
 
 
 def show_strategy(name: str) -> NoReturn:
-    """Print all about one strategy, and end the program: `--kv-cache.help h2o`."""
+    """Print all about one strategy, and end the program: `strategies h2o`, or `--kv-cache.help h2o`."""
     try:
         cls = registry.get("strategy", name)
     except ValueError as error:
         fail(str(error))
     print(describe(name))
-    print("\n" + (inspect.getdoc(cls) or "").partition("\n")[2].strip())
+    if more := (inspect.getdoc(cls) or "").partition("\n")[2].strip():
+        print("\n" + more.replace("Args:\n", "Its own options, as --kv-cache.NAME:\n"))
     print("\nWhat every strategy takes, as --kv-cache.budget and so on:\n")
     print((inspect.getdoc(KVCacheArgs) or "").partition("Args:\n")[2])
     raise SystemExit(0)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from litgpt_kv.cli.colour import paint
+from litgpt_kv.cli.output import Output, dense_bytes, heads_differ, strategies_of
 from litgpt_kv.llm.chat import Chat
 from litgpt_kv.registry import did_you_mean
 
@@ -21,13 +22,13 @@ HELP = "/reset starts a new conversation, /cache shows the cache, /quit ends; a 
 END = ("!submit", "!quit", "!exit")
 
 
-def talk(chat: Chat, multiline: bool = False) -> int:
-    """Answer turns from standard input until it ends. Replies go to standard output, all else to standard error.
+def talk(chat: Chat, multiline: bool = False, output: Output | None = None) -> int:
+    """Answer turns from standard input until it ends. Replies go to `output`, all else to standard error.
 
     Returns:
         How many turns were refused.
     """
-    refused: list[str] = []
+    output, refused = output or Output(), []
     _say(f"Now chatting with {chat.llm.config.name}. {HELP}")
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="surrogateescape")  # `read_turn` refuses such a line
@@ -37,7 +38,7 @@ def talk(chat: Chat, multiline: bool = False) -> int:
         elif text.startswith("/") and text[1:].strip().isalpha():  # one word; anything longer is a question
             _command(chat, text.strip())
         elif text.strip():
-            refused += [] if _reply(chat, text) else [text]
+            refused += [] if _reply(chat, text, output) else [text]
     return len(refused)
 
 
@@ -83,19 +84,36 @@ def _command(chat: Chat, text: str) -> None:
         chat.reset()
         _say("A new conversation starts.")
     elif text == "/cache":
-        tokens, size = chat.cache.tokens(), chat.cache.allocated()
-        _say(f"{chat.cache}: keeps {tokens['kept'][0]:,} of {tokens['seen'][0]:,} tokens, {size['total']:,} bytes.")
+        _say(describe_cache(chat))
     else:
         hint = did_you_mean(text.split()[0], ["/reset", "/cache", "/quit"])
         _say(f"There is no command {text.split()[0]}.{hint} {HELP}")
 
 
-def _reply(chat: Chat, text: str) -> bool:
+def describe_cache(chat: Chat) -> str:
+    """Return what a chat's cache keeps and takes, and what a dense cache would take."""
+    cache = chat.cache
+    tokens, size, seen = cache.tokens(), cache.allocated(), cache.seen[0]
+    keeps = "a head keeps up to" if heads_differ(cache) else "keeps"
+    text = f"{cache}: {keeps} {tokens['kept'][0]:,} of {seen:,} tokens, {size['total']:,} bytes."
+    if strategies_of(cache) == ["dense"]:
+        return text
+    if seen > cache.context:
+        return f"{text} A dense cache cannot hold so many: the model's context is {cache.context:,}."
+    takes = []
+    if seen and (dense := dense_bytes(chat.llm, cache, seen)) is not None:
+        takes.append(f"{dense:,} bytes for these tokens")
+    if (whole := dense_bytes(chat.llm, cache)) is not None:
+        takes.append(f"{whole:,} bytes for the {cache.max_tokens:,} of a whole conversation")
+    return f"{text} A dense cache takes {', '.join(takes)}." if takes else text
+
+
+def _reply(chat: Chat, text: str, output: Output) -> bool:
     """Print the reply to a turn; return whether the turn was accepted."""
     try:
         with interrupts() as interrupted:
             for piece in chat.say(text):
-                print(piece, end="", flush=True)
+                output.text(piece, end="")
                 if interrupted():
                     break
     except ValueError as error:
@@ -108,7 +126,7 @@ def _reply(chat: Chat, text: str) -> bool:
         chat.reset()
         _say("\nInterrupted in the middle of a step: a new conversation starts.")
         return True
-    print(flush=True)
+    output.text("")
     stats = chat.stats
     speed = f", {stats.decode_tokens / stats.decode_seconds:,.0f} tokens/s" if stats.decode_tokens else ""
     if chat.full:

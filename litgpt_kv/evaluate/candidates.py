@@ -7,11 +7,10 @@ from typing import Any
 
 import yaml
 
-from litgpt_kv import config, registry
+from litgpt_kv import registry
 from litgpt_kv.cache.plan import ready_strategies
-from litgpt_kv.config import KVCacheArgs
+from litgpt_kv.config import KVCacheArgs, split_name
 
-SELECTS = tuple(f":{name}" for name in config.SELECTS if name)
 OWN = {
     "strategy",
     "budget",
@@ -28,8 +27,9 @@ class Candidate:
     """A cache to compare.
 
     Attributes:
-        spec: As the user wrote it. budget: Tokens or a share; None for strategies that keep everything.
-        args: What it comes to.
+        spec: As the user wrote it.
+        budget: Tokens or a share; None for strategies that keep everything.
+        args: The arguments of the cache.
     """
 
     spec: str
@@ -72,10 +72,8 @@ def candidates(specs: list[str] | None, budgets: list[int | str], base: KVCacheA
 
 def _arguments(spec: str, base: KVCacheArgs) -> KVCacheArgs:
     """What a name comes to, without budgets."""
-    head, given = spec.split(maxsplit=1)[0] if spec.split() else "", _given(spec)
-    name, _, storage = head.partition("@")
-    select = name.rpartition(":")[2] if name.endswith(SELECTS) else ""
-    name = registry.import_named(name.removesuffix(f":{select}") if select else name)
+    given = _given(spec)
+    name, select, storage = split_name(spec.split(maxsplit=1)[0] if spec.split() else "")
     storage = storage or str(base.storage)
     own, stored = registry.options("strategy", name), registry.options("storage", storage)
     plain = [field.name for field in fields(KVCacheArgs) if field.name not in OWN]

@@ -36,7 +36,8 @@ class Fidelity:
         agrees: Whether the most probable token is the full cache's.
         lost: At the end of each block, the share of the full cache's attention that went to tokens that are not kept,
             the mean over layers and heads.
-        seconds: Reading took. bytes: Of a row of the cache.
+        seconds: How long reading took.
+        bytes: The size of a row of the cache.
     """
 
     nll: list[float] = field(default_factory=list)
@@ -76,11 +77,11 @@ def measure(
     """Read texts token by token with several caches and, as far as it goes, with a full one beside them.
 
     Args:
-        ids: (N,) a text, or (R, N) several that are read side by side. start: How many tokens of each are its prompt,
-            read in one pass and then compressed.
+        ids: (N,) a text, or (R, N) several that are read side by side.
+        start: How many tokens of each are its prompt, read in one pass and then compressed.
         candidates: Caches by name; a share is taken of the whole text.
         on_block: Called with the number of tokens of a text that were read, after each block.
-        dtype: Of stored keys and values; None: the model's. The full cache has the model's in any case.
+        dtype: The dtype of stored keys and values; None: the model's. The full cache has the model's in any case.
         blocks: Read blocks of tokens instead of single ones where that gives the same: faster, but then the seconds are
             not those of decoding.
         compare: Whether there is to be a full cache. There is none for a text longer than the model's context.

@@ -14,6 +14,7 @@ continuation; then the continuation is scored, or the answer generated, token by
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -40,6 +41,7 @@ from litgpt_kv.llm.beginning import encode_first, encode_later
 from litgpt_kv.llm.chat import conversation_text
 from litgpt_kv.llm.llm import LLM
 from litgpt_kv.llm.threads import best_threads
+from litgpt_kv.llm.turns import takes_system_prompt
 
 Encoded = tuple[tuple[str, str] | None, list[int], list[int]]  # the texts, context and continuation
 CACHE_FIELDS = {f.name for f in fields(KVCacheArgs)} - {"strategy", "budget", "options"}
@@ -130,18 +132,23 @@ class LitgptKV(TemplateLM):
         """Return a conversation as text, in the checkpoint's prompt style, up to the model's next reply.
 
         Without `add_generation_prompt` the last message is the beginning of that reply (a task's `gen_prefix`); it
-        stands, as it is, where the reply would.
+        stands, as it is, where the reply would. A system message (a task's description) is left out with a warning if
+        the prompt style has no place for one, as lm_eval's own models do.
 
         Raises:
             ValueError: If the roles are in another order.
         """
-        begun = ""
+        begun, style = "", self.llm.prompt_style
+        if any(message["role"] == "system" for message in chat_history) and not takes_system_prompt(style):
+            left_out = f"The prompt style {type(style).__name__} has no place for system messages: left out."
+            warnings.warn(left_out, stacklevel=2)
+            chat_history = [message for message in chat_history if message["role"] != "system"]
         if not add_generation_prompt:
             if not chat_history or chat_history[-1]["role"] != "assistant":
                 raise ValueError("Only a message of the assistant can be continued: the last one must be its.")
             *chat_history, last = chat_history
             begun = last["content"]
-        return conversation_text(self.llm.prompt_style, chat_history) + begun
+        return conversation_text(style, chat_history) + begun
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """Return the name of the checkpoint's prompt style; there is no other."""

@@ -20,6 +20,7 @@ from litgpt_kv.disk import write_text
 
 Cell = dict[str, Any]
 KEY = ("cache", "budget", "task", "tokens", "question")
+HARD = 0.2  # a share of answers of `dense`, below which a column compares nothing
 
 
 @dataclass
@@ -27,8 +28,10 @@ class Results:
     """Cells of one evaluation.
 
     Attributes:
-        settings: What the numbers depend on besides the cells' own keys. cells: One a cache, task, length and question.
-        folder: Where files go; None: nowhere. name: Of the JSON file.
+        settings: What the numbers depend on besides the cells' own keys.
+        cells: A cell for each cache, task, length and question.
+        folder: Where files go; None: nowhere.
+        name: The name of the JSON file.
     """
 
     settings: dict[str, Any]
@@ -95,7 +98,8 @@ class Results:
         """Two tables in Markdown: answers, and the text that was read token by token."""
         answered = [cell for cell in self.cells if "score" in cell]
         read = [cell for cell in self.cells if "perplexity" in cell]
-        parts = ([_answers_table(answered)] if answered else []) + ([_text_table(read)] if read else [])
+        parts = [_answers_table(answered), *_too_hard(answered)] if answered else []
+        parts += [_text_table(read)] if read else []
         failed = dict.fromkeys(f"{cell['cache']}: {cell['error']}" for cell in self.cells if "error" in cell)
         return "\n".join(parts + ["Not run:\n\n" + "\n".join(f"- {line}" for line in failed)] * bool(failed))
 
@@ -137,6 +141,34 @@ def _answers_table(cells: list[Cell]) -> str:
         ]
         lines.append(_row(cache, "all" if budget is None else budget, f"{size:,}", *scores))
     return "Percent of the answers found, ± the standard error.\n\n" + "\n".join(lines) + "\n"
+
+
+def _too_hard(cells: list[Cell]) -> list[str]:
+    """Return a note on the questions that this model cannot answer with every token, so that they say nothing."""
+    columns: dict[tuple, list[Cell]] = {}
+    for cell in cells:
+        columns.setdefault((cell["task"], cell["tokens"], cell["question"]), []).append(cell)
+    hard, unknown = [], []
+    for (task, tokens, question), column in columns.items():
+        name = f"{task}, {tokens:,} tokens, question {question}"
+        whole = [cell["score"] for cell in column if str(cell["cache"]).partition("@")[0] == "dense"]
+        if whole and max(whole) < HARD:
+            hard.append(f"- {name}: `dense` finds {100 * max(whole):.0f}%")
+        elif not whole and all(cell["score"] == 0 for cell in column):
+            unknown.append(f"- {name}")
+    notes = []
+    if hard:
+        notes.append(
+            "`dense` keeps every token. Where it finds almost nothing, the model is too small for the questions or the "
+            "texts are too long for it, and the column says nothing about a cache. Try shorter texts (`--lengths`) or "
+            'another model; `--text prose --tasks "[]"` compares caches with any model.\n\n' + "\n".join(hard) + "\n"
+        )
+    if unknown:
+        notes.append(
+            "No cache found anything here. Add `dense` to `--strategies`: it keeps every token and shows what the "
+            "model itself can answer.\n\n" + "\n".join(unknown) + "\n"
+        )
+    return notes
 
 
 def _text_table(cells: list[Cell]) -> str:

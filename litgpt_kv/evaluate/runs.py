@@ -34,8 +34,12 @@ def ask(
 
     Args:
         results: Where to put cells; its settings have `seed` and `haystack`, and may have `depths`.
-        tasks, lengths: Kinds of questions and tokens of their texts. questions: "seen", "unseen" or both.
-        examples: How many. batch_size: Questions at a time. until: Ask only so many of them now; None: all.
+        tasks: The kinds of questions.
+        lengths: The tokens of their texts.
+        questions: "seen", "unseen" or both.
+        examples: How many questions of each kind and length.
+        batch_size: How many questions at a time.
+        until: Ask only so many of them now; None: all.
     """
 
     def count(text: str) -> int:
@@ -130,8 +134,10 @@ def read(
 
     Args:
         results: Where to put cells, one a cache.
-        ids: (R, N) texts. start: Tokens of their prompts. task: The cells' key.
-        options: Of `fidelity.measure`.
+        ids: (R, N) texts.
+        start: How many tokens of each text are its prompt.
+        task: The name of the cells' task.
+        options: Other arguments of `fidelity.measure`.
     """
     rows, total = ids.shape
     key = {"task": task, "tokens": rows * (total - start - 1), "question": None}

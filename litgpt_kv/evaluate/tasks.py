@@ -32,8 +32,11 @@ class Example:
     """One question about a text.
 
     Attributes:
-        context: The text. question: What is asked about it. lead: The words with which the answer begins.
-        answers: What must be in the answer. new_tokens: The longest answer.
+        context: The text.
+        question: What is asked about it.
+        lead: The words with which the answer begins.
+        answers: What must be in the answer.
+        new_tokens: The longest answer.
         depth: Where in the text the answer is, 0 to 1; None: in several places.
     """
 
@@ -58,11 +61,13 @@ def examples(
     haystack: Haystack = "prose",
     depths: Sequence[float] | None = None,
 ) -> list[Example]:
-    """Examples of a task, the same ones for the same seed.
+    """Return examples of a task, the same ones for the same seed.
 
     Args:
-        task: One of `TASKS`. number: How many.
-        tokens: Length of each text. count: Tokens of a text.
+        task: One of `TASKS`.
+        number: How many examples.
+        tokens: The length of each text.
+        count: A function that counts the tokens of a text.
         haystack: "prose", "noise", or sentences of a text; tasks that count words have none.
         depths: Where answers are hidden, 0 to 1, in turns; None: spread evenly.
 

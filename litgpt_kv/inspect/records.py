@@ -32,13 +32,15 @@ class CacheRecord:
     """What one cache held and lost, state by state: state 0 follows the prompt, state i follows i more tokens.
 
     Attributes:
-        name: The cache's. allocated: Its bytes.
+        name: The name of the cache.
+        allocated: The bytes of the cache.
         left: (L, G, N) uint16, the first state in which a key/value head has no longer a token that it could have;
             `NEVER` where it never loses the token.
         kl: (S,) float32, divergence of the next token's distribution from the full cache's, in nats.
         lost: (S, L) float32, the share of the newest token's attention in the full cache that went to tokens that this
             cache has lost; the mean over heads.
-        best: (S, BEST) int64, the most probable next tokens; odds: (S, BEST) float32, their probabilities.
+        best: (S, BEST) int64, the most probable next tokens.
+        odds: (S, BEST) float32, their probabilities.
     """
 
     name: str
@@ -55,10 +57,13 @@ class Record:
     """A text that several caches have read.
 
     Attributes:
-        model: The model's name. ids: (N,) int64 the text. texts: Of its tokens.
+        model: The model's name.
+        ids: (N,) int64 the text.
+        texts: The text of each token.
         start: How many tokens are the prompt, which was read in one pass and then compressed.
         best, odds, allocated: As in `CacheRecord`, of the full cache.
-        words: Texts of all tokens in `best`, by id. caches: In the order in which they were given.
+        words: Texts of all tokens in `best`, by id.
+        caches: A record for each cache, in the order in which they were given.
     """
 
     model: str
@@ -94,7 +99,8 @@ def answer_of(llm: LLM, prompt: str, new_tokens: int) -> tuple[Tensor, int]:
     """Let a full cache answer a prompt, taking the most probable token each time.
 
     Args:
-        prompt: Put into the model's prompt style. new_tokens: The most tokens of the answer.
+        prompt: Put into the model's prompt style.
+        new_tokens: The most tokens of the answer.
 
     Returns:
         Token ids (N,) of prompt and answer, and how many are the prompt.

@@ -15,9 +15,9 @@ from litgpt_kv.generate.compiled import CompiledDecoder
 from litgpt_kv.generate.limits import Limits
 from litgpt_kv.llm.beginning import encode_later
 from litgpt_kv.llm.text_model import TextModel
-from litgpt_kv.llm.text_request import TextRequest
+from litgpt_kv.llm.text_request import TextRequest, check_text
 from litgpt_kv.llm.threads import cpu_threads
-from litgpt_kv.llm.turns import Turns
+from litgpt_kv.llm.turns import Turns, check_system_prompt
 
 REPLY_ENDS = {ChatML: "<|im_end|>\n", Gemma: "<end_of_turn>\n", Phi4: "<|im_end|>", Phi4Mini: "<|end|>"}
 MAX_TOKENS = 8192  # the default limit of a conversation
@@ -28,7 +28,7 @@ class Chat:
 
     Args:
         llm: The model and its tokenizer.
-        sys_prompt: The system prompt, before the first turn, for prompt styles that have one.
+        sys_prompt: The system prompt, before the first turn; ValueError if the prompt style has no place for it.
         kv_cache: A strategy's name, options by name as in a YAML file, or `KVCacheArgs`.
         budget: Replaces the budget of `kv_cache`.
         max_tokens: The most tokens of the conversation: the size of a dense cache, and the default budget. None: the
@@ -39,7 +39,9 @@ class Chat:
             conversation is full) and `SamplingArgs`, by name. The first turn has `seed`, each turn the next one.
 
     Attributes:
-        cache: The cache. stats: Those of the last turn. turns: The number of turns so far.
+        cache: The cache.
+        stats: Those of the last turn.
+        turns: The number of turns so far.
         interrupted: Whether a step of the last reply failed or was interrupted. Half of its token may be in the cache,
             so `say` raises an error until `reset` is called.
     """
@@ -58,6 +60,9 @@ class Chat:
         if llm.parallel is not None and llm.parallel.divides_prompts:
             raise ValueError("A chat has one row, which data_parallel cannot divide among processes.")
         self.llm, self.sys_prompt, self.prefill = llm, sys_prompt, prefill
+        if sys_prompt is not None:
+            check_text("sys_prompt", sys_prompt)
+            check_system_prompt(llm.prompt_style, sys_prompt)
         stopping, sampling = grouped("chat", {"max_new_tokens": 256, **settings}, StoppingArgs, SamplingArgs)
         sampling = sampling.resolved(llm.temperature)
         self.defaults = TextRequest(sys_prompt=sys_prompt, stopping=stopping, sampling=sampling)
@@ -192,7 +197,7 @@ def conversation_text(
         sys_prompt: The system prompt if no message has one.
 
     Raises:
-        ValueError: If the roles are in another order.
+        ValueError: If the roles are in another order, or the style has no place for a system prompt.
     """
     systems = [m["content"] for m in messages if m["role"] in ("system", "developer")]
     turns = messages[len(systems) :]
@@ -200,6 +205,7 @@ def conversation_text(
         order = ", ".join(m["role"] for m in messages)
         raise ValueError(f"messages must be system messages, then user and assistant in turns, got {order[:200]}.")
     system = "\n\n".join(systems) if systems else sys_prompt
+    check_system_prompt(style, system)
     if isinstance(style, Turns):
         return style.conversation([turn["content"] for turn in turns], system)
     text = style.apply(turns[0]["content"], sys_prompt=system)

@@ -30,6 +30,7 @@ from litgpt_kv.llm.quantize import OWN
 from litgpt_kv.llm.run import OpenRun, Pieces, Run, RunResult
 from litgpt_kv.llm.text_request import TextRequest, check_text
 from litgpt_kv.llm.threads import best_threads
+from litgpt_kv.llm.turns import check_system_prompt
 from litgpt_kv.model.quantized import head_inputs, to_int8
 from litgpt_kv.parallel import DeviceRequest, ParallelStrategy, find_parallel_strategy
 
@@ -204,11 +205,16 @@ class LLM:
         self.decoder = CompiledDecoder(self.model, note)
 
     def encode(self, prompt: str, sys_prompt: str | None = None) -> Tensor:
-        """Apply the model's prompt style to a prompt, and return its token ids, 1-D int64."""
+        """Apply the model's prompt style to a prompt, and return its token ids, 1-D int64.
+
+        Raises:
+            ValueError: If the prompt is empty, or the style has no place for a system prompt.
+        """
         for name, text in (("prompt", prompt), ("sys_prompt", "" if sys_prompt is None else sys_prompt)):
             check_text(name, text)
         if not prompt:
             raise ValueError("The prompt is empty.")
+        check_system_prompt(self.prompt_style, sys_prompt)
         return self.encode_text(self.prompt_style.apply(prompt, sys_prompt=sys_prompt))
 
     def encode_text(self, text: str) -> Tensor:
@@ -254,7 +260,7 @@ class LLM:
 
         Args:
             prompt: Text, or a list of texts.
-            sys_prompt: The system prompt, for prompt styles that have one.
+            sys_prompt: The system prompt; ValueError if the prompt style has no place for one.
             max_new_tokens: The most new tokens of each prompt.
             temperature, top_k, top_p: See `SamplingArgs`; one value, or one for each prompt.
             return_as_token_ids: Return 1-D int64 tensors instead of text.

@@ -30,7 +30,8 @@ class Run:
         tokens: The most tokens of a row, prompt and new ones; None: the most of these requests.
 
     Attributes:
-        stats: Tokens and seconds of the run. cache: The cache, or None.
+        stats: Tokens and seconds of the run.
+        cache: The cache, or None.
 
     Raises:
         ValueError: If an argument is out of range, or one of the first requests does not fit.
@@ -157,7 +158,8 @@ class OpenRun:
         tokens: The most tokens of a row, prompt and new ones.
 
     Attributes:
-        stats: Tokens and seconds of the run; `reasons` and `logprobs` stay empty. cache: The cache, or None.
+        stats: Tokens and seconds of the run; `reasons` and `logprobs` stay empty.
+        cache: The cache, or None.
 
     Raises:
         ValueError: If an argument is out of range, or one of the first requests does not fit.
@@ -224,7 +226,8 @@ class Pieces(Iterator):
     """Iterate over the text of a run, piece by piece as it is generated.
 
     Attributes:
-        stats: Tokens and seconds so far. cache: The cache, or None.
+        stats: Tokens and seconds so far.
+        cache: The cache, or None.
     """
 
     def __init__(self, run: Run, single: bool) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from litgpt.config import Config
 from litgpt.prompts import PromptStyle
 from litgpt.tokenizer import Tokenizer
 from litgpt_kv.cache.kv_cache import KVCache
@@ -18,6 +19,7 @@ from litgpt_kv.parallel import ParallelStrategy
 class TextModel(Protocol):
     """A model, its tokenizer and its devices; `LLM` documents the attributes."""
 
+    config: Config
     model: GPT | None
     decoder: Callable[..., Tensor]
     tokenizer: Tokenizer

@@ -12,6 +12,7 @@ from typing import Any
 
 from litgpt_kv.arguments import StoppingArgs
 from litgpt_kv.config import SamplingArgs, shown
+from litgpt_kv.registry import did_you_mean
 
 STOPPING = [f.name for f in fields(StoppingArgs)]
 SAMPLING = [f.name for f in fields(SamplingArgs)]
@@ -26,7 +27,7 @@ class TextRequest:
         prompt: The text to continue. A request without a prompt has the default settings of other requests.
         messages: A conversation instead of a prompt: mappings of "role" (system, user, assistant) and "content".
         id: The caller's id for it.
-        sys_prompt: The system prompt, for prompt styles that have one.
+        sys_prompt: The system prompt; refused where the prompt style has no place for one.
         stopping: When the text ends.
         sampling: How its tokens are chosen; each setting has one value.
     """
@@ -64,7 +65,8 @@ class TextRequest:
             raise ValueError(f"it must be an object with a prompt, got {shown(record)}")
         known = [*OWN, *STOPPING, *SAMPLING]
         if unknown := [name for name in record if name not in known]:
-            raise ValueError(f"unknown {', '.join(map(shown, unknown))}; a request may have {', '.join(known)}")
+            hint = did_you_mean(unknown[0], known)
+            raise ValueError(f"unknown {', '.join(map(shown, unknown))}.{hint} A request may have {', '.join(known)}")
         given = {name: value for name, value in record.items() if value is not None or name in NULL_IS_A_VALUE}
         if not given.get("prompt") and not given.get("messages"):
             raise ValueError("it has no prompt")

@@ -1,4 +1,7 @@
-"""`Turns`: a prompt style of fixed texts around messages, read from a checkpoint's `prompt_style.yaml`."""
+"""`Turns`: a prompt style of fixed texts around messages, read from a checkpoint's `prompt_style.yaml`.
+
+Also whether a prompt style has a place for a system prompt.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from litgpt.prompts import PromptStyle
 from litgpt_kv.config import shown
 
 MOST = 100_000  # characters of one text
+MARK = "\x00system\x00"  # in no prompt style
 
 
 @dataclass(frozen=True)
@@ -45,10 +49,9 @@ class Turns(PromptStyle):
 
     def begin(self, sys_prompt: str | None) -> str:
         """Return all text before the user's first message."""
-        if not sys_prompt:
+        check_system_prompt(self, sys_prompt)
+        if not sys_prompt or self.system is None:
             return self.first
-        if self.system is None:
-            raise ValueError("This model's chat template has no place for a system prompt.")
         return self.system[0] + (sys_prompt.strip() if self.strip_system else sys_prompt) + self.system[1]
 
     def later(self, prompt: str) -> str:
@@ -90,6 +93,26 @@ class Turns(PromptStyle):
                 raise ValueError(f"turns: {name} cannot be {shown(value)}")
         system = data.get("system")
         return cls(**{**data, "system": None if system is None else (system[0], system[1])})
+
+
+def takes_system_prompt(style: PromptStyle) -> bool:
+    """Return whether a prompt style puts a system prompt into its text; many of litgpt's leave it out."""
+    if isinstance(style, Turns):
+        return style.system is not None
+    return MARK in style.apply("?", sys_prompt=MARK)
+
+
+def check_system_prompt(style: PromptStyle, sys_prompt: str | None) -> None:
+    """Refuse a system prompt that a prompt style would leave out.
+
+    Raises:
+        ValueError: If there is one, and the style has no place for it.
+    """
+    if sys_prompt and not takes_system_prompt(style):
+        whose = "chat template" if isinstance(style, Turns) else f"prompt style, {type(style).__name__},"
+        raise ValueError(
+            f"This model's {whose} has no place for a system prompt: leave it out, or write it into the prompt."
+        )
 
 
 def _is_text(value: Any) -> bool:

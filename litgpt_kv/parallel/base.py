@@ -48,7 +48,8 @@ class ParallelStrategy(Protocol):
     """A way to divide the work among several devices.
 
     Attributes:
-        fabric: The device and precision of this process. model: Its model or part of the model.
+        fabric: The device and precision of this process.
+        model: Its model or part of the model.
         collectives: The communication with the other processes.
         divides_prompts: Whether each process answers a share of the prompts; else all work on all prompts together.
     """

@@ -12,6 +12,7 @@ import socket
 import threading
 from collections.abc import Iterator, Mapping
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
@@ -49,16 +50,17 @@ class _Draining(uvicorn.Server):
 
 
 class Server:
-    """Answers HTTP requests with a model.
+    """Answer HTTP requests with a model.
 
     Args:
-        llm: The model. caches: What a request may ask for by name; the first one is the default. None: no cache.
+        llm: The model.
+        caches: What a request may ask for by name; the first one is the default. None: no cache.
         settings: How the server answers.
-        sampling, stopping: What counts where a request says nothing.
-        run: How prompts are read.
+        defaults: `sampling`, `stopping` and `run`, as for `build_guarded_app`.
 
     Attributes:
-        url: Where it listens. service: What the endpoints share.
+        url: Where it listens.
+        service: What the endpoints share.
 
     Raises:
         ValueError: If a cache does not fit the model, or the processes share the model.
@@ -70,13 +72,10 @@ class Server:
         llm: LLM,
         caches: Mapping[str, KVCacheArgs | None],
         settings: ServeArgs = ServeArgs(),
-        *,
-        sampling: SamplingArgs = SamplingArgs(),
-        stopping: StoppingArgs = NEW_TOKENS,
-        run: RunArgs = RunArgs(),
+        **defaults: Any,
     ) -> None:
         self.settings = settings
-        self.service, app = build_guarded_app(llm, caches, settings, sampling=sampling, stopping=stopping, run=run)
+        self.service, app = build_guarded_app(llm, caches, settings, **defaults)
         loop = self.service.loop
         self._socket = _listen(settings)
         host, port = self._socket.getsockname()[:2]
@@ -134,7 +133,13 @@ def build_guarded_app(
 ) -> tuple[Service, Guard]:
     """Build the endpoints over a model as an ASGI app, for any server; the engines run during its lifespan.
 
-    Args: As for `Server`.
+    Args:
+        llm: The model.
+        caches: What a request may ask for by name; the first one is the default. None: no cache.
+        settings: How the server answers.
+        sampling: How tokens are chosen, where a request says nothing.
+        stopping: When a text ends, where a request says nothing.
+        run: How prompts are read.
 
     Returns:
         What the endpoints share, and the app.

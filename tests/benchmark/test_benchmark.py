@@ -6,7 +6,8 @@ import re
 import pytest
 
 from litgpt_kv.__main__ import main
-from litgpt_kv.benchmark.parallel import DEFAULT
+from litgpt_kv.benchmark.parallel import DEFAULT, cache_args
+from litgpt_kv.config import KVCacheArgs
 
 SMALL = ["--shape.n_layer", "2", "--shape.n_embd", "96", "--contexts", "[96, 48]", "--steps", "3", "--repeats", "2"]
 
@@ -109,3 +110,12 @@ def test_batches(capsys):
     for bad in (["--rows", "0"], ["--longest", "7"], ["--kv-cache", "none"]):
         with pytest.raises(SystemExit):
             main(["benchmark_batches", *bad])
+
+
+def test_caches_are_named_as_in_evaluate() -> None:
+    assert cache_args("h2o:pool", 9) == KVCacheArgs("h2o", 9, select="pool")
+    assert cache_args("dense@int8", "25%") == KVCacheArgs("dense", storage="int8")
+    assert cache_args("keydiff:model@k8v4", 9) == KVCacheArgs("keydiff", 9, select="model", storage="k8v4")
+    for name, says in (("h2o:all", "Unknown strategy 'h2o:all'"), ("no.py:Mine:pool", "no Python file 'no.py'")):
+        with pytest.raises(ValueError, match=says):
+            cache_args(name, 9)

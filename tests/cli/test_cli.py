@@ -95,7 +95,10 @@ def test_long_prompts_read_one_at_a_time_are_announced(capsys):
     err = run(capsys, *common, "--kv-cache", "h2o").err
     assert "801 tokens, 25 times the budget: 769 will be read one at a time; --prefill full" in err
     for flags in (["--kv-cache", "sink"], ["--kv-cache", "h2o", "--prefill", "full"]):
-        assert "one at a time" not in run(capsys, *common, *flags).err
+        assert "will be read" not in run(capsys, *common, *flags).err
+    sink = ["--max-new-tokens", "1", "--kv-cache", "sink", "--kv-cache.budget", "6", "--kv-cache.sinks", "4"]
+    many = [word for n in (50, 51, 60) for word in ("--prompt", "x = 1\n" * n)]  # 316 blocks, one after the other
+    assert "235 will be read in blocks of 2; --prefill full reads all in one pass" in run(capsys, *sink, *many).err
 
 
 def test_samples_differ_and_repeat(capsys):

@@ -115,7 +115,8 @@ def test_examples(name: str, line: str, folder: Path, capsys: pytest.CaptureFixt
         command, _ = parse(COMMANDS, "", words)
         assert command is COMMANDS[name]
         return
-    if "--kv-cache.help" in words:
+    if words == ["strategies", "h2o"]:
+        assert shown(capsys, "generate", "--kv-cache.help", "h2o") == shown(capsys, *words)
         assert shown(capsys, *words).startswith("h2o: ")
         return
     short = name == "generate" and "--prompts" not in words  # a line of the file asks for at least 20 tokens
@@ -146,8 +147,14 @@ def test_names_that_are_almost_right(
         (("generate", "org/my-modle"), "Did you mean 'org/my-model'?"),
         (("generate", "model.gguf"), "There is no checkpoint folder 'model.gguf'"),
         (("chat", "demo", "--batch-size", "3"), "chat has no option --batch-size."),
-        (("strategies", "h2o"), "strategies does not take 'h2o': it has options only."),
-        ((*generate, "more"), "generate does not take 'more': beside checkpoint_dir, values follow an option."),
+        (("benchmark_serve", "more"), "benchmark_serve does not take 'more': it has options only."),
+        (
+            (*generate, "more"),
+            "generate does not take 'more': beside checkpoint_dir, values follow an option, as",
+        ),
+        ((*generate, "--budget", "3"), "generate has no option --budget. Did you mean '--kv-cache.budget'?"),
+        ((*generate, "--window", "3"), "generate has no option --window. Did you mean '--kv-cache.window'?"),
+        (("strategies", "h20"), "Unknown strategy 'h20'."),
         (("generate",), "generate needs checkpoint_dir (A checkpoint folder in litgpt's layout, or "),
         (("calibrate", "demo"), "calibrate needs --text and --out. See litgpt_kv calibrate --help."),
         (("--print-completion", "cmd"), "--print-completion needs one of bash, zsh"),
@@ -196,6 +203,10 @@ def test_the_words_for_types() -> None:
         ("top_p: 2\n", "a.yaml: top_p must be between 0 and 1, got 2"),
         ("kv_cache: {budget: 0}\n", "a.yaml: budget must be at least 1, got 0"),
         ("kv_cache: {sinks: x}\n", "a.yaml: --kv-cache.sinks cannot be x: it must be a whole number"),
+        ("temperature: [1, a]\n", "a.yaml: --temperature cannot be [1, 'a']: it must be a number, a list of numbers"),
+        ("prompt: 3\n", "a.yaml: --prompt cannot be 3: it must be a list of texts, [a, b], a text or null"),
+        ("budget: 3\n", "a.yaml: generate has no option 'budget'. Did you mean 'kv_cache: {budget: ...}'?"),
+        ("window: 3\n", "a.yaml: generate has no option 'window'. Did you mean 'kv_cache: {window: ...}'?"),
         ("import: mine.py\n", "a.yaml cannot be used: YAML and JSON cannot import code"),
         ("- a\n", "a.yaml must have options by name, as in 'max_new_tokens: 9', got '- a'"),
         ("", "a.yaml must have options by name"),
@@ -205,7 +216,7 @@ def test_what_is_wrong_with_a_file_of_options_names_the_file(
     text: str, says: str, folder: Path, capsys: pytest.CaptureFixture
 ) -> None:
     Path("a.yaml").write_text(text)
-    assert says in refused(capsys, "generate", "demo", "--config", "a.yaml")
+    assert says in refused(capsys, "generate", "demo", "--prompt", "x", "--config", "a.yaml")
     Path("b.yaml").write_text(f"generate: {{{text.strip()}}}\n")
     if text.startswith("top_p"):
         assert says.replace("a.yaml", "b.yaml") in refused(capsys, "--config", "b.yaml", "generate", "demo")

@@ -15,9 +15,10 @@ import torch
 from litgpt_kv import LLM, KVCache, KVCacheArgs
 from litgpt_kv.__main__ import main
 from litgpt_kv.cli.loading import budget_note
-from litgpt_kv.cli.output import dense_bytes
+from litgpt_kv.cli.output import Output, dense_bytes
 from litgpt_kv.cli.progress import Reading, loading
 from litgpt_kv.cli.run_digest import differing, digest_of
+from litgpt_kv.cli.terminal import describe_cache
 from litgpt_kv.generate import Stats
 from litgpt_kv.llm.generated import GeneratedText
 from litgpt_kv.llm.threads import best_threads, cpu_threads
@@ -131,6 +132,73 @@ def test_json_has_answers_statistics_and_the_cache(llm: LLM, capsys: pytest.Capt
     assert found["answers"] == found["lines"] == 2 and found["stats"]["new_tokens"] == 6
     assert "--out FILE" in refused(capsys, "generate", "demo", "--prompts", prompts, "--json")
     assert "--logprobs needs --json" in refused(capsys, "generate", "demo", "--logprobs")
+
+
+def test_a_file_of_generates_options_is_one_for_chat(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["generate", "demo", *SHORT, "--kv-cache", "sink", "--kv-cache.budget", "30", "--print-config"])
+    whole = capsys.readouterr().out
+    options = tmp_path / "a.yaml"
+    options.write_text(whole)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("x = 1\n/cache\n"))
+    main(["chat", "--config", str(options)])
+    out, err = capsys.readouterr()
+    assert out and "sink 30 tokens a row" in err
+    for text, says in (
+        (
+            whole.replace("num_samples: 1", "num_samples: 2"),
+            "chat has no option 'num_samples', which generate has: take",
+        ),
+        (whole.replace("prompts: null", "prompts: a.txt"), "chat has no option 'prompts', which generate has"),
+        (whole + "temprature: null\n", "chat has no option 'temprature'. Did you mean 'temperature'?"),
+    ):
+        options.write_text(text)
+        assert f"{options}: {says}" in refused(capsys, "chat", "--config", options)
+
+
+def test_a_note_within_a_text_has_a_line_of_its_own(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a step is compiled in the middle of a text."""
+    for both_seen in (True, False):
+        output = Output()
+        both = io.StringIO()
+        terminal = both if both_seen else Terminal()  # else standard output is a file
+        monkeypatch.setattr(sys, "stdout", both)
+        monkeypatch.setattr(sys, "stderr", terminal)
+        output.note("Loaded.")
+        output.text("def f", end="")
+        output.text("", end="")
+        output.note("Compiling ...")
+        output.note("... done.")
+        output.text("(x):")
+        output.note("Read.")
+        if both_seen:
+            assert both.getvalue() == "Loaded.\ndef f\nCompiling ...\n... done.\n(x):\nRead.\n"
+        else:
+            assert (both.getvalue(), terminal.getvalue()) == (
+                "def f(x):\n",
+                "Loaded.\nCompiling ...\n... done.\nRead.\n",
+            )
+
+
+def test_chats_cache_is_shown_beside_a_dense_one(llm: LLM) -> None:
+    chat = llm.chat(kv_cache="sink", budget=12, max_tokens=60, max_new_tokens=20)
+    whole = KVCache.nbytes(llm.config, KVCacheArgs(), 1, 60)["total"]
+    assert describe_cache(chat).endswith(f"A dense cache takes {whole:,} bytes for the 60 of a whole conversation.")
+    chat.ask("x = 1\n")
+    seen = chat.cache.seen[0]
+    dense = KVCache.nbytes(llm.config, KVCacheArgs(), 1, seen)["total"]
+    assert f"keeps 12 of {seen} tokens" in describe_cache(chat)
+    assert f"takes {dense:,} bytes for these tokens, {whole:,} bytes for the 60 of" in describe_cache(chat)
+    assert "A dense cache" not in describe_cache(llm.chat(max_tokens=60))
+    pool = llm.chat(kv_cache={"strategy": "h2o", "select": "pool", "budget": 12}, max_tokens=60)
+    assert "a head keeps up to 0 of 0 tokens" in describe_cache(pool)
+    past = llm.chat(kv_cache="sink", budget=12, max_tokens=60)
+    past.cache.context = -1
+    assert "A dense cache cannot hold so many" in describe_cache(past)
 
 
 def test_resume_says_which_settings_differ(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:

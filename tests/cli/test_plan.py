@@ -68,7 +68,7 @@ def test_sequential_and_data_parallel(config: Config, devices: int) -> None:
 def test_the_table(capsys: pytest.CaptureFixture) -> None:
     main(["plan", "Llama-3.1-8B", "--devices", "3", "--memory", "24"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "Computed, not measured: Llama-3.1-8B, bf16-true, 1 rows of 131,072 tokens."
+    assert lines[0] == "Computed, not measured: Llama-3.1-8B, bf16-true, 1 row of 131,072 tokens."
     assert [line.split()[:2] for line in lines[4:-1]] == [
         [strategy, n] for strategy in ("tensor_parallel", "sequential", "data_parallel") for n in ("2", "3")
     ]

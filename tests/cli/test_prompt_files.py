@@ -251,6 +251,6 @@ def test_long_prompts_go_through_a_small_budget(llm: LLM, tmp_path: Path, capsys
     h2o = ("--prompts", questions, "--kv-cache", "h2o", "--kv-cache.positions", "cache", "--kv-cache.budget", 640)
     assert run(*h2o, "--max-new-tokens", 2) == 0
     err = capsys.readouterr().err
-    assert "times the budget: " in err and "will be read one at a time; --prefill full" in err
+    assert "times the budget: " in err and "will be read one at a time; --prefill-chunk 128 reads blocks" in err
     assert run(*sink, "--prefill", "full") == 1
     assert "reads it in one pass and the model's context is 1024" in capsys.readouterr().err

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from litgpt_kv import KVCacheArgs, registry
+from litgpt_kv import LLM, KVCache, KVCacheArgs, registry
 from litgpt_kv.__main__ import main
 from tests import warm
 from tests.test_contributing import STRATEGY
@@ -71,6 +71,7 @@ def test_yaml_alone_imports_nothing(file: Path, capsys: pytest.CaptureFixture, t
         f"kv_cache: {{strategy: [{file}:Unusual, dense, dense, dense]}}\n",
         f"import: {file}\n",
         f"generate: {{kv_cache: {file}:Unusual}}\n",
+        f"strategies: ['{file}:Unusual factor=1']\n",
     ):
         options.write_text(text)
         line = refused(capsys, "--config", options)
@@ -78,6 +79,53 @@ def test_yaml_alone_imports_nothing(file: Path, capsys: pytest.CaptureFixture, t
         assert not (tmp_path / "ran").exists()
     line = refused(capsys, f"--kv-cache={{strategy: {file}:Unusual}}")
     assert "give --import" in line and not (tmp_path / "ran").exists()
+
+
+def test_python_takes_a_file_by_its_name(file: Path, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    name, settings = f"{file}:Unusual", dict(max_new_tokens=30, temperature=0.0)
+    llm = LLM.load("demo", accelerator="cpu")
+    texts = {
+        llm.generate("def f(x):", kv_cache=cache, **settings, **budget)
+        for cache, budget in (
+            (name, {"budget": 8}),
+            ({"strategy": name, "sharpness": 2.0, "budget": 8}, {}),
+            (KVCacheArgs(name, budget=8), {}),
+            (KVCacheArgs([name] * llm.config.n_layer, budget=8), {}),
+        )
+    }
+    assert len(texts) == 1 and set(llm.cache.args.strategy) == {"unusual"}
+    assert run(capsys, "--kv-cache", name, "--kv-cache.budget", 8) in {f"def f(x):{text}\n" for text in texts}
+    chat = llm.chat(kv_cache=name, budget=8, max_tokens=40)
+    assert chat.cache.args.strategy == "unusual"
+    chat.cache.save(tmp_path / "a.safetensors")
+    assert KVCache.load(tmp_path / "a.safetensors", llm.model, KVCacheArgs(name, 8)).args == chat.cache.args
+    assert KVCache.nbytes(llm.config, KVCacheArgs(name, 8), 1, 40) == chat.cache.allocated()
+    with pytest.raises(ValueError, match="has no class 'Nothing'"):
+        llm.generate("x", kv_cache=f"{file}:Nothing")
+
+
+def test_options_belong_to_the_strategies_that_are_compared(
+    file: Path, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    text = ["--tasks", "[]", "--text", "prose", "--text-tokens", "24", "--text-prompt", "16", "--budgets", "[8]"]
+    compare = ["evaluate", "demo", "--accelerator", "cpu", *text, "--strategies", f"[{file}:Unusual]"]
+    main([*compare, "--kv-cache.sharpness", "2"])
+    assert "| 8 | " in capsys.readouterr().out
+    for args, says in (
+        (
+            [*compare, "--kv-cache.sharpness", "x"],
+            "The option sharpness of 'unusual' cannot be 'x': it must be a number",
+        ),
+        ([*compare, "--kv-cache.shapness", "2"], "'unusual' also sharpness. Did you mean 'sharpness'?"),
+        (
+            ["generate", "demo", "--kv-cache.sharpness", "2"],
+            "'sharpness' is an option of unusual: choose one",
+        ),
+        (["evaluate", "demo", *text, "--kv-cache.nothing", "2"], "--kv-cache.help NAME shows those of one strategy."),
+    ):
+        with pytest.raises(SystemExit):
+            main(args)
+        assert says in capsys.readouterr().err
 
 
 def test_what_is_refused(file: Path, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import litgpt.generate.base as litgpt_generate
 import litgpt.model as base
 from litgpt.config import Config
+from litgpt.prompts import Gemma
 from litgpt_kv import GPT, LLM, KVCache, KVCacheArgs, SamplingArgs
 from litgpt_kv.attention import causal
 from litgpt_kv.attention.rope import theta_of
@@ -376,6 +377,14 @@ def test_t_rows_are_sampled_together_and_copied_once_a_step(monkeypatch: pytest.
 
 
 # -- others ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_system_prompt_without_a_place_is_refused() -> None:
+    assert Gemma().apply("a", sys_prompt="b") == Gemma().apply("a")
+    llm = LLM.load("demo", accelerator="cpu")
+    llm.prompt_style = Gemma()
+    with pytest.raises(ValueError, match="prompt style, Gemma, has no place for a system prompt"):
+        llm.generate("a", sys_prompt="b")
 
 
 def test_routers_of_a_random_model_are_initialised() -> None:

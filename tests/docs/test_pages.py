@@ -90,6 +90,9 @@ def test_command(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 @pytest.mark.parametrize("block", EXAMPLES, ids=lambda block: f"{block.page}-{block.number}")
 def test_python_example(block: Block, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
+    for other in EXAMPLES:
+        if other.file and other.page == block.page:
+            (tmp_path / other.file).write_text(other.text)
     if "torch.compile" in block.text:
         torch.compiler.reset()  # earlier tests of this process may have reached the limit of graphs for our forward
     with contextlib.redirect_stdout(io.StringIO()):

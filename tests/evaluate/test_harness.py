@@ -124,6 +124,9 @@ def test_a_conversation_is_put_into_the_prompt_style(dense: LitgptKV) -> None:
     assert dense.chat_template(True) == type(dense.llm.prompt_style).__name__ and dense.tokenizer_name == "demo"
     with pytest.raises(ValueError, match="Only a message of the assistant can be continued"):
         dense.apply_chat_template([{"role": "user", "content": "x = "}], add_generation_prompt=False)
+    described = [{"role": "system", "content": "Go on."}, {"role": "user", "content": "x = "}]
+    with pytest.warns(UserWarning, match="prompt style Default has no place for system messages: left out"):
+        assert dense.apply_chat_template(described) == dense.llm.prompt_style.apply("x = ")
 
 
 def test_a_reply_that_a_task_begins_stands_where_the_reply_does(

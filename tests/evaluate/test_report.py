@@ -118,3 +118,19 @@ def test_cells_go_on_where_they_were(tmp_path: Path) -> None:
     assert [c["examples"] for c in again.cells] == [4, 4] and len(
         (tmp_path / "results.json").read_text().split("\n")
     ) > 4
+
+
+def test_a_table_says_where_the_model_itself_finds_too_little() -> None:
+    yes, no = [1.0, 0.0], [0.0, 0.0]
+    hard = "- needle, 700 tokens, question unseen: `dense` finds 0%\n"
+    none = "- needle, 700 tokens, question unseen\n"
+    for cells, notes in (
+        ([needle("dense", None, no), needle("h2o", "25%", no)], (True, False)),
+        ([needle("dense@int8", None, no), needle("h2o", "25%", yes)], (True, False)),
+        ([needle("dense", None, yes), needle("h2o", "25%", no)], (False, False)),
+        ([needle("sink", "25%", no), needle("h2o", "25%", no)], (False, True)),
+        ([needle("sink", "25%", no), needle("h2o", "25%", yes)], (False, False)),
+    ):
+        tables = Results({}, cells=cells).tables()
+        assert (hard in tables, none in tables) == notes
+        assert ("the model is too small" in tables, "No cache found anything" in tables) == notes

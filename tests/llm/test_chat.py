@@ -11,6 +11,7 @@ import pytest
 from litgpt.prompts import R1Base, prompt_styles
 from litgpt_kv import LLM, KVCacheArgs, SamplingArgs, registry
 from litgpt_kv.__main__ import main
+from litgpt_kv.cli.output import Output
 from litgpt_kv.cli.terminal import _reply
 from litgpt_kv.generate import generate
 from litgpt_kv.llm.chat import later_turn
@@ -152,7 +153,7 @@ def test_an_interrupt_ends_a_reply_and_not_the_conversation(llm: LLM, capsys: py
             yield piece
 
     chat.say = say
-    _reply(chat, "def f(x):")
+    _reply(chat, "def f(x):", Output())
     out = capsys.readouterr().out
     assert out == "".join(texts) + "\n" and len(texts) == 5
     assert chat.cache.seen[0] == len(llm.encode("def f(x):")) + 4
@@ -182,7 +183,7 @@ def test_an_interrupt_in_a_step_is_said_and_the_conversation_starts_anew(
             chat.ask("x")
         chat.reset()
         calls.clear()
-        _reply(chat, "def f(x):")
+        _reply(chat, "def f(x):", Output())
         assert "Interrupted in the middle of a step: a new conversation starts." in capsys.readouterr().err
         assert chat.turns == 0 and chat.cache.seen == [0]
     finally:

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from litgpt.prompts import Alpaca, Default, Llama3, PromptStyle
+from litgpt.prompts import Alpaca, Default, Llama3, PromptStyle, prompt_styles
 from litgpt_kv import LLM, SamplingArgs
 from litgpt_kv.__main__ import main
 from litgpt_kv.arguments import StoppingArgs
 from litgpt_kv.llm.chat import conversation_text
 from litgpt_kv.llm.openai_batch import read_batch_line
 from litgpt_kv.llm.text_request import TextRequest
+from litgpt_kv.llm.turns import takes_system_prompt
 
 DEFAULTS = TextRequest(
     sys_prompt="s", stopping=StoppingArgs(max_new_tokens=9), sampling=SamplingArgs(0.5, top_k=3, seed=2**63 - 1)
@@ -53,7 +54,10 @@ def test_every_field_is_a_key(cls: type) -> None:
         ({}, "it has no prompt"),
         ({"prompt": ""}, "it has no prompt"),
         ({"prompt": 3}, "prompt must be a text, got 3"),
-        ({"prompt": "a", "temprature": 1}, "unknown 'temprature'; a request may have prompt, messages, id, sys_prompt"),
+        (
+            {"prompt": "a", "temprature": 1},
+            "unknown 'temprature'. Did you mean 'temperature'\\? A request may have prompt, messages, id",
+        ),
         ({"prompt": "a", "temperature": [0.1, 0.2]}, "temperature must be one value"),
         ({"prompt": "a", "seed": True}, "seed must be a whole number, got True"),
         ({"prompt": "a", "id": 1.5}, "id must be a text or a whole number"),
@@ -115,8 +119,9 @@ def test_what_is_refused_of_a_batch(line: dict, says: str) -> None:
 
 
 def test_a_batch_is_answered_beside_todays_lines(llm: LLM, tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "def f(x):"}]
     lines = [
-        chat_line(max_tokens=6, temperature=0),
+        chat_line(messages=messages, max_tokens=6, temperature=0),
         {"custom_id": "c2", "body": {"model": "m", "prompt": "import os", "max_tokens": 4, "temperature": 0}},
         {"prompt": "class A:", "id": "mine"},
     ]
@@ -125,7 +130,7 @@ def test_a_batch_is_answered_beside_todays_lines(llm: LLM, tmp_path: Path) -> No
     command = ["generate", "demo", "--accelerator", "cpu", "--prompts", str(questions), "--out", str(out)]
     main([*command, "--max-new-tokens", "3"])
     chat, text, plain = map(json.loads, out.read_text().splitlines())
-    expected = llm.generate("def f(x):", sys_prompt="Be brief.", max_new_tokens=6, temperature=0.0)
+    expected = llm.generate("def f(x):", max_new_tokens=6, temperature=0.0)
     assert chat["custom_id"] == "c1" and chat["error"] is None and chat["response"]["status_code"] == 200
     body = chat["response"]["body"]
     assert (body["object"], body["model"]) == ("chat.completion", "demo")
@@ -142,11 +147,51 @@ def test_a_batch_is_answered_beside_todays_lines(llm: LLM, tmp_path: Path) -> No
     assert out.read_text() == before, "answers of a batch are found again"
 
 
+def test_a_system_prompt_without_a_place_is_refused_everywhere(
+    llm: LLM, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    says = "This model's prompt style, Default, has no place for a system prompt: leave it out, or write it"
+    talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "x"}]
+    for call in (
+        lambda: llm.generate("x", sys_prompt="Be brief."),
+        lambda: llm.chat("Be brief."),
+        lambda: llm.request(TextRequest(messages=tuple(talk))),
+        lambda: llm.request(TextRequest("x", sys_prompt="Be brief.")),
+    ):
+        with pytest.raises(ValueError, match=says):
+            call()
+    assert len(llm.encode("x", sys_prompt="")) == len(llm.encode("x"))
+    questions, out = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
+    rows = [{"messages": talk}, {"messages": talk[1:]}, {"prompt": "x", "sys_prompt": "a"}, chat_line(max_tokens=1)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(SystemExit) as end:
+        main(["generate", "demo", "--prompts", str(questions), "--out", str(out), "--max-new-tokens", "1"])
+    assert end.value.code == 1 and [json.loads(line)["line"] for line in out.read_text().splitlines()] == [2]
+    err = capsys.readouterr().err
+    assert [f"Line {n} was skipped: {says}" in err for n in (1, 2, 3, 4)] == [True, False, True, True]
+    for command in (["generate", "demo", "--prompts", str(questions)], ["generate", "demo"], ["chat", "demo"]):
+        with pytest.raises(SystemExit) as end:
+            main([*command, "--sys-prompt", "Be brief."])
+        assert end.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()  # nothing was loaded
+        assert says in line
+
+
+@pytest.mark.parametrize("style", prompt_styles.values(), ids=prompt_styles)
+def test_whether_a_style_takes_a_system_prompt(style: type[PromptStyle]) -> None:
+    """A style without a place gives the same text for two system prompts."""
+    one, other = (style().apply("a?", sys_prompt=text) for text in ("b", "c"))
+    assert takes_system_prompt(style()) == (one != other)
+
+
 @pytest.mark.parametrize("style", [Default(), Alpaca(), Llama3()], ids=lambda style: type(style).__name__)
 def test_a_conversation_is_what_chat_reads_turn_by_turn(style: PromptStyle) -> None:
     from litgpt_kv.llm.chat import later_turn
 
     messages = [{"role": r, "content": c} for r, c in (("user", "a?"), ("assistant", "b."), ("user", "c?"))]
+    if isinstance(style, Default):
+        assert conversation_text(style, messages) == "a?b.c?"
+        return
     text = conversation_text(style, messages, "Be brief.")
     assert text == style.apply("a?", sys_prompt="Be brief.") + "b." + later_turn(style, "c?")
     first = [{"role": "system", "content": "Be kind."}, messages[0]]

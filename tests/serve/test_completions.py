@@ -227,6 +227,15 @@ def test_what_is_refused_names_the_field(server: Server, change: dict, param: st
     assert math.isfinite(len(error["message"])) and "Traceback" not in error["message"]
 
 
+def test_a_system_message_without_a_place_is_refused(server: Server) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a"}]
+    for path in ("/v1/chat/completions", "/tokenize"):
+        answer = httpx.post(f"{server.url}{path}", json={"messages": messages})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["param"]) == (400, "messages")
+        assert "prompt style, Default, has no place for a system prompt" in error["message"]
+
+
 def test_a_number_with_too_many_digits_is_refused_in_our_words(server: Server) -> None:
     body = b'{"prompt": "a", "max_tokens": 1' + b"0" * 5000 + b"}"
     answer = httpx.post(f"{server.url}/v1/completions", content=body)

@@ -78,9 +78,3 @@ def check_number(name: str, value: Any, least: float, most: float, kind: type = 
     if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
         what = "a whole number" if kind is int else "a number"
         raise ValueError(f"{name} must be {what} from {least:,} to {most:,}, got {shown(value)}.")
-
-
-def check_switch(name: str, value: Any) -> None:
-    """Refuse an option that is neither True nor False."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be true or false, got {shown(value)}.")

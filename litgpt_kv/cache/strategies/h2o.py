@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from litgpt_kv.arguments import check_flag
 from litgpt_kv.cache.strategies.base import Strategy, Tokens
-from litgpt_kv.cache.strategies.common import check_switch
 from litgpt_kv.registry import register
 
 
@@ -37,8 +37,8 @@ class H2O(Strategy):
     )
 
     def __post_init__(self) -> None:
-        check_switch("normalize", self.normalize)
-        check_switch("value_weighted", self.value_weighted)
+        check_flag("normalize", self.normalize)
+        check_flag("value_weighted", self.value_weighted)
 
     @property
     def statistics(self) -> tuple[str, ...]:  # type: ignore[override]
