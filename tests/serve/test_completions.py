@@ -28,6 +28,21 @@ def test_models_and_health(client: openai.OpenAI, server: Server) -> None:
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
 
 
+@pytest.mark.parametrize("name", ["demo", "org/group/model name"])
+def test_one_model_by_its_name(server: Server, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(server.service, "name", name)
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    model = client.models.retrieve(name)
+    assert (model.id, model.object) == (name, "model") and model == client.models.list().data[0]
+    url = f"{server.url}/v1/models/{name}"
+    assert httpx.get(url).json() == httpx.get(url.replace("/group/", "%2Fgroup%2F")).json() == model.to_dict()
+    for other in ("gpt-4", "org/other", f"{name}/"):
+        with pytest.raises(openai.NotFoundError) as refused:
+            client.models.retrieve(other)
+        error = refused.value.response.json()["error"]
+        assert (error["code"], error["param"]) == ("model_not_found", "model") and repr(other) in error["message"]
+
+
 @pytest.mark.parametrize("cache", CACHES)
 def test_a_text(client: openai.OpenAI, llm: LLM, cache: str) -> None:
     answer = client.completions.create(prompt=PROMPTS[1], extra_body={"kv_cache": cache}, **GREEDY)

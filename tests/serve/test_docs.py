@@ -89,7 +89,7 @@ def test_the_tables_have_everything(llm: LLM) -> None:
         name = metric.name.removeprefix("litgpt_kv_")
         assert f"`{name}`" in TEXT or f"`{name}_total`" in TEXT, name
     with serving(llm, CACHES, rows=1) as server:
-        paths = {route.path for route in build_app(server.service).routes}
+        paths = {route.path.replace("{name:path}", "NAME") for route in build_app(server.service).routes}
     assert {path for path in paths if f" {path}`" not in TEXT} == set()
 
 
