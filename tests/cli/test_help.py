@@ -146,6 +146,11 @@ def test_names_that_are_almost_right(
         (("generate", "org/my-modle"), "Did you mean 'org/my-model'?"),
         (("generate", "model.gguf"), "There is no checkpoint folder 'model.gguf'"),
         (("chat", "demo", "--batch-size", "3"), "chat has no option --batch-size."),
+        (
+            ("serve", "demo", "--devices=2"),
+            "serve runs on one device and has no option --devices: start one server a device, see docs/serve.md.",
+        ),
+        (("chat", "demo", "--num-nodes", "2"), "chat runs on one device and has no option --num-nodes."),
         (("strategies", "h2o"), "strategies does not take 'h2o': it has options only."),
         ((*generate, "more"), "generate does not take 'more': beside checkpoint_dir, values follow an option."),
         (("generate",), "generate needs checkpoint_dir (A checkpoint folder in litgpt's layout, or "),
