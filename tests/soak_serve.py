@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).parents[1]
-sys.path[0] = str(ROOT)  # in place of this folder, whose `inspect` would hide Python's
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # in place of this folder, whose `inspect` would hide Python's
 
 import httpx  # noqa: E402
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from litgpt_kv import LLM, KVCacheArgs
+from litgpt_kv.llm.turns import Turns
 from litgpt_kv.serve.server import Server
 from tests.serve.conftest import CACHES
 
@@ -240,6 +241,19 @@ def test_what_is_refused_names_the_field(server: Server, change: dict, param: st
     error = answer.json()["error"]
     assert (answer.status_code, error["param"], error["type"]) == (400, param, "invalid_request_error"), error
     assert math.isfinite(len(error["message"])) and "Traceback" not in error["message"]
+
+
+def test_a_system_message_without_a_place_is_refused(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Gemma's chat template does: nothing that a client says is left out in silence."""
+    monkeypatch.setattr(server.service.llm, "prompt_style", Turns("", "\n", "", "\n"))
+    body = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a"}]}
+    for path, more in (("/v1/chat/completions", {"max_tokens": 2}), ("/tokenize", {})):
+        answer = httpx.post(server.url + path, json={**body, **more})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["param"]) == (400, "messages"), error
+        assert "no place for a system prompt" in error["message"]
+        without = httpx.post(server.url + path, json={"messages": body["messages"][1:], **more})
+        assert without.status_code == 200
 
 
 def test_a_number_with_too_many_digits_is_refused_in_our_words(server: Server) -> None:
