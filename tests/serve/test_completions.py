@@ -159,7 +159,8 @@ def test_a_chat_and_its_stream(client: openai.OpenAI, llm: LLM) -> None:
     usage = {"stream_options": {"include_usage": True}}
     parts = list(client.chat.completions.create(stream=True, n=2, **usage, **asked))
     assert parts[-1].choices == [] and parts[-1].usage.completion_tokens == 18
-    assert parts[-1].usage.kv["cache"] == "h2o"
+    kv, seen = parts[-1].usage.kv, parts[-1].usage.prompt_tokens + 8  # of each answer; its last token is not read
+    assert (kv["cache"], kv["seen"], kv["kept"], kv["reused"]) == ("h2o", 2 * seen, 2 * min(seen, 24), 0)
     for number in range(2):
         own = [part.choices[0] for part in parts[:-1] if part.choices[0].index == number]
         assert own[0].delta.role == "assistant" and own[0].delta.content == ""
