@@ -81,11 +81,12 @@ class Way:
     """A way to answer requests, and what it took.
 
     Attributes:
-        measure: Answers texts with so many new tokens. runs: What was measured. error: Why it is measured no more.
+        measure: Answers texts with so many new tokens; None if nothing can. runs: What was measured.
+        error: Why it is measured no more.
     """
 
     name: str
-    measure: Callable[[Sequence[str], int], Measured]
+    measure: Callable[[Sequence[str], int], Measured] | None = None
     runs: list[Measured] = field(default_factory=list)
     error: str = ""
 
@@ -156,20 +157,20 @@ def benchmark_serve(
         ways.append(Way(ENGINE, lambda texts, new: _engine(llm, args, texts, new, rows, max_tokens, clients, limits)))
     with contextlib.ExitStack() as servers:
         for peer in peers:
-            way = Way(peer.name, lambda texts, new: Measured(0.0))
-            ways.append(way)
             try:
                 address = servers.enter_context(peer.running(device.threads))
             except NoServer as error:
-                way.error = str(error)
-                continue
-            way.measure = _client(peer, address, llm, rows, clients, rate, seed, limits)
+                if peer.name == OURS:
+                    raise ValueError(f"{OURS}: {error}.") from error
+                ways.append(Way(peer.name, error=str(error)))
+            else:
+                ways.append(Way(peer.name, _client(peer, address, llm, rows, clients, rate, seed, limits)))
         rng, pool = random.Random(seed), _plain_tokens(llm)
         for repeat in range(repeats + 1):  # in turns: whatever else runs here disturbs all alike
             count, new = (requests, new_tokens) if repeat else (WARM_UP, min(new_tokens, 8))
             texts = [llm.decode(rng.choices(pool, k=prompt_tokens)) for _ in range(count)]
             for way in ways:
-                if not way.error:
+                if way.measure is not None and not way.error:
                     way.runs.append(way.measure(texts, new))
                     way.error = way.runs[-1].error if not way.runs[-1].answered else ""
     for way in ways:
@@ -256,33 +257,39 @@ def _show(ways: Sequence[Way], limits: tuple[float, float]) -> None:
     """A line a way: medians of the repeats, percentiles over all of them."""
     print("Medians of the repeats (best); seconds of all repeats in ms, p50 · p90 · p99; good: the first token within")
     print(f"{limits[0]:g} s, and on average {limits[1]:g} s or less between tokens\n")
-    width = max(len(way.name) for way in ways) + 2
-    heads = ["tokens/s (best)", "requests/s", "good/s", "first token", "between tokens", "end to end"]
-    widths = [19, 12, 9, 26, 26, 26]
+    head = ["tokens/s (best)", "requests/s", "good/s", "first token", "between tokens", "end to end"]
+    found = [_cells([run for run in way.runs if run.answered]) for way in ways]
+    widths = [max(map(len, column)) for column in zip(head, *filter(None, found), strict=True)]
+    wide = max(len(way.name) for way in ways)
 
-    def line(name: str, values: Sequence[str]) -> None:
-        print(f"{name:{width}}" + "".join(f"{value:>{wide}}" for value, wide in zip(values, widths)))
+    def line(name: str, cells: Sequence[str]) -> None:
+        print(f"{name:{wide}}" + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True)))
 
-    line("", heads)
-    for way in ways:
-        runs = [run for run in way.runs if run.answered]
-        if not runs:
-            print(f"{way.name:{width}}not measured: {way.error}")
+    line("", head)
+    for way, cells in zip(ways, found, strict=True):
+        if not cells:
+            print(f"{way.name:{wide}}  not measured: {way.error}")
             continue
-        speeds = [run.speed for run in runs]
-        values = [f"{statistics.median(speeds):,.1f} ({max(speeds):,.1f})"]
-        values.append(f"{statistics.median(run.answered / run.seconds for run in runs):,.2f}")
-        values.append(f"{statistics.median(run.good / run.seconds for run in runs):,.2f}")
-        for name in ("first", "between", "whole"):
-            all_of = [value * 1e3 for run in runs for value in getattr(run, name)]
-            shares = [percentile(all_of, percent) for percent in PERCENTS]
-            values.append(" · ".join(f"{v:,.{1 if v < 100 else 0}f}" for v in shares) if all_of else "-")
-        line(way.name, values)
-        failed = sum(run.failed for run in way.runs)
-        if failed:
+        line(way.name, cells)
+        if failed := sum(run.failed for run in way.runs):
             error = next(run.error for run in way.runs if run.error)
-            print(f"{'':{width}}{failed} requests without an answer: {error}")
+            print(f"{'':{wide}}  {failed} requests without an answer: {error}")
     print()
+
+
+def _cells(runs: Sequence[Measured]) -> list[str]:
+    """What the table has of a way; nothing if it was not measured."""
+    if not runs:
+        return []
+    speeds = [run.speed for run in runs]
+    cells = [f"{statistics.median(speeds):,.1f} ({max(speeds):,.1f})"]
+    for counts in ([run.answered / run.seconds for run in runs], [run.good / run.seconds for run in runs]):
+        cells.append(f"{statistics.median(counts):,.2f}")
+    for name in ("first", "between", "whole"):
+        values = [seconds * 1e3 for run in runs for seconds in getattr(run, name)]
+        shares = [percentile(values, percent) for percent in PERCENTS]
+        cells.append(" · ".join(f"{v:,.{1 if v < 100 else 0}f}" for v in shares) if values else "-")
+    return cells
 
 
 def _show_goals(ways: Sequence[Way], rows: int, clients: int) -> None:

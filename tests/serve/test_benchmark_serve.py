@@ -36,7 +36,7 @@ def test_servers_beside_the_engine(llm: LLM, capsys: pytest.CaptureFixture, tmp_
     assert made == [2 * 6 + 5 * 6] * 2, "two requests to warm up, and five"
     out = capsys.readouterr().out
     assert "5 requests with 6 new tokens, 2 clients, 2 rows" in out
-    rows = {line[:17].strip(): line[17:] for line in out.splitlines()}
+    rows = {line[:15].strip(): line[17:] for line in out.splitlines()}
     for name in ("engine alone", "litgpt_kv serve", "other"):
         numbers = [float(number.replace(",", "")) for number in re.findall(r"[\d.,]+", rows[name])]
         median, best, answered, good, *seconds = numbers
@@ -151,6 +151,7 @@ def test_percentiles_and_refusals(capsys: pytest.CaptureFixture) -> None:
         (["--rate", "0"], "rate must be"),
         (["--between-limit", "-1"], "between_limit must be"),
         (["--url", "ftp://a"], "url must"),
+        (["--url", "http://127.0.0.1:1"], "litgpt_kv serve: nothing answers at http://127.0.0.1:1."),
         (["--rows", "0"], "rows"),
         (["--against", "vllm"], "against must be litgpt"),
         (["--against", "a=python server.py"], "with {port} in it"),
