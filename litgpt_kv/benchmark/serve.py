@@ -255,7 +255,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 def _show(ways: Sequence[Way], limits: tuple[float, float]) -> None:
     """A line a way: medians of the repeats, percentiles over all of them."""
-    print("Medians of the repeats (best); seconds of all repeats in ms, p50 · p90 · p99; good: the first token within")
+    print("Medians of the repeats (best); times of all repeats in ms, p50 · p90 · p99; good: the first token within")
     print(f"{limits[0]:g} s, and on average {limits[1]:g} s or less between tokens\n")
     head = ["tokens/s (best)", "requests/s", "good/s", "first token", "between tokens", "end to end"]
     found = [_cells([run for run in way.runs if run.answered]) for way in ways]
