@@ -23,7 +23,7 @@ from litgpt_kv.llm.safe_load import MAX_BYTES, load_options, read_text
 
 PROG = "litgpt_kv"
 FIELDS = [f.name for f in dataclasses.fields(KVCacheArgs)]
-LISTED = ("--prompt", "--stop")  # each may be given several times; any value is text
+LISTED = ("--prompt", "--stop", "--against")  # each may be given several times; any value is text
 NEED_VALUE = ("--import", "--config", "--kv_cache.help")
 ALONE = ("--help", "--help_all", "--version", "--print_config")  # take no value
 ALIASES = {"--for": "--strategy"}  # `for` cannot be the name of a parameter
@@ -51,8 +51,8 @@ def normalise(
     """Bring a command line into the parser's form.
 
     Dashes in option names become underscores, `--kv_cache X` becomes `--kv_cache.strategy X`, a strategy's own options
-    `--kv_cache.X` become `--kv_cache.options.X`, several `--prompt` or `--stop` become a list. `--import FILE` is
-    executed at once.
+    `--kv_cache.X` become `--kv_cache.options.X`, several `--prompt`, `--stop` or `--against` become a list.
+    `--import FILE` is executed at once.
 
     Args:
         args: What the user typed.

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Configs = Sequence[tuple[str, Any]]  # path and content of each file of options
 PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "a mapping"}
+ONE_DEVICE = ("devices", "num_nodes", "generate_strategy")  # options that some commands do not have
 MANY = {int: "whole numbers", float: "numbers", bool: "true or false", str: "texts", dict: "mappings"}
 
 
@@ -71,6 +72,9 @@ def _unknown(arguments: Sequence[str], who: str, known: Mapping[str, Action]) ->
     option = first.partition("=")[0]
     if not option.startswith("-"):
         return f"{who} does not take {shown(first)}: {_positionals(known)}."
+    if option.lstrip("-").replace("-", "_") in ONE_DEVICE and "accelerator" in known:
+        instead = ": start one server a device, see docs/serve.md" if who == "serve" else ""
+        return f"{who} runs on one device and has no option {option.replace('_', '-')}{instead}."
     names = [name for name in known if name not in ("help", "print_config")]
     hint = did_you_mean(option.lstrip("-"), names, "--").replace("_", "-")
     if (own := _cache_option(option.lstrip("-").replace("-", "_"), known)) is not None:

@@ -172,9 +172,13 @@ def _add_looks(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        model = {"id": service.name, "object": "model", "created": service.created, "owned_by": "litgpt_kv"}
-        longest = next(iter(service.reader.limits.values())).limit
-        return {"object": "list", "data": [{**model, "max_model_len": longest}]}
+        return {"object": "list", "data": [_model(service)]}
+
+    @app.get("/v1/models/{name:path}")  # a name may have slashes
+    async def model(name: str) -> dict[str, Any]:
+        if name != service.name:
+            raise _other_model(service, name)
+        return _model(service)
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -195,6 +199,12 @@ def _add_looks(app: FastAPI, service: Service) -> None:
             if texts:
                 found["row"]["texts"] = await asyncio.to_thread(lambda: [service.llm.decode([id]) for id in ids])
         return found
+
+
+def _model(service: Service) -> dict[str, Any]:
+    longest = next(iter(service.reader.limits.values())).limit
+    about = {"id": service.name, "object": "model", "created": service.created, "owned_by": "litgpt_kv"}
+    return {**about, "max_model_len": longest}
 
 
 async def _caches(service: Service) -> list[dict[str, Any]]:
@@ -245,7 +255,11 @@ async def _ask(service: Service, question: Callable[[], Any]) -> Any:
 
 def _check_model(service: Service, body: Any) -> None:
     if isinstance(body, (Sampled, TokenizeBody, DetokenizeBody)) and body.model not in (None, "", service.name):
-        raise Refused(f"This server has {service.name!r}, not {body.model!r:.60}.", "model", 404, "model_not_found")
+        raise _other_model(service, body.model)
+
+
+def _other_model(service: Service, name: str) -> Refused:
+    return Refused(f"This server has {service.name!r}, not {name!r:.60}.", "model", 404, "model_not_found")
 
 
 async def read_body(request: HttpRequest, settings: ServeArgs) -> bytes:

@@ -28,6 +28,7 @@ PATHS = {
     "/v1/completions",
     "/v1/chat/completions",
 }
+MODEL = "/v1/models/NAME"  # in the log, whatever the name is
 
 
 class Guard:
@@ -85,6 +86,7 @@ class Guard:
         about = scope.get("litgpt_kv", {})
         status = 499 if about.get("left") or not status else status  # as nginx calls a client that left
         path = scope["path"] if scope["path"] in PATHS else "other"
+        path = MODEL if scope["path"].startswith("/v1/models/") else path
         self.metrics.requests.labels(path, str(status)).inc()
         line = f"{scope['method'][:10]} {path} {status} {seconds:.3f} s"
         if tickets := about.get("tickets"):

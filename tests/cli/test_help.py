@@ -155,6 +155,11 @@ def test_names_that_are_almost_right(
         ((*generate, "--budget", "3"), "generate has no option --budget. Did you mean '--kv-cache.budget'?"),
         ((*generate, "--window", "3"), "generate has no option --window. Did you mean '--kv-cache.window'?"),
         (("strategies", "h20"), "Unknown strategy 'h20'."),
+        (
+            ("serve", "demo", "--devices=2"),
+            "serve runs on one device and has no option --devices: start one server a device, see docs/serve.md.",
+        ),
+        (("chat", "demo", "--num-nodes", "2"), "chat runs on one device and has no option --num-nodes."),
         (("generate",), "generate needs checkpoint_dir (A checkpoint folder in litgpt's layout, or "),
         (("calibrate", "demo"), "calibrate needs --text and --out. See litgpt_kv calibrate --help."),
         (("--print-completion", "cmd"), "--print-completion needs one of bash, zsh"),

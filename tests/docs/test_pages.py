@@ -69,6 +69,7 @@ def test_command(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     elif command.startswith(LONG):
         words += ["--contexts", "[64]", "--steps", "2", "--repeats", "1"]
         words += ["--strategies", "[dense, h2o]"] if "--compile" in words else []
+        words += ["--budget", "32"] if "--budget" in words else []
         if "--checkpoint-dir" not in words:
             words += ["--shape.n_layer", "2", "--shape.n_embd", "96"]
     if "--resume" in words:  # there is something to go on with

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from litgpt_kv import LLM, KVCacheArgs
+from litgpt_kv.llm.turns import Turns
 from litgpt_kv.serve.server import Server
 from tests.serve.conftest import CACHES
 
@@ -26,6 +27,21 @@ def alone(llm: LLM, prompt, cache="h2o", max_new_tokens=12, **settings):
 def test_models_and_health(client: openai.OpenAI, server: Server) -> None:
     assert [model.id for model in client.models.list()] == ["demo"]
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize("name", ["demo", "org/group/model name"])
+def test_one_model_by_its_name(server: Server, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(server.service, "name", name)
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    model = client.models.retrieve(name)
+    assert (model.id, model.object) == (name, "model") and model == client.models.list().data[0]
+    url = f"{server.url}/v1/models/{name}"
+    assert httpx.get(url).json() == httpx.get(url.replace("/group/", "%2Fgroup%2F")).json() == model.to_dict()
+    for other in ("gpt-4", "org/other", f"{name}/"):
+        with pytest.raises(openai.NotFoundError) as refused:
+            client.models.retrieve(other)
+        error = refused.value.response.json()["error"]
+        assert (error["code"], error["param"]) == ("model_not_found", "model") and repr(other) in error["message"]
 
 
 @pytest.mark.parametrize("cache", CACHES)
@@ -143,7 +159,8 @@ def test_a_chat_and_its_stream(client: openai.OpenAI, llm: LLM) -> None:
     usage = {"stream_options": {"include_usage": True}}
     parts = list(client.chat.completions.create(stream=True, n=2, **usage, **asked))
     assert parts[-1].choices == [] and parts[-1].usage.completion_tokens == 18
-    assert parts[-1].usage.kv["cache"] == "h2o"
+    kv, seen = parts[-1].usage.kv, parts[-1].usage.prompt_tokens + 8  # of each answer; its last token is not read
+    assert (kv["cache"], kv["seen"], kv["kept"], kv["reused"]) == ("h2o", 2 * seen, 2 * min(seen, 24), 0)
     for number in range(2):
         own = [part.choices[0] for part in parts[:-1] if part.choices[0].index == number]
         assert own[0].delta.role == "assistant" and own[0].delta.content == ""
@@ -234,6 +251,19 @@ def test_a_system_message_without_a_place_is_refused(server: Server) -> None:
         error = answer.json()["error"]
         assert (answer.status_code, error["param"]) == (400, "messages")
         assert "prompt style, Default, has no place for a system prompt" in error["message"]
+
+
+def test_a_system_message_without_a_place_in_a_template_is_refused(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Gemma's chat template does: nothing that a client says is left out in silence."""
+    monkeypatch.setattr(server.service.llm, "prompt_style", Turns("", "\n", "", "\n"))
+    body = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a"}]}
+    for path, more in (("/v1/chat/completions", {"max_tokens": 2}), ("/tokenize", {})):
+        answer = httpx.post(server.url + path, json={**body, **more})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["param"]) == (400, "messages"), error
+        assert "no place for a system prompt" in error["message"]
+        without = httpx.post(server.url + path, json={"messages": body["messages"][1:], **more})
+        assert without.status_code == 200
 
 
 def test_a_number_with_too_many_digits_is_refused_in_our_words(server: Server) -> None:

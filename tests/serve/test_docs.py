@@ -16,6 +16,8 @@ import pytest
 
 from litgpt_kv import LLM, KVCacheArgs
 from litgpt_kv.__main__ import COMMANDS, main
+from litgpt_kv.arguments import DeviceArgs
+from litgpt_kv.benchmark.servers import other_peer
 from litgpt_kv.cli.options import normalise
 from litgpt_kv.cli.parser import arguments_of, build_parser, flags_of
 from litgpt_kv.cli.serve import named_caches
@@ -48,8 +50,8 @@ def parsed(line: str) -> dict:
 
 def test_the_command_lines_are_understood() -> None:
     lines = [line for line in LINES if line.startswith("litgpt_kv")]
-    assert len(lines) == 3
-    first, several, speed = map(parsed, lines)
+    assert len(lines) == 4
+    first, several, speed, peers = map(parsed, lines)
     assert first["settings"] == ServeArgs(rows=8, port=8000) and first["kv_cache"] == KVCacheArgs("h2o", budget="25%")
     named = named_caches(several["kv_cache"], several["caches"])
     assert named == {
@@ -57,7 +59,9 @@ def test_the_command_lines_are_understood() -> None:
         "small": KVCacheArgs("h2o", budget=64),
         "window": KVCacheArgs("window", budget=128),
     }
-    assert speed["against_litgpt"] is True and speed["clients"] == 8
+    assert speed["against"] == ["litgpt"] and speed["clients"] == 8
+    others = [other_peer(given, "folder", 9, DeviceArgs()) for given in peers["against"]]
+    assert [peer.name for peer in others] == ["llama.cpp", "llama_cpp.server", "vllm"]
 
 
 def test_the_examples_of_clients_run(llm: LLM, tmp_path: Path) -> None:
@@ -89,7 +93,7 @@ def test_the_tables_have_everything(llm: LLM) -> None:
         name = metric.name.removeprefix("litgpt_kv_")
         assert f"`{name}`" in TEXT or f"`{name}_total`" in TEXT, name
     with serving(llm, CACHES, rows=1) as server:
-        paths = {route.path for route in build_app(server.service).routes}
+        paths = {route.path.replace("{name:path}", "NAME") for route in build_app(server.service).routes}
     assert {path for path in paths if f" {path}`" not in TEXT} == set()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import socket
@@ -11,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+import torch
 
 from litgpt_kv import LLM, KVCacheArgs
 from litgpt_kv.serve.server import Server
@@ -69,24 +71,41 @@ def leave(server: Server, body: dict, after: float) -> None:
         time.sleep(after)
 
 
-def test_random_concurrent_requests_equal_the_prompt_alone(llm: LLM) -> None:
-    caches, rng = strategies(), random.Random(5)
-    bodies = [random_body(rng, list(caches)) for _ in range(60)]
-    leaving = [(random_body(rng, list(caches)), rng.random() / 20) for _ in range(20)]
+def check_random_requests(llm: LLM, caches: dict[str, KVCacheArgs], seed: int, answers: int, leaving: int) -> None:
+    """Each answer is that of its prompt alone, those who leave free their rows, and no tensor stays."""
+    rng = random.Random(seed)
+    bodies = [random_body(rng, list(caches)) for _ in range(answers)]
+    gone = [(random_body(rng, list(caches)), rng.random() / 20) for _ in range(leaving)]
     with serving(llm, caches, rows=4, queue=200) as server, httpx.Client(timeout=60) as client:
+        first = {"prompt": TEXTS[3] * 2, "max_tokens": 2, "presence_penalty": 0.5, "repetition_penalty": 1.1}
+        for name in caches:  # so that there is what is made on first use
+            ask(server, client, {**first, "kv_cache": name}, stream=False)
+        before = tensor_bytes()
         with ThreadPoolExecutor(12) as pool:
-            answers = [pool.submit(ask, server, client, body, n % 2 == 0) for n, body in enumerate(bodies)]
-            gone = [pool.submit(leave, server, *each) for each in leaving]
-            got = [answer.result() for answer in answers]
-            assert [each.result() for each in gone] == [None] * len(gone)
+            asked = [pool.submit(ask, server, client, body, n % 2 == 0) for n, body in enumerate(bodies)]
+            left = [pool.submit(leave, server, *each) for each in gone]
+            got = [answer.result() for answer in asked]
+            assert [each.result() for each in left] == [None] * len(gone)
         end = time.perf_counter() + 10
         while server.service.loop.unfinished:
             assert time.perf_counter() < end
             time.sleep(0.01)
         assert server.service.running == {}
         assert all(row is None for e, _, _ in server.service.loop.served().values() for row in e.scheduler.rows)
+        assert abs(tensor_bytes() - before) < 10_000, "less than a row of any cache"
     for body, text in zip(bodies, got):
         assert text == alone(llm, body, caches), body
+
+
+def tensor_bytes() -> int:
+    """Memory of all tensors that live."""
+    gc.collect()
+    tensors = [each for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter)]
+    return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}.values())
+
+
+def test_random_concurrent_requests_equal_the_prompt_alone(llm: LLM) -> None:
+    check_random_requests(llm, strategies(), seed=5, answers=60, leaving=20)
 
 
 def malformed(rng: random.Random) -> bytes:
