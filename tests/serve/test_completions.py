@@ -253,7 +253,9 @@ def test_a_system_message_without_a_place_is_refused(server: Server) -> None:
         assert "prompt style, Default, has no place for a system prompt" in error["message"]
 
 
-def test_a_system_message_without_a_place_in_a_template_is_refused(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_system_message_without_a_place_in_a_template_is_refused(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As Gemma's chat template does: nothing that a client says is left out in silence."""
     monkeypatch.setattr(server.service.llm, "prompt_style", Turns("", "\n", "", "\n"))
     body = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a"}]}
