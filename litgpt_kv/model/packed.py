@@ -97,8 +97,8 @@ def pack(model: nn.Module) -> None:
 def packs(dtype: torch.dtype) -> bool:
     """Return whether this processor multiplies faster with packed weights of a dtype.
 
-    Measured: bfloat16 where there are instructions for it, float32 on an AMD processor with AVX-512. On Intel's, torch's
-    products in float32 are left to MKL.
+    They are bfloat16 where there are instructions for it, and float32 on AMD's processors with AVX-512, as measured.
+    Intel's are left to MKL.
     """
     if not torch.backends.mkldnn.is_available():
         return False
