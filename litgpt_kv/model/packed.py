@@ -27,9 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litgpt_kv.cache.serialize import SAMPLE
-from litgpt_kv.model.linear import LEAST_WEIGHTS, PLAIN, Linear
+from litgpt_kv.model.linear import PLAIN, Linear
 from litgpt_kv.model.quantized import has_bf16_products
 
+# smaller float32 weights are in the processor's cache, where MKL's call is faster; oneDNN multiplies bfloat16 anyway
+LEAST_WEIGHTS = {torch.float32: 131_072, torch.bfloat16: 4_096}
 CPUINFO = Path("/proc/cpuinfo")  # on Linux
 
 
@@ -114,7 +116,7 @@ def _is_amd() -> bool:
 
 def _suits(layer: nn.Linear) -> bool:
     weight = layer.weight
-    return weight.device.type == "cpu" and weight.numel() >= LEAST_WEIGHTS and packs(weight.dtype)
+    return weight.device.type == "cpu" and packs(weight.dtype) and weight.numel() >= LEAST_WEIGHTS[weight.dtype]
 
 
 @torch.no_grad()

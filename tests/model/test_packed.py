@@ -28,7 +28,7 @@ SIZES = dict(n_embd=64, intermediate_size=48)
 @pytest.fixture(autouse=True)
 def everything_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pack layers of any size, whatever this processor is best at."""
-    monkeypatch.setattr(packed, "LEAST_WEIGHTS", 0)
+    monkeypatch.setattr(packed, "LEAST_WEIGHTS", dict.fromkeys(DTYPES, 0))
     monkeypatch.setattr(packed, "packs", lambda dtype: dtype in DTYPES)
 
 
