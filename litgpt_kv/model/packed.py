@@ -16,10 +16,8 @@ N outputs · K inputs.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,12 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litgpt_kv.cache.serialize import SAMPLE
-from litgpt_kv.model.linear import PLAIN, Linear
+from litgpt_kv.model.linear import PLAIN, Linear, prefers_onednn
 from litgpt_kv.model.quantized import has_bf16_products
 
 # smaller float32 weights are in the processor's cache, where MKL's call is faster; oneDNN multiplies bfloat16 anyway
 LEAST_WEIGHTS = {torch.float32: 131_072, torch.bfloat16: 4_096}
-CPUINFO = Path("/proc/cpuinfo")  # on Linux
 
 
 class PackedLinear(PLAIN):
@@ -81,7 +78,7 @@ class PackedLinear(PLAIN):
         _pack(self)
 
 
-def pack(model: nn.Module) -> None:
+def pack(model: nn.Module, threads: int | None = None) -> None:
     """Make large linear layers of a model `PackedLinear`, where this processor is faster then; one at a time.
 
     Names, hooks and devices stay as they are. `kv_b_proj` of latent attention stays as it is: decoding multiplies its
@@ -89,9 +86,14 @@ def pack(model: nn.Module) -> None:
 
     Args:
         model: For inference; its layers on a CPU in float32 or bfloat16 are packed.
+        threads: With how many CPU threads it will run; None: torch's number. With more than one, float32 weights stay
+            as they are: `Linear` divides them among the threads better than oneDNN does.
     """
+    threads = torch.get_num_threads() if threads is None else threads
     for name, layer in model.named_modules():
-        if type(layer) in (PLAIN, Linear) and not name.endswith("kv_b_proj") and _suits(layer):
+        if type(layer) not in (PLAIN, Linear) or name.endswith("kv_b_proj") or not _suits(layer):
+            continue
+        if threads == 1 or layer.weight.dtype != torch.float32:
             _pack(layer)
 
 
@@ -106,12 +108,7 @@ def packs(dtype: torch.dtype) -> bool:
         return False
     if dtype == torch.bfloat16:
         return has_bf16_products()
-    return dtype == torch.float32 and torch.backends.cpu.get_cpu_capability() == "AVX512" and _is_amd()
-
-
-def _is_amd() -> bool:
-    text = CPUINFO.read_text(errors="replace") if CPUINFO.is_file() else os.environ.get("PROCESSOR_IDENTIFIER", "")
-    return "AuthenticAMD" in text
+    return dtype == torch.float32 and prefers_onednn()
 
 
 def _suits(layer: nn.Linear) -> bool:

@@ -14,8 +14,8 @@ from litgpt_kv import GPT, LLM, KVCache
 from litgpt_kv.cache.constants import weight_of
 from litgpt_kv.cache.serialize import fingerprint
 from litgpt_kv.llm import llm as loaded
-from litgpt_kv.model import packed
-from litgpt_kv.model.linear import Linear
+from litgpt_kv.model import linear, packed
+from litgpt_kv.model.linear import MOST_ROWS, Linear, prefers_onednn
 from litgpt_kv.model.packed import PackedLinear, pack, packs
 from tests.oracle.shrink import shrink
 
@@ -36,7 +36,7 @@ def layer(dtype: torch.dtype, n: int = 33, k: int = 80, bias: bool = True) -> tu
     torch.manual_seed(n)
     plain = nn.Linear(k, n, bias).to(dtype)
     made = copy.deepcopy(plain)
-    pack(nn.Sequential(made))
+    pack(nn.Sequential(made), 1)
     assert type(made) is PackedLinear and made.weight.is_mkldnn
     return made, plain
 
@@ -95,7 +95,7 @@ def test_a_packed_model_is_the_model(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(1)
     model = GPT(shrink(name, **SIZES)).eval().to(dtype)
     plain = copy.deepcopy(model)
-    pack(model)
+    pack(model, 1)
     assert not any(type(layer) in (nn.Linear, Linear) for layer in model.modules())
     assert fingerprint(model) == fingerprint(plain)  # a cache of the one is a cache of the other
     idx, seen = torch.randint(90, (2, 26)), []
@@ -113,7 +113,7 @@ def test_latent_attention_keeps_what_decoding_multiplies_with_queries() -> None:
     sizes = dict(latent_attention=dict(q_lora_rank=16, kv_lora_rank=32, qk_rope_head_dim=8, qk_nope_head_dim=16))
     sizes["latent_attention"]["v_head_dim"] = 16
     model = GPT(shrink("Llama-3.2-1B", **SIZES, n_query_groups=4, head_size=24, **sizes)).eval()
-    pack(model)
+    pack(model, 1)
     attn = model.transformer.h[0].attn
     assert type(attn.q_a_proj) is PackedLinear and type(attn.kv_b_proj) is nn.Linear
 
@@ -124,7 +124,7 @@ def test_a_decode_step_is_one_graph() -> None:
         assert torch.equal(torch.compile(made, fullgraph=True)(x), made(x))
     torch.manual_seed(0)
     model = GPT(shrink("Llama-3.2-1B", n_embd=64, intermediate_size=48, n_layer=1)).eval()
-    pack(model)
+    pack(model, 1)
     idx, logits = torch.randint(90, (2, 8)), []
     with torch.inference_mode():
         for decoder in (model, torch.compile(model, dynamic=False, fullgraph=True, backend="eager")):
@@ -145,15 +145,15 @@ def test_loaded_models_are_packed_where_it_is_faster(monkeypatch: pytest.MonkeyP
     assert texts[0] == texts[1]
     mixed = LLM.load("demo", accelerator="cpu", precision="bf16-mixed").model
     assert not any(type(layer) is PackedLinear for layer in mixed.modules())
-    part = LLM.load("demo", accelerator="cpu", distribute=None)
-    part.distribute(accelerator="cpu", devices=1, generate_strategy="sequential")
+    part = LLM.load("demo", accelerator="cpu", distribute=None, precision="bf16-true")
+    part.distribute(accelerator="cpu", devices=1, generate_strategy="sequential", precision="bf16-true")
     assert type(part.model.lm_head) is PackedLinear
     assert loaded.pack is pack
 
 
 def test_what_this_processor_packs(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     cpu, text = torch.backends.cpu, tmp_path / "cpuinfo"
-    monkeypatch.setattr(packed, "CPUINFO", text)
+    monkeypatch.setattr(linear, "CPUINFO", text)
     for vendor, capability, bf16, expected in [
         ("AuthenticAMD", "AVX512", True, (True, True)),
         ("AuthenticAMD", "AVX2", False, (False, False)),
@@ -163,7 +163,26 @@ def test_what_this_processor_packs(monkeypatch: pytest.MonkeyPatch, tmp_path) ->
         text.write_text(f"vendor_id\t: {vendor}\n")
         monkeypatch.setattr(cpu, "get_cpu_capability", lambda capability=capability: capability)
         monkeypatch.setattr(packed, "has_bf16_products", lambda bf16=bf16: bf16)
-        packs.cache_clear()
+        packs.cache_clear(), prefers_onednn.cache_clear()
         assert (packs(torch.float32), packs(torch.bfloat16)) == expected
         assert not packs(torch.float64) and not packs(torch.float16)
-    packs.cache_clear()
+    packs.cache_clear(), prefers_onednn.cache_clear()
+
+
+def test_many_rows_of_float32_go_to_onednn_and_two_threads_keep_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    true = torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *a: calls.append(1) or true(*a))
+    monkeypatch.setattr(linear, "prefers_onednn", lambda: True)
+    plain = nn.Linear(80, 33)
+    made = Linear(80, 33)
+    made.load_state_dict(plain.state_dict())
+    pack(nn.Sequential(made), 2)
+    assert type(made) is Linear
+    x = torch.randn(3, MOST_ROWS, 80)
+    with torch.no_grad():
+        assert torch.equal(made(x), plain(x)) and not calls  # litgpt's to the bit
+    with torch.inference_mode():
+        assert_is_linear(made(x), x, plain)
+        assert_is_linear(made(x[:, :1]), x[:, :1], plain)
+    assert len(calls) == 1
