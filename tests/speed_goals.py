@@ -36,6 +36,7 @@ from litgpt_kv.benchmark.peers.run import Measured, decode, named_peers, read_pr
 from litgpt_kv.benchmark.processor import processor
 from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.llm import checkpoint
+from litgpt_kv.model.packed import pack
 
 BUDGET, CHUNK = 512, 256
 Report = dict[str, Any]
@@ -86,12 +87,16 @@ class Run:
     def random(self, tokens: int) -> GPT:
         """The model of 12 × 768 with random weights and a context of `tokens` and the steps."""
         config = self.sizes.shape.config(tokens + self.settings.new_tokens + 1)
-        return random_model(config, checkpoint.fabric_for(None, "cpu"))
+        model = random_model(config, checkpoint.fabric_for(None, "cpu"))
+        pack(model)  # as `LLM.load` does
+        return model
 
     def loaded(self, quantize: str | None = None) -> GPT:
         folder = checkpoint.find(self.folder)
         fabric = checkpoint.fabric_for("32-true", "cpu", quantize)
-        return checkpoint.load_model(folder, checkpoint.load_config(folder), fabric, quantize)
+        model = checkpoint.load_model(folder, checkpoint.load_config(folder), fabric, quantize)
+        pack(model)
+        return model
 
     def dense(self, file: Path) -> Report:
         """Each context is stored when it is measured; those in the file are kept."""

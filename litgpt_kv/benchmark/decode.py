@@ -33,6 +33,7 @@ from litgpt_kv.llm import checkpoint
 from litgpt_kv.llm.check_config import LIMITS
 from litgpt_kv.llm.check_weights import check_memory
 from litgpt_kv.llm.quantize import OWN
+from litgpt_kv.model.packed import pack
 from litgpt_kv.model.quantized import head_inputs, to_int8
 from litgpt_kv.parallel import DeviceRequest
 from litgpt_kv.parallel.weights import full_shapes
@@ -199,6 +200,7 @@ def benchmark(
         model = checkpoint.load_model(folder, config, fabric, device.quantize)
         usual = [n for n in (1024, 4096, 16384) if comparing and n + new < config.block_size]
         contexts = contexts or usual or [config.block_size // 2, config.block_size - new - 1]
+    pack(model)
     _check_contexts(contexts, new, config)
     if comparing:
         settings = Settings(

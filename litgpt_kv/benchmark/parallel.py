@@ -19,6 +19,7 @@ from litgpt_kv import registry
 from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.config import KVCacheArgs, split_name
+from litgpt_kv.model.packed import pack
 from litgpt_kv.parallel import DeviceRequest
 from litgpt_kv.parallel.collectives import Collectives, CollectiveTimer
 from litgpt_kv.parallel.heads import divide_heads
@@ -113,6 +114,9 @@ def compare(
             weights = GPT(config).state_dict()
         part = load_tensor_parallel(config, collectives, weights, device=device)
         whole = load_tensor_parallel(config, Collectives(), weights, device=device) if collectives.rank == 0 else None
+    for model in (part, whole):
+        if model is not None:
+            pack(model)
     tokens = torch.randint(config.vocab_size, (batch_size, max(contexts) + steps), device=device)
     tokens = collectives.all_reduce(tokens if collectives.rank == 0 else torch.zeros_like(tokens))
     own_threads = threads or torch.get_num_threads()  # this process' share of the cores

@@ -25,6 +25,7 @@ from litgpt_kv.disk import check_target, write_text
 from litgpt_kv.llm import checkpoint
 from litgpt_kv.llm.check_config import LIMITS
 from litgpt_kv.llm.quantize import OWN
+from litgpt_kv.model.packed import pack
 from litgpt_kv.model.quantized import head_inputs, to_int8
 
 MB = 1_000_000
@@ -32,6 +33,7 @@ MOST = 1_000_000  # the limit of all counts
 BLOCK = 16  # tokens that are compared at a time: as many rows as a step of 16 texts has
 KINDS = {"float32": ("32-true", None), "bfloat16": ("bf16-true", None), "int8": ("32-true", "int8")}
 KINDS |= {"int8+bfloat16": ("bf16-true", "int8")}
+KINDS |= {"float32 unpacked": KINDS["float32"], "bfloat16 unpacked": KINDS["bfloat16"]}
 LIMITED = Without("precision", "devices", "num_nodes", "generate_strategy", "quantize", "check_weights", "compile")
 
 
@@ -113,7 +115,8 @@ def benchmark_weights(
     Args:
         checkpoint_dir: A checkpoint, or "demo" for the shipped model; by default a random model of the given shape.
         weights: float32, bfloat16, int8 (the rest of the model in float32), int8+bfloat16 (the rest in bfloat16);
-            default: all. The first one is what the others are compared with.
+            default: these. "float32 unpacked" and "bfloat16 unpacked" keep weights in torch's order where others have
+            them in that of the CPU. The first one is what the others are compared with.
         shape: The sizes of the random model.
         contexts: Prompt lengths in tokens (default: 512).
         kv_cache: The strategy of the cache; it keeps everything if it can.
@@ -131,7 +134,7 @@ def benchmark_weights(
     contexts = contexts or [512]
     for context in contexts:
         check_count("contexts", context, 1, LIMITS["block_size"])
-    kinds = list(KINDS) if weights is None else weights
+    kinds = [kind for kind in KINDS if not _unpacked(kind)] if weights is None else weights
     if not kinds or any(kind not in KINDS for kind in kinds):
         raise ValueError(f"weights must be some of {', '.join(KINDS)}, got {shown(weights)}.")
     if out is not None:
@@ -180,14 +183,21 @@ def _models(
         precision, quantize = KINDS[kind]
         fabric = checkpoint.fabric_for(precision, accelerator, quantize)
         if checkpoint_dir is not None:
-            models[kind] = checkpoint.load_model(folder, config, fabric, quantize)
-            continue
-        with fabric.init_module(empty_init=True):
-            models[kind] = GPT(config).eval()
-        if quantize in OWN:
-            models[kind].unquantized = to_int8(models[kind], head_inputs(random, state), empty=True)
-        models[kind].load_state_dict(state)
+            model = checkpoint.load_model(folder, config, fabric, quantize)
+        else:
+            with fabric.init_module(empty_init=True):
+                model = GPT(config).eval()
+            if quantize in OWN:
+                model.unquantized = to_int8(model, head_inputs(random, state), empty=True)
+            model.load_state_dict(state)
+        if not _unpacked(kind):
+            pack(model)
+        models[kind] = model
     return config, models
+
+
+def _unpacked(kind: str) -> bool:
+    return kind.endswith(" unpacked")
 
 
 def _kinds(

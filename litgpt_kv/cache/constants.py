@@ -75,12 +75,13 @@ def set_constants(
 
 def weight_of(layer: nn.Module) -> Tensor:
     """The weight (out, in) of a linear layer; of a quantized or adapted one, what it amounts to."""
+    if hasattr(layer, "dequantized"):
+        with torch.no_grad():
+            return layer.dequantized()
     weight = getattr(layer, "weight", None)
     if isinstance(layer, nn.Linear) and isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() == 2:
         return weight.detach()
     with torch.no_grad():
-        if hasattr(layer, "dequantized"):
-            return layer.dequantized()
         width = layer.in_features if hasattr(layer, "in_features") else layer.linear.in_features
         device = next(layer.parameters()).device
         dtype = next((p.dtype for p in layer.parameters() if p.is_floating_point()), torch.float32)

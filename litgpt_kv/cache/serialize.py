@@ -45,6 +45,7 @@ DTYPES = {  # those that a buffer may have, by their names in safetensors' heade
     "BOOL": torch.bool,
 }
 MODEL_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in list(DTYPES.values())[:4]}
+SAMPLE = 64  # values of each weight that a fingerprint reads
 MOST_TOKENS = 2**40  # more than any text has, and small enough to calculate with
 
 
@@ -109,9 +110,10 @@ def fingerprint(model: nn.Module) -> str:
     """Return a digest of a model's config and of a sample of its weights, the same on every device."""
     digest = hashlib.sha256(json.dumps(asdict(model.config), sort_keys=True, default=str).encode())
     samples = []
-    for name, weight in sorted(model.state_dict().items()):
+    for name, weight in sorted(model.state_dict(keep_vars=True).items()):
         digest.update(f"{name.removeprefix('_orig_mod.')} {tuple(weight.shape)}".encode())
-        samples.append(weight.detach().flatten()[:64].float())
+        values = weight.first if weight.is_mkldnn else weight.detach().flatten()[:SAMPLE]  # of a `PackedLinear`
+        samples.append(values.float())
     together = torch.cat([sample.to(samples[0].device) for sample in samples]).cpu()  # one copy from the device
     digest.update(together.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

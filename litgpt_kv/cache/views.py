@@ -187,10 +187,14 @@ class DecodeView:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, latent: LatentProjection | None = None) -> Tensor:
         layer, step = self.layer, self.step
         spec, size = layer.spec, layer.spec.rope_size
-        rotated_q = rotate(q, self.angles, size)
+        if layer.stores_unrotated or q.size(-1) != k.size(-1):
+            rotated_q = rotate(q, self.angles, size)
+            rotated_k = k if layer.stores_unrotated else rotate(k, self.angles, size)
+        else:  # together: a step of a small model is bound by the number of operators
+            both = rotate(torch.cat((q, k), dim=1), self.angles, size)
+            rotated_q, rotated_k = both.split((q.size(1), k.size(1)), dim=1)
         if self.observer is not None:
             self.observer(rotated_q)
-        rotated_k = k if layer.stores_unrotated else rotate(k, self.angles, size)
         if self.sinks is not None:
             part = q if latent is None else q[..., :size]
             self.sink_queries = rotate(part, self.sinks[0], size), self.sinks[1]

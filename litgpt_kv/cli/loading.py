@@ -20,8 +20,8 @@ from litgpt_kv.model.quantized import describe_refused, has_bf16_products
 
 CLI_SAMPLING = SamplingArgs(temperature=None, top_k=50, seed=1234)  # litgpt's defaults on the command line
 BF16_HINT = (
-    "This processor multiplies in bfloat16: --precision bf16-true reads prompts faster, --quantize int8 also makes "
-    "steps faster; both round more than float32."
+    "This processor multiplies in bfloat16: --precision bf16-true reads prompts and makes steps faster, --quantize "
+    "int8 makes steps faster still; both round more than float32."
 )
 
 

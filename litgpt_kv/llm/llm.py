@@ -31,6 +31,7 @@ from litgpt_kv.llm.run import OpenRun, Pieces, Run, RunResult
 from litgpt_kv.llm.text_request import TextRequest, check_text
 from litgpt_kv.llm.threads import best_threads
 from litgpt_kv.llm.turns import check_system_prompt
+from litgpt_kv.model.packed import pack
 from litgpt_kv.model.quantized import head_inputs, to_int8
 from litgpt_kv.parallel import DeviceRequest, ParallelStrategy, find_parallel_strategy
 
@@ -89,7 +90,10 @@ class LLM:
         threads: int | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> LLM:
-        """Load a checkpoint in litgpt's layout.
+        """Load a checkpoint in litgpt's layout, for inference.
+
+        Where that is faster, large weights are kept in the order in which the CPU multiplies with them (see
+        `litgpt_kv.model.packed`): `model.state_dict()` has them as litgpt has them, but they cannot be trained.
 
         Args:
             model: A checkpoint folder, a name below `checkpoints/`, or "demo" for the shipped model. With
@@ -139,6 +143,8 @@ class LLM:
         tokenizer = checkpoint.load_tokenizer(Path(tokenizer_dir or folder))
         style = checkpoint.load_prompt(folder, config) if folder else PromptStyle.from_config(config)
         wrapped = quantize not in (None, *OWN) or "mixed" in fabric._precision.precision
+        if gpt is not None and not wrapped:
+            pack(gpt, best_threads(gpt, fabric.device) if threads is None else threads)
         llm = cls(
             fabric.setup_module(gpt) if gpt is not None and wrapped else gpt,
             tokenizer,
@@ -189,6 +195,7 @@ class LLM:
         self.fabric, self.model = self.parallel.fabric, self.parallel.model
         if check_weights:
             check_finite(self.model.named_parameters(), str(path))
+        pack(self.model)
         self.decoder = self.model
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ from torch import nn
 
 from litgpt.config import Config
 from litgpt_kv import GPT
+from litgpt_kv.model import linear
 from litgpt_kv.model.linear import LEAST_WEIGHTS, MOST_ROWS, Linear, speed_up
 
 
@@ -41,6 +42,7 @@ def test_the_same_numbers(two_threads, monkeypatch, bias, shape):
 
 def test_only_few_rows_of_large_float_layers_in_inference_mode(two_threads, monkeypatch):
     calls = products(monkeypatch)
+    monkeypatch.setattr(linear, "prefers_onednn", lambda: False)  # `test_packed` tests where it is true
     large, odd = Linear(300, 700), Linear(700, 301)
     with torch.inference_mode():
         for layer, rows in ((large, MOST_ROWS + 1), (odd, 1)):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from litgpt_kv import GPT, LLM, KVCache
+from litgpt_kv import GPT, LLM, KVCache, KVCacheArgs
 from litgpt_kv.__main__ import main
 from litgpt_kv.cli import loading
 from litgpt_kv.llm.check_weights import read_weights
@@ -192,19 +192,22 @@ def test_layers_of_other_sizes_stay_and_are_named_once() -> None:
     assert model(torch.randint(90, (1, 5))).isfinite().all()
 
 
-def test_a_decode_step_is_one_graph() -> None:
+@pytest.mark.parametrize(("rows", "select"), [(2, "head"), (MOST_ROWS + 4, "pool")])
+def test_a_decode_step_is_one_graph(rows: int, select: str) -> None:
+    """Compiled steps of few rows and of many, in caches that evict, give the logits of eager ones."""
     made, x = layer()[0], torch.randn(MOST_ROWS + 1, 80)
     with torch.inference_mode():
         assert torch.equal(torch.compile(made, fullgraph=True, backend="eager")(x), made(x))
     torch.manual_seed(0)
-    model = GPT(shrink("Llama-3.2-1B", **SHAPES)).eval()
+    model = GPT(shrink("Llama-3.2-1B", **SHAPES, n_layer=1)).eval()
     to_int8(model, head_inputs(model.config, model.state_dict()))
-    idx, logits = torch.randint(90, (2, 8)), []
+    idx, lengths, logits = torch.randint(90, (rows, 12)), torch.arange(rows) % 4 + 3, []
     with torch.inference_mode():
         for decoder in (model, torch.compile(model, dynamic=False, fullgraph=True, backend="eager")):
-            cache = KVCache.build(model, "h2o", 2, 16, static=True)
-            model(idx[:, :6], cache, torch.tensor([6, 3]))
-            logits.append(torch.cat([decoder(idx[:, i : i + 1], cache) for i in (6, 7)]))
+            cache = KVCache.build(model, KVCacheArgs("h2o", budget=8, select=select), rows, 16, static=True)
+            model(idx[:, :6], cache, lengths)
+            logits.append(torch.cat([decoder(idx[:, i : i + 1], cache) for i in range(6, 12)]))
+    assert min(cache.tokens()["seen"]) > 8  # every row has evicted
     assert torch.equal(*logits)
 
 
@@ -268,7 +271,9 @@ def test_the_benchmark_of_weights(capsys: pytest.CaptureFixture, tmp_path: Path)
     assert "mean KL" not in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["benchmark_weights", *flags, "--weights", "[int3]"])
-    assert "weights must be some of float32, bfloat16, int8, int8+bfloat16, got" in capsys.readouterr().err
+    assert (
+        "weights must be some of float32, bfloat16, int8, int8+bfloat16, float32 unpacked, " in capsys.readouterr().err
+    )
     with pytest.raises(SystemExit):
         main(["benchmark_weights", *flags[:-1], "[1023]", "--checkpoint-dir", "demo"])
     assert "do not fit" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from litgpt_kv.benchmark.parallel import cache_args
 from litgpt_kv.benchmark.peers.base import Job, Variant, name_of, step_bytes
 from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.generate.compiled import CompiledDecoder
+from litgpt_kv.model.quantized import Int8Linear
 
 
 class Ours(Variant):
@@ -31,8 +32,7 @@ class Ours(Variant):
         self.cache = KVCache.build(job.model, cache_args(strategy, job.budget), job.rows, job.total, static=compiled)
         self.chunk = chunk if chunk is None else min(chunk, self.cache.longest_block)
         self.lengths: list[int] = []
-        quantized = getattr(job.model.lm_head, "dequantized", None) is not None
-        self.weights = "int8" if quantized else name_of(job.dtype)
+        self.weights = "int8" if isinstance(job.model.lm_head, Int8Linear) else name_of(job.dtype)
         self.weight_bytes, self.token_bytes = step_bytes(job.model), job.token_bytes
 
     def prefill(self, prompts: list[Tensor]) -> Tensor:
