@@ -93,7 +93,7 @@ def test_only_the_server_needs_what_its_extra_has() -> None:
 
 def test_tests_need_nothing_that_the_test_extra_lacks() -> None:
     extra = required(PROJECT["optional-dependencies"]["test"]) | required(PROJECT["optional-dependencies"]["serve"])
-    conditional = {"tomli", "lm-eval"}  # comes with pytest where Python has no tomllib; its tests are skipped without it
+    conditional = {"tomli", "lm-eval"}  # the first comes with pytest, and tests of the other are skipped without it
     assert imported(ROOT / "tests") - conditional <= required(PROJECT["dependencies"]) | extra
 
 
