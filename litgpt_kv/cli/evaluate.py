@@ -13,13 +13,14 @@ from litgpt_kv.config import KVCacheArgs, shown
 from litgpt_kv.disk import reason, write_text
 from litgpt_kv.evaluate.candidates import candidates
 from litgpt_kv.evaluate.haystack import prose
-from litgpt_kv.evaluate.picture import draw
+from litgpt_kv.evaluate.picture import draw, draw_text
 from litgpt_kv.evaluate.results import Results
 from litgpt_kv.evaluate.runs import ask, read
 from litgpt_kv.evaluate.tasks import check_depths, check_task
 
 MOST = 1_000_000  # of everything that is counted
 ONE_DEVICE = Without("devices", "num_nodes", "generate_strategy", "compile")
+ASKED, READ = ("examples", "haystack", "depths"), ("text", "text_tokens", "text_prompt")  # settings of each kind
 QUESTIONS = {"seen": ("seen",), "unseen": ("unseen",), "both": ("unseen", "seen")}
 
 
@@ -65,8 +66,9 @@ def evaluate(
         text_prompt: How much of that is read at once, as a prompt.
         batch_size: Questions at a time.
         seed: Of the questions.
-        out: A folder for results.json, results.md and quality.png and .svg.
-        resume: Go on with the results in that folder.
+        out: A folder for results.json, results.md, and pictures: quality.png and .svg of answers, text.png and .svg of
+            the text.
+        resume: Go on with the results in that folder; what is not asked for now may be asked for later.
         kv_cache: What all caches have in common: positions, sinks, interval, and options for those that have them.
         device: Where to run.
     """
@@ -94,24 +96,35 @@ def evaluate(
     settings["kv_cache"] = {k: v for k, v in asdict(base).items() if k not in ("strategy", "budget")}
     if depths is not None:
         settings["depths"] = depths
-    if device.quantize is not None:  # results of other weights are not continued with these
-        settings["quantize"] = device.quantize
+    for name in ("quantize", "precision"):  # results of other weights are not continued with these
+        if getattr(device, name) is not None:
+            settings[name] = getattr(device, name)
     results = Results(settings, None if out is None else Path(out))
     if results.folder is not None:
         results.folder.mkdir(parents=True, exist_ok=True)
         if resume:
-            results.resume()
+            results.resume((() if asked else ASKED) + (() if words is not None else READ))
         elif results.path is not None and results.path.exists():
             raise ValueError(f"{results.path} exists: --resume continues it, or choose another folder.")
     llm = load(checkpoint_dir, device)
-    if words is not None:  # first: a text that is too short is noticed at once
-        ids = llm.encode_text(words)[:text_tokens].unsqueeze(0)
-        read(llm, results, compared, ids, text_prompt)
-    ask(llm, results, compared, asked, lengths or [700], QUESTIONS[questions], examples, batch_size)
+    try:
+        if words is not None:  # first: a text that is too short is noticed at once
+            print(f"Reading a text with {len(compared)} caches.", file=sys.stderr)
+            ids = llm.encode_text(words)[:text_tokens].unsqueeze(0)
+            read(llm, results, compared, ids, text_prompt)
+        if asked:
+            count = len(asked) * len(lengths or [700]) * examples * len(QUESTIONS[questions])
+            print(f"Asking {len(compared)} caches {count} questions each.", file=sys.stderr)
+            ask(llm, results, compared, asked, lengths or [700], QUESTIONS[questions], examples, batch_size)
+    except KeyboardInterrupt:
+        if results.folder is not None:
+            print(f"\nStopped. The same command with --resume goes on with {out}.", file=sys.stderr)
+        raise
     print(results.tables())
     if results.folder is not None:
         write_text(results.folder / "results.md", results.tables())
-        files = ["results.json", "results.md", *(path.name for path in draw(results.cells, results.folder))]
+        pictures = draw(results.cells, results.folder) + draw_text(results.cells, results.folder)
+        files = ["results.json", "results.md", *(path.name for path in pictures)]
         print(f"Written to {out}: {', '.join(files)}.", file=sys.stderr)
 
 

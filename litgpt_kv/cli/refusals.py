@@ -159,6 +159,7 @@ def describe(hint: Any) -> str:
     parts = [part for part in _flat(hint) if part is not type(None)]
     words = [word for word in dict.fromkeys(map(_words, parts)) if word]
     words = [word for word in words if not (word == PLAIN[int] and PLAIN[float] in words)]
+    words.sort(key=lambda word: word.startswith("a list"))  # `typing` keeps one order for unions that are equal
     if len(words) < len(set(map(str, parts))) and not words:
         return ""
     if type(None) in _flat(hint):

@@ -41,10 +41,42 @@ def draw(cells: Cells, folder: Path, name: str = "quality") -> list[Path]:
             colour, marker = styles[cache]
             line = {"color": colour, "marker": marker, "linewidth": 1.4, "markersize": 6, "label": cache}
             axis.errorbar([s / 1e6 for s in sizes], scores, errors, capsize=2, elinewidth=0.6, **line)
-        axis.set(title=f"question {question} while compressing", xlabel="cache of a row in MB", ylim=(-3, 103))
+        axis.set(title=f"question {question} while compressing", xlabel="cache of a row in MB", ylim=(-5, 105))
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("answers found in %")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    return _save(figure, folder / name)
+
+
+def draw_text(cells: Cells, folder: Path, name: str = "text") -> list[Path]:
+    """Draw how far the next token's distribution is from the full cache's, against bytes: a line a cache.
+
+    Args:
+        cells: Of all kinds. folder: Where the files go. name: Of the files.
+
+    Returns:
+        The files written, PNG and SVG; none if no text was read beside a full cache.
+    """
+    read = [cell for cell in cells if (cell.get("kl") or 0) > 0 and "text" in cell]
+    if not read:
+        return []
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(8.2, 5.2))
+    names = sorted({c["cache"] for c in read}, key=lambda cache: min(c["kl"] for c in read if c["cache"] == cache))
+    for i, cache in enumerate(names):
+        points = sorted((c for c in read if c["cache"] == cache), key=lambda c: c["bytes"])
+        colour, marker = FIXED.get(cache, (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]))
+        line = {"color": colour, "marker": marker, "linewidth": 1.4, "markersize": 6, "label": cache}
+        axis.plot([c["bytes"] / 1e6 for c in points], [c["kl"] for c in points], **line)
+        for c in points:
+            if c["budget"] is not None:
+                axis.annotate(str(c["budget"]), (c["bytes"] / 1e6, c["kl"]), xytext=(5, 4), textcoords="offset points",
+                              fontsize=8, color=colour)  # fmt: skip
+    axis.set(yscale="log", xlabel="cache of a row in MB", ylabel="KL divergence from the full cache in nats a token")
+    axis.set_title(f"a text of {read[0]['text']:,} tokens; lower is nearer to the full cache")
+    axis.set_xlim(left=0)
+    axis.grid(alpha=0.3, which="both")
+    figure.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return _save(figure, folder / name)
 
 

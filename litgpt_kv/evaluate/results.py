@@ -71,8 +71,11 @@ class Results:
         date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
         return {"settings": self.settings, "date": date, "machine": machine, "versions": versions, "cells": self.cells}
 
-    def resume(self) -> None:
+    def resume(self, unused: Sequence[str] = ()) -> None:
         """Take the cells of a run before.
+
+        Args:
+            unused: Settings that nothing depends on that is measured now; they stay as they are in the file.
 
         Raises:
             ValueError: If there is a file that cannot be read, or that was made with other settings, which are named.
@@ -86,6 +89,7 @@ class Results:
                 raise ValueError("it has no settings or cells")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.path} cannot be continued: {error}.") from error
+        self.settings |= {k: settings[k] for k in unused if k in settings}
         if differs := [k for k in {**settings, **self.settings} if settings.get(k) != self.settings.get(k)]:
             name = differs[0]
             raise ValueError(
@@ -191,7 +195,10 @@ def _text_table(cells: list[Cell]) -> str:
         budget = "all" if c["budget"] is None else c["budget"]
         ms = 1000 * c["seconds"] / c["tokens"]
         lines.append(_row(c["cache"], budget, f"{c['bytes']:,}", f"{c['perplexity']:.3f}", kl, top, lost, f"{ms:.1f}"))
-    return f"A text of {cells[0]['tokens']:,} tokens, read token by token.\n\n" + "\n".join(lines) + "\n"
+    total, tokens = cells[0]["text"], cells[0]["tokens"]
+    prompt = total - tokens - 1
+    what = f"A text of {total:,} tokens: {prompt:,} were compressed as a prompt, then {tokens:,} more were compared."
+    return f"{what}\n\n" + "\n".join(lines) + "\n"
 
 
 def _row(*cells: object) -> str:

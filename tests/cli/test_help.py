@@ -209,7 +209,7 @@ def test_the_words_for_types() -> None:
         ("kv_cache: {budget: 0}\n", "a.yaml: budget must be at least 1, got 0"),
         ("kv_cache: {sinks: x}\n", "a.yaml: --kv-cache.sinks cannot be x: it must be a whole number"),
         ("temperature: [1, a]\n", "a.yaml: --temperature cannot be [1, 'a']: it must be a number, a list of numbers"),
-        ("prompt: 3\n", "a.yaml: --prompt cannot be 3: it must be a list of texts, [a, b], a text or null"),
+        ("prompt: 3\n", "a.yaml: --prompt cannot be 3: it must be a text, a list of texts, [a, b], or null"),
         ("budget: 3\n", "a.yaml: generate has no option 'budget'. Did you mean 'kv_cache: {budget: ...}'?"),
         ("window: 3\n", "a.yaml: generate has no option 'window'. Did you mean 'kv_cache: {window: ...}'?"),
         ("import: mine.py\n", "a.yaml cannot be used: YAML and JSON cannot import code"),

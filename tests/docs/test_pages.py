@@ -82,7 +82,10 @@ def test_command(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         main(words[1:])
     out, err = capsys.readouterr()
     assert out or "--out" in words or words[1] == "chat"
-    if "--out" in words:
+    if words[1] == "evaluate" and "--out" in words:
+        folder = tmp_path / words[words.index("--out") + 1]
+        assert {"results.json", "results.md", "text.png", "text.svg"} <= {path.name for path in folder.iterdir()}
+    elif "--out" in words:
         assert (tmp_path / words[words.index("--out") + 1]).read_text().count("\n") == 5
     if words[1] == "chat":
         assert "Now chatting" in err

@@ -247,7 +247,8 @@ def test_the_command_writes_tables_and_pictures_and_goes_on(tmp_path: Path, caps
     assert len(found["cells"]) == 3 * 3 and found["versions"]["torch"] == torch.__version__
     dense = next(c for c in found["cells"] if c["cache"] == "dense" and c["task"] == "text")
     assert dense["kl"] < 1e-5 and dense["top1"] == 1 and dense["lost"] == 0
-    assert (out / "quality.png").read_bytes()[:4] == b"\x89PNG" and "<svg" in (out / "quality.svg").read_text()
+    for name in ("quality", "text"):
+        assert (out / f"{name}.png").read_bytes()[:4] == b"\x89PNG" and "<svg" in (out / f"{name}.svg").read_text()
 
     def fixed(cells: list[dict]) -> list[dict]:
         return [{k: v for k, v in cell.items() if "seconds" not in k} for cell in cells]
@@ -261,9 +262,26 @@ def test_the_command_writes_tables_and_pictures_and_goes_on(tmp_path: Path, caps
     with pytest.raises(SystemExit):
         run("--strategies", names, "--budgets", "[40%]", "--out", out, "--resume", "--seed", "9")
     assert "was made with another seed: 1, now 9" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("--strategies", names, "--out", out, "--resume", "--precision", "bf16-true")
+    assert "was made with another precision: None, now 'bf16-true'" in capsys.readouterr().err
+    run("--strategies", names, "--budgets", "[40%]", "--out", out, "--resume", "--examples", "9", "--tasks", "[]")
+    assert json.loads((out / "results.json").read_text())["settings"]["examples"] == 2, "nothing was asked"
     run("--strategies", names, "--budgets", "[40%]", "--out", out, "--resume")
     again = fixed(json.loads((out / "results.json").read_text())["cells"])
     assert sorted(map(str, again)) == sorted(map(str, whole)), "the same numbers twice"
+
+
+def test_an_interrupted_run_says_how_to_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("litgpt_kv.cli.evaluate.read", interrupted)
+    with pytest.raises(SystemExit) as end:
+        run("--strategies", "dense", "--out", tmp_path / "out")
+    assert end.value.code == 130 and f"--resume goes on with {tmp_path / 'out'}." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
