@@ -91,11 +91,8 @@ def streams() -> list[Candidate]:
 def measure(llm: LLM, results: Results, folder: Path) -> None:
     """Measure all that is not measured yet, half of the questions first."""
     asked = every_strategy(calibrated(folder))
-    again = [c for c in asked if c.spec.startswith(("kvzip", "duo"))]  # they do not look at the question, and are slow
-    first = [c for c in asked if c not in again]
     for until in (BATCH, QUESTIONS):
-        ask(llm, results, first, ["needle"], [TOKENS], ("unseen", "seen"), QUESTIONS, BATCH, until=until)
-        ask(llm, results, again, ["needle"], [TOKENS], ("unseen",), QUESTIONS, BATCH, until=until)
+        ask(llm, results, asked, ["needle"], [TOKENS], ("unseen", "seen"), QUESTIONS, BATCH, until=until)
     words = llm.encode_text(" ".join(prose()))
     size = PROMPT + READ + 1
     read(llm, results, storages(), words[: ROWS * size].view(ROWS, size), PROMPT, dtype=torch.bfloat16)
