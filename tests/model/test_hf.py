@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from litgpt.config import Config
 from litgpt.scripts import convert_hf_checkpoint as convert
 from litgpt_kv import GPT, KVCache
+from litgpt_kv.benchmark.peers.llama import common_settings
 from litgpt_kv.cache.spec import layer_spec
 from tests.oracle.reference import lift, theta, walk
 from tests.oracle.shrink import WINDOW, fill, shrink
@@ -34,24 +35,7 @@ EXPERTS |= dict(first_k_dense_replace=1, routed_scaling_factor=2.5, norm_topk_pr
 
 
 def common(config: Config, **more: Any) -> dict[str, Any]:
-    """What most of transformers' configs call alike."""
-    return dict(
-        vocab_size=config.padded_vocab_size,
-        hidden_size=config.n_embd,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.n_layer,
-        num_attention_heads=config.n_head,
-        num_key_value_heads=config.n_query_groups,
-        head_dim=config.head_size,
-        max_position_embeddings=config.block_size,
-        rms_norm_eps=config.norm_eps,
-        rope_theta=config.rope_base,
-        attn_implementation="eager",
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-        **more,
-    )
+    return common_settings(config) | {"attn_implementation": "eager", **more}
 
 
 def layer_types(config: Config) -> list[str]:

@@ -30,6 +30,11 @@ def check_llama(config: Config) -> None:
 def settings(config: Config) -> dict[str, Any]:
     """Return the arguments of transformers' `LlamaConfig` for a model of litgpt."""
     check_llama(config)
+    return common_settings(config) | {"rope_theta": float(config.rope_base), "tie_word_embeddings": False}
+
+
+def common_settings(config: Config) -> dict[str, Any]:
+    """Return what most of transformers' configs call alike."""
     return dict(
         vocab_size=config.padded_vocab_size,
         hidden_size=config.n_embd,
@@ -40,8 +45,7 @@ def settings(config: Config) -> dict[str, Any]:
         head_dim=config.head_size,
         max_position_embeddings=config.block_size,
         rms_norm_eps=config.norm_eps,
-        rope_theta=float(config.rope_base),
-        tie_word_embeddings=False,
+        rope_theta=config.rope_base,
         pad_token_id=None,
         bos_token_id=None,
         eos_token_id=None,
