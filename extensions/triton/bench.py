@@ -13,7 +13,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,20 @@ import litgpt_kv_triton
 from litgpt_kv import GPT, KVCache, KVCacheArgs, Storage, registry
 from litgpt_kv.attention.kernels import Eager
 from litgpt_kv.benchmark.decode import Shape
+from litgpt_kv.generate.compiled import CompiledDecoder
 
 STORAGES = ("plain", "int8", "int4", "int4-hadamard", "k8v4", "float8")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}  # of the largest number
 HEAD = 128  # elements of Llama-3-8B's heads
+CONTENDERS = (
+    ("dense", "dense", "triton"),
+    ("dense, compiled", "dense", "triton"),
+    ("window", "window", "triton"),
+    ("h2o", "h2o", "triton"),
+    ("h2o, compiled", "h2o", "triton"),
+    ("h2o, eager", "h2o", "eager"),
+)
+MOST_EAGER = 16384  # tokens of a prompt; plain PyTorch takes minutes for what longer ones receive
 MOST = 4_000_000_000  # bytes of the keys and values that attention alone is timed with, of a plain storage
 
 
@@ -105,7 +115,11 @@ def graphed(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    return graph.replay
+
+    def replay(kept: Callable[[], Any] = call) -> None:  # the graph needs the memory that the call refers to
+        graph.replay()
+
+    return replay
 
 
 def copy_bandwidth(clock: Clock, repeats: int) -> float:
@@ -127,9 +141,8 @@ def storages(name: str, batch: int, sets: int, slots: int, dtype: torch.dtype, d
 
 
 @torch.no_grad()
-def check(device: torch.device, slots: int) -> list[dict[str, Any]]:
+def check(device: torch.device, slots: int) -> Iterator[dict[str, Any]]:
     """Compare a step with the plain PyTorch one in float64: rows of errors, as shares of the largest number."""
-    rows = []
     kernel = litgpt_kv_triton.Triton()
     half = torch.bfloat16 if device.type == "cuda" else torch.float16  # the interpreter cannot multiply bfloat16
     for dtype in (torch.float32, half):
@@ -150,8 +163,7 @@ def check(device: torch.device, slots: int) -> list[dict[str, Any]]:
                 pairs = (y, expected), (received["mass"], masses["mass"])
                 errors = [float((a - b).abs().max() / b.abs().max()) for a, b in pairs]
                 row = {"dtype": str(dtype), "storage": name, "pooled": pooled, "error": errors[0], "mass": errors[1]}
-                rows.append(row | {"limit": TOLERANCE[dtype], "ok": max(errors) <= TOLERANCE[dtype]})
-    return rows
+                yield row | {"limit": TOLERANCE[dtype], "ok": max(errors) <= TOLERANCE[dtype]}
 
 
 class _Exact:
@@ -167,9 +179,9 @@ class _Exact:
 @torch.no_grad()
 def attention(
     clock: Clock, contexts: Sequence[int], batches: Sequence[int], layers: int, repeats: int, limit: float
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Time attention alone, in a pass over as many layers as fit `MOST`: more than the device's caches hold."""
-    rows, device = [], clock.device
+    device = clock.device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     for context in contexts:
         for batch in batches:
@@ -195,10 +207,9 @@ def attention(
                     share = read / took["best_s"] / limit
                     row = {"context": context, "batch": batch, "storage": name, "kernel": label, "bytes": read}
                     row["layers"] = len(made)
-                    rows.append(row | took | {"of_copy_bandwidth": share})
+                    yield row | took | {"of_copy_bandwidth": share}
                     print(f"{context:>7,} x {batch}  {name:<6}{label:<18}{1e3 * took['best_s']:9.3f} ms  {share:.0%}")
                 del made, calls
-    return rows
 
 
 def model_of(shape: Shape, context: int, device: torch.device) -> GPT:
@@ -234,48 +245,55 @@ def waits(step: Callable[[], Any], steps: int, device: torch.device) -> str | No
     return None
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def decode(
     clock: Clock, shape: Shape, contexts: Sequence[int], budget: int, repeats: int, limit: float
-) -> list[dict[str, Any]]:
-    """Decode with whole models: dense, window and h2o with a budget, and h2o with the plain PyTorch kernel."""
-    rows, device, steps = [], clock.device, 16
+) -> Iterator[dict[str, Any]]:
+    """Decode with whole models: dense, window and h2o with a budget, compiled ones, and h2o without this kernel."""
+    device, steps = clock.device, 16
     model = model_of(shape, max(contexts) + 8 * (repeats + 4) + 4 * steps, device)
     weights = sum(w.nbytes for name, w in model.named_parameters() if "wte" not in name)
+    decoder = CompiledDecoder(model, lambda text: print(text, file=sys.stderr))
     for context in contexts:
         total, calls, found = context + 8 * (repeats + 4) + 4 * steps, {}, {}
         tokens = torch.randint(shape.vocab_size, (1, context), device=device)
-        for label, name, kernel in (
-            ("dense", "dense", "triton"),
-            ("window", "window", "triton"),
-            ("h2o", "h2o", "triton"),
-            ("h2o, eager", "h2o", "eager"),
-        ):
+        for label, name, kernel in CONTENDERS:
+            if kernel == "eager" and context > MOST_EAGER:
+                continue
             keep = {} if name == "dense" else {"budget": min(budget, context)}
             token = torch.zeros(1, 1, dtype=torch.long, device=device)
             args = KVCacheArgs(name, attention=kernel, **keep)
-            eager = KVCache.build(model, args, 1, total)
-            cache = KVCache.build(model, args, 1, total, static=True)
             length = torch.tensor([context], device=device)
-            prefill = clock.seconds(lambda eager=eager, tokens=tokens, length=length: model(tokens, eager, length))
+            cache = KVCache.build(model, args, 1, total)
+            if context == contexts[0]:  # compiles the kernels
+                model(tokens, cache, length)
+                cache.reset()
+            prefill = clock.seconds(lambda cache=cache, tokens=tokens, length=length: model(tokens, cache, length))
+            step = model
+            if "compiled" in label:
+                step, cache.static = decoder, True
+                step(token, cache)
             row = {"cache": label, "context": context, "prefill_s": prefill}
-            row["waits"] = waits(lambda eager=eager, token=token: model(token, eager), steps, device)
-            del eager
-            model(tokens, cache, length)
+            row["waits"] = waits(lambda cache=cache, token=token, step=step: step(token, cache), steps, device)
+            cache.static = True
             held = cache.allocated()
             row["bytes"] = weights + held["keys"] + held["values"]
-            one = graphed(lambda cache=cache, token=token: model(token, cache), device)
+            one = lambda cache=cache, token=token, step=step: step(token, cache)  # noqa: E731
+            if "compiled" not in label:  # else it is a CUDA graph already
+                one = graphed(one, device)
             calls[label] = lambda one=one: [one() for _ in range(8)]
             found[label] = row
         for label, took in clock.compare(calls, repeats).items():
             took = {name: seconds / 8 for name, seconds in took.items()}
             row = found[label] | took
             row["of_copy_bandwidth"] = row["bytes"] / took["best_s"] / limit
-            rows.append(row)
+            yield row
             share, ms = row["of_copy_bandwidth"], 1e3 * took["best_s"]
-            print(f"{context:>7,}  {label:<12}{ms:9.3f} ms a step  {share:.0%}  waits: {row['waits'] or 'never'}")
-        del calls
-    return rows
+            print(
+                f"{context:>7,}  {label:<16}{ms:9.3f} ms a step  {share:.0%}  prompt {row['prefill_s']:.2f} s  "
+                f"waits: {row['waits'] or 'never'}"
+            )
+        del calls, cache
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -283,14 +301,22 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     last = max(row["context"] for row in rows)
     at = {row["cache"]: row for row in rows if row["context"] == last}
     best = {name: row["best_s"] for name, row in at.items()}
-    return {
+    found = {
         "context": last,
         "dense, of the copy bandwidth (goal 0.75 at least)": at["dense"]["of_copy_bandwidth"],
+        "dense, compiled, of the copy bandwidth (goal 0.75 at least)": at["dense, compiled"]["of_copy_bandwidth"],
         "h2o's time over window's (goal 1.1 at most)": best["h2o"] / best["window"],
         "dense's time over h2o's (goal 3 at least)": best["dense"] / best["h2o"],
-        "h2o's time with eager over h2o's": best["h2o, eager"] / best["h2o"],
-        "decode steps never wait": all(row["waits"] is None for row in rows),
+        "the same, compiled": best["dense, compiled"] / best["h2o, compiled"],
     }
+    without = [row for row in rows if row["cache"] == "h2o, eager"]
+    if without:
+        row = max(without, key=lambda row: row["context"])
+        (own,) = (r for r in rows if r["cache"] == "h2o" and r["context"] == row["context"])
+        text = f"h2o without this kernel over h2o with it, at {row['context']:,} tokens"
+        found[f"{text}, step"] = row["best_s"] / own["best_s"]
+        found[f"{text}, prompt"] = row["prefill_s"] / own["prefill_s"]
+    return found | {"decode steps never wait": all(row["waits"] is None for row in rows)}
 
 
 def main(
@@ -323,15 +349,18 @@ def main(
     limit = copy_bandwidth(clock, repeats)
     result: dict[str, Any] = {"machine": machine(clock.device), "copy_bytes_per_s": limit}
     print(json.dumps(result, indent=1))
-    steps = {
-        "checks": lambda: check(clock.device, 4099 if device == "cuda" else 37),
-        "attention": lambda: attention(clock, contexts, batches, layers, repeats, limit),
-        "decode": lambda: decode(clock, shape, contexts, budget, repeats, limit),
-        "summary": lambda: summary(result["decode"]),
+    parts = {
+        "checks": check(clock.device, 4099 if device == "cuda" else 37),
+        "attention": attention(clock, contexts, batches, layers, repeats, limit),
+        "decode": decode(clock, shape, contexts, budget, repeats, limit),
     }
-    for name, step in steps.items():  # what was measured is kept if a later part fails
-        result[name] = step()
-        Path(out).write_text(json.dumps(result, indent=1))
+    for name, rows in parts.items():
+        result[name] = []
+        for row in rows:  # what was measured is kept if the run breaks off
+            result[name].append(row)
+            Path(out).write_text(json.dumps(result, indent=1))
+    result["summary"] = summary(result["decode"])
+    Path(out).write_text(json.dumps(result, indent=1))
     bad = [row for row in result["checks"] if not row["ok"]]
     print(json.dumps({"failed checks": bad, **result["summary"]}, indent=1))
     if bad:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from litgpt.model import do_softcapping
+from litgpt_kv.attention.balanced import heads_left_over, scores_of, weighted_sums
 
 
 def slot_attention(
@@ -55,7 +56,8 @@ def slot_attention(
     if mask is not None and mask.size(-2) == T and T > 1 and R > 1:
         mask = mask.unsqueeze(2).expand(-1, -1, R, -1, -1).reshape(B, -1, R * T, S)
     # no kernel takes keys in two parts; joining them for one takes longer than the products below (CPU: up to twice)
-    if softcap is None and sink_queries is None and not want and not latent:
+    plain = softcap is None and sink_queries is None and not want and not latent
+    if plain and not heads_left_over(k):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
         return y.view(B, H, T, -1), {}
     y, received = product_attention(
@@ -92,10 +94,10 @@ class Rows:
         self.data = data
 
     def products(self, x: Tensor, extent: int) -> Tensor:
-        return x @ self.data[:, :, :extent].to(x.dtype).mT
+        return scores_of(x, self.data[:, :, :extent].to(x.dtype))
 
     def sums(self, p: Tensor, extent: int) -> Tensor:
-        return p.to(self.data.dtype) @ self.data[:, :, :extent]
+        return weighted_sums(p.to(self.data.dtype), self.data[:, :, :extent])
 
 
 def product_attention(

@@ -45,7 +45,16 @@ STATUS = Path("/proc/self/status")  # on Linux, the memory of this process
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a random model in Llama's architecture; its context is as long as the longest run."""
+    """The sizes of a random model in Llama's architecture; its context is as long as the longest run.
+
+    Args:
+        n_layer: Layers.
+        n_embd: Elements of a hidden state.
+        n_head: Query heads.
+        n_query_groups: Key/value heads.
+        intermediate_size: Hidden elements of an MLP.
+        vocab_size: Tokens of the vocabulary.
+    """
 
     n_layer: int = 12
     n_embd: int = 768

@@ -77,11 +77,21 @@ def check_one_device(plans: Iterable[LayerPlan], devices: int) -> None:
 
 
 def check_static(plans: Iterable[LayerPlan], static: bool) -> None:
-    """Raise ValueError if a static cache has layers whose sizes depend on the text."""
-    if static and any(plan.select == "model" for plan in plans):
+    """Raise ValueError if a static cache has layers whose sizes depend on the text, or that wait for the host."""
+    if not static:
+        return
+    plans = list(plans)
+    if any(plan.select == "model" for plan in plans):
         raise ValueError(
             "select 'model' gives layers sizes that depend on the text: a compiled model, whose shapes are fixed, "
             "takes 'head', 'layer' or 'pool'."
+        )
+    refused = [plan.storage for plan in plans if not registry.get("storage", plan.storage).capturable]
+    if refused:
+        able = [name for name in registry.names("storage") if registry.get("storage", name).capturable]
+        raise ValueError(
+            f"A compiled model cannot wait for copies between the device and the host, which the storage "
+            f"{refused[0]!r} makes at each step: run it without compiling, or store tokens as {', '.join(able)}."
         )
 
 

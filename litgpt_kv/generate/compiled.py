@@ -1,4 +1,7 @@
-"""The decode step of a model, compiled: a graph for each length up to which caches are read."""
+"""The decode step of a model, compiled: a graph for each length up to which caches are read.
+
+On an NVIDIA GPU each compiled step is recorded as a CUDA graph, too.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,11 @@ from torch import Tensor
 from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.config import check_callable
+from litgpt_kv.generate.cuda_graph import CudaGraph, can_record
+from litgpt_kv.model.packed import prepare_to_compile
 
+State = tuple[bool, "int | None", int]
+"""What a compiled step depends on: `evicting` and `read_length` of the cache, and how often its buffers were moved."""
 MOST_GRAPHS = 64  # more than the read lengths of a long text; beyond torch's limit, 8 by default, steps run eagerly
 
 
@@ -23,7 +30,7 @@ class CompiledDecoder:
     """Run one-token steps compiled; a graph is made when the first step needs it.
 
     Args:
-        model: The model.
+        model: The model; how its weights are kept may change before the first graph is made (`prepare_to_compile`).
         note: Called with a line of text before a graph is made and after.
         backend: Of `torch.compile`.
 
@@ -38,18 +45,28 @@ class CompiledDecoder:
         self.note, self.seconds, self.graphs = note, 0.0, 0
         self._model = model
         self._step = torch.compile(model, dynamic=False, backend=backend)
-        # what each cache was stepped with; a cache that is gone is forgotten
-        self._known: WeakKeyDictionary[KVCache, set[tuple[bool, int | None]]] = WeakKeyDictionary()
+        # what each cache was stepped with, and the CUDA graphs of these steps; a cache that is gone is forgotten
+        self._known: WeakKeyDictionary[KVCache, dict[State, CudaGraph | None]] = WeakKeyDictionary()
+        self._pool: tuple[int, int] | None = None
 
     def __call__(self, token: Tensor, cache: KVCache) -> Tensor:
         """Decode tokens (B, 1) on a static cache: logits (B, 1, V)."""
-        known = self._known.setdefault(cache, set())
-        if (cache.evicting, cache.read_length) in known:
+        known = self._known.setdefault(cache, {})
+        state = (cache.evicting, cache.read_length, cache.clock.host.moves)
+        if not self.graphs:
+            prepare_to_compile(self._model, cache.batch_size)
+        if state not in known:
+            with self._watched(cache):
+                logits = self._step(token, cache)
+            known[state] = None
+            return logits
+        if not can_record(cache):
             return self._step(token, cache)
-        with self._watched(cache):
-            logits = self._step(token, cache)
-        known.add((cache.evicting, cache.read_length))
-        return logits
+        graph = known[state]
+        if graph is None:
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            graph = known[state] = CudaGraph(self._step, token, cache, self._pool)
+        return graph(token)
 
     @torch.inference_mode()
     def warm_up(self, cache: KVCache, seen: int = 1) -> float:
@@ -68,9 +85,10 @@ class CompiledDecoder:
         token = torch.zeros(cache.batch_size, 1, dtype=torch.int64, device=cache.pos.device)
         self._model(token, cache)  # as a prompt would: the model makes its rope tables in its first pass
         cache.reset()
-        with cache.expect(seen):
-            self(token, cache)
-        cache.reset()
+        for _ in range(2 if can_record(cache) else 1):  # the second step records the CUDA graph
+            with cache.expect(seen):
+                self(token, cache)
+            cache.reset()
         return self.seconds
 
     @contextlib.contextmanager

@@ -144,7 +144,7 @@ class LLM:
         style = checkpoint.load_prompt(folder, config) if folder else PromptStyle.from_config(config)
         wrapped = quantize not in (None, *OWN) or "mixed" in fabric._precision.precision
         if gpt is not None and not wrapped:
-            pack(gpt, best_threads(gpt, fabric.device) if threads is None else threads)
+            pack(gpt)
         llm = cls(
             fabric.setup_module(gpt) if gpt is not None and wrapped else gpt,
             tokenizer,

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from litgpt_kv.attention.balanced import cpu_threads
+
 MOST_ROWS = 16  # with more rows the library uses its threads by itself
 LEAST_WEIGHTS = 200_000  # smaller ones are over before a second thread has begun
 CPUINFO = Path("/proc/cpuinfo")  # on Linux
@@ -28,7 +30,7 @@ class Linear(PLAIN):
     """`nn.Linear`; in inference mode, float32 and float64 on a CPU run as is fastest: few rows on all threads."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, pieces = self.weight, _threads()
+        weight, pieces = self.weight, cpu_threads()
         if (
             pieces > 1
             and x.numel() <= MOST_ROWS * weight.size(1)
@@ -62,11 +64,6 @@ def prefers_onednn() -> bool:
         return False
     text = CPUINFO.read_text(errors="replace") if CPUINFO.is_file() else os.environ.get("PROCESSOR_IDENTIFIER", "")
     return "AuthenticAMD" in text
-
-
-@torch.compiler.assume_constant_result
-def _threads() -> int:
-    return torch.get_num_threads()
 
 
 def speed_up(model: nn.Module) -> None:

@@ -101,6 +101,16 @@ def test_offload_is_refused_on_a_cpu(gqa: GPT) -> None:
     assert size == KVCache.nbytes(gqa.config, KVCacheArgs(), 1, 40)
 
 
+def test_offload_is_refused_by_a_compiled_model(gqa: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "REFUSED", ())
+    refusal = r"cannot wait for copies .* the storage 'offload' makes at each step: .* store tokens as float8, int4"
+    with pytest.raises(ValueError, match=refusal):
+        KVCache.build(gqa, KVCacheArgs(storage=["plain", "offload"]), 1, 40, static=True)
+    cache = KVCache.build(gqa, KVCacheArgs(storage="offload"), 1, 40)
+    with pytest.raises(ValueError, match=refusal):
+        cache.static = True
+
+
 @pytest.mark.parametrize("way", WAYS)
 @torch.no_grad()
 def test_offload_without_its_streams_is_plain(way: str, gqa: GPT, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:

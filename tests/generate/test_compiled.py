@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
+import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -14,7 +18,7 @@ from litgpt_kv import KVCache, KVCacheArgs, SamplingArgs, registry
 from litgpt_kv.cache import steps
 from litgpt_kv.cache.decode import read_length_for
 from litgpt_kv.cache.storage.base import scatter
-from litgpt_kv.generate import Stats, generate
+from litgpt_kv.generate import Stats, compiled, generate
 from litgpt_kv.generate.compiled import CompiledDecoder, keep_compiled
 from tests.model.test_compile import Counting
 from tests.oracle.reference import kept_of, logits_of, tiny, tokens_of
@@ -123,6 +127,52 @@ def test_warming_up_leaves_an_empty_cache_and_a_graph() -> None:
     assert counting.graphs == decoder.graphs == 1 and cache.seen == [0, 0] and cache.static
     generate(model, [[1, 2], [3]], cache, max_new_tokens=4, sampling=GREEDY, decoder=decoder)
     assert counting.graphs == 1
+
+
+class Recorded:
+    """Takes the place of `CudaGraph`, which needs a GPU: it runs the step."""
+
+    made: ClassVar[list] = []
+
+    def __init__(self, step: Callable, token: Tensor, cache: KVCache, pool: object) -> None:
+        self.step, self.cache, self.state = step, weakref.ref(cache), (cache.evicting, cache.read_length)
+        self.made.append(self)
+
+    def __call__(self, token: Tensor) -> Tensor:
+        cache = self.cache()
+        assert (cache.evicting, cache.read_length) == self.state
+        return self.step(token, cache)
+
+
+@torch.inference_mode()
+def test_a_step_is_recorded_when_it_comes_again_once_for_each_state_of_a_cache(
+    short_lengths: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(compiled, "can_record", lambda cache: True)
+    monkeypatch.setattr(compiled, "CudaGraph", Recorded)
+    monkeypatch.setattr(Recorded, "made", [])
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    model = tiny(n_layer=1)
+    decoder = CompiledDecoder(model, backend="eager")
+    prompts, facts = [tokens_of(1, 3), tokens_of(2, 6)], dict(max_new_tokens=14, sampling=GREEDY, prefill="full")
+    expected = generate(model, prompts, KVCache.build(model, "h2o", 2, 60), **facts)
+    cache = KVCache.build(model, "h2o", 2, 60)
+    decoder.warm_up(cache, 6)
+    assert len(Recorded.made) == 1 and cache.seen == [0, 0]
+    for _ in range(2):
+        cache.reset()
+        found = generate(model, prompts, cache, decoder=decoder, **facts)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected))
+    states = [graph.state for graph in Recorded.made]
+    assert len(states) == len(set(states)) == decoder.graphs > 2
+    cache.to(torch.float64)  # its buffers may be elsewhere now
+    cache.reset()
+    generate(model, prompts, cache, decoder=decoder, **facts)
+    assert len(Recorded.made) == 2 * len(states)
+    gone, cache = weakref.ref(cache), None
+    gc.collect()
+    assert gone() is None and not decoder._known
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int8, torch.int64])

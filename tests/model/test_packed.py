@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from litgpt_kv import GPT, LLM, KVCache
 from litgpt_kv.cache.constants import weight_of
 from litgpt_kv.cache.serialize import fingerprint
+from litgpt_kv.generate.compiled import CompiledDecoder
 from litgpt_kv.llm import llm as loaded
 from litgpt_kv.model import linear, packed
 from litgpt_kv.model.linear import MOST_ROWS, Linear, prefers_onednn
@@ -36,7 +37,7 @@ def layer(dtype: torch.dtype, n: int = 33, k: int = 80, bias: bool = True) -> tu
     torch.manual_seed(n)
     plain = nn.Linear(k, n, bias).to(dtype)
     made = copy.deepcopy(plain)
-    pack(nn.Sequential(made), 1)
+    pack(nn.Sequential(made))
     assert type(made) is PackedLinear and made.weight.is_mkldnn
     return made, plain
 
@@ -95,7 +96,7 @@ def test_a_packed_model_is_the_model(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(1)
     model = GPT(shrink(name, **SIZES)).eval().to(dtype)
     plain = copy.deepcopy(model)
-    pack(model, 1)
+    pack(model)
     assert not any(type(layer) in (nn.Linear, Linear) for layer in model.modules())
     assert fingerprint(model) == fingerprint(plain)  # a cache of the one is a cache of the other
     idx, seen = torch.randint(90, (2, 26)), []
@@ -113,7 +114,7 @@ def test_latent_attention_keeps_what_decoding_multiplies_with_queries() -> None:
     sizes = dict(latent_attention=dict(q_lora_rank=16, kv_lora_rank=32, qk_rope_head_dim=8, qk_nope_head_dim=16))
     sizes["latent_attention"]["v_head_dim"] = 16
     model = GPT(shrink("Llama-3.2-1B", **SIZES, n_query_groups=4, head_size=24, **sizes)).eval()
-    pack(model, 1)
+    pack(model)
     attn = model.transformer.h[0].attn
     assert type(attn.q_a_proj) is PackedLinear and type(attn.kv_b_proj) is nn.Linear
 
@@ -124,7 +125,7 @@ def test_a_decode_step_is_one_graph() -> None:
         assert torch.equal(torch.compile(made, fullgraph=True)(x), made(x))
     torch.manual_seed(0)
     model = GPT(shrink("Llama-3.2-1B", n_embd=64, intermediate_size=48, n_layer=1)).eval()
-    pack(model, 1)
+    pack(model)
     idx, logits = torch.randint(90, (2, 8)), []
     with torch.inference_mode():
         for decoder in (model, torch.compile(model, dynamic=False, fullgraph=True, backend="eager")):
@@ -169,7 +170,7 @@ def test_what_this_processor_packs(monkeypatch: pytest.MonkeyPatch, tmp_path) ->
     packs.cache_clear(), prefers_onednn.cache_clear()
 
 
-def test_many_rows_of_float32_go_to_onednn_and_two_threads_keep_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_rows_of_float32_go_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     true = torch.ops.mkldnn._linear_pointwise
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *a: calls.append(1) or true(*a))
@@ -177,8 +178,6 @@ def test_many_rows_of_float32_go_to_onednn_and_two_threads_keep_their_weights(mo
     plain = nn.Linear(80, 33)
     made = Linear(80, 33)
     made.load_state_dict(plain.state_dict())
-    pack(nn.Sequential(made), 2)
-    assert type(made) is Linear
     x = torch.randn(3, MOST_ROWS, 80)
     with torch.no_grad():
         assert torch.equal(made(x), plain(x)) and not calls  # litgpt's to the bit
@@ -186,3 +185,36 @@ def test_many_rows_of_float32_go_to_onednn_and_two_threads_keep_their_weights(mo
         assert_is_linear(made(x), x, plain)
         assert_is_linear(made(x[:, :1]), x[:, :1], plain)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rows", "threads", "kept"),
+    [
+        (torch.float32, 1, 2, False),
+        (torch.float32, 2, 2, True),
+        (torch.float32, 1, 1, True),
+        (torch.bfloat16, 1, 2, True),
+    ],
+)
+@torch.inference_mode()
+def test_one_row_on_several_threads_is_compiled_from_weights_in_the_usual_order(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, rows: int, threads: int, kept: bool
+) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    with torch.inference_mode(False):
+        model = GPT(shrink("Llama-3-8B", **SIZES)).eval().to(dtype)
+        before = {name: weight.clone() for name, weight in model.state_dict().items()}
+        pack(model)
+    decoder, cache = CompiledDecoder(model, backend="eager"), KVCache.build(model, "dense", rows, 16, static=True)
+    token = torch.zeros(rows, 1, dtype=torch.int64)
+    model(token, cache, torch.ones(rows, dtype=torch.int64))
+    expected = model(token, cache)
+    cache.reset()
+    model(token, cache, torch.ones(rows, dtype=torch.int64))
+    torch.testing.assert_close(
+        decoder(token, cache), expected, rtol=2e-2, atol=2e-2 if dtype != torch.float32 else 1e-5
+    )
+    assert isinstance(model.lm_head, PackedLinear) == kept and not model.lm_head.weight.is_inference()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, before[name])

@@ -28,8 +28,9 @@ def walk(
     cache.set_prompt_lengths(dict(enumerate(prompts)))
     first = min(*prompts, cache.first_chunk) if way == "streamed" else max(prompts)
     lengths = [first] * len(rows) if way == "streamed" else prompts
-    idx = torch.tensor([row[:n] + [pad] * (first - n) for row, n in zip(rows, lengths)])
-    logits = model(idx, cache, torch.tensor(lengths))
+    on = dict(device=cache.pos.device)
+    idx = torch.tensor([row[:n] + [pad] * (first - n) for row, n in zip(rows, lengths)], **on)
+    logits = model(idx, cache, torch.tensor(lengths, **on))
     at: list[int | None] = [n - 1 for n in lengths]
     yield at, logits
     while any(i is not None and i + 1 < len(row) for i, row in zip(at, rows)):
@@ -37,7 +38,7 @@ def walk(
         if over:
             cache.retire(over)
         at = [None if i is None or b in over else i + 1 for b, i in enumerate(at)]
-        idx = torch.tensor([[pad if i is None else row[i]] for i, row in zip(at, rows)])
+        idx = torch.tensor([[pad if i is None else row[i]] for i, row in zip(at, rows)], **on)
         yield at, step(idx, cache)[:, -1]
 
 
@@ -47,12 +48,14 @@ def _admit(
     """Every third step another row begins, the last one first, in a cache whose rows are stopped until then."""
     cache.retire(range(len(rows)))
     coming, running, at = list(range(len(rows))), set(), [-1] * len(rows)
-    logits = torch.zeros(len(rows), model.lm_head.out_features, dtype=model.lm_head.weight.dtype)
+    on = dict(device=cache.pos.device)
+    logits = torch.zeros(len(rows), model.lm_head.out_features, dtype=model.lm_head.weight.dtype, **on)
     for tick in range(10**6):
         if tick % 3 == 0 and coming:
             b = coming.pop()
             cache.reset([b])
-            logits[b] = model(torch.tensor([rows[b][: prompts[b]]]), cache.row(b), torch.tensor([prompts[b]]))[0]
+            idx, length = torch.tensor([rows[b][: prompts[b]]], **on), torch.tensor([prompts[b]], **on)
+            logits[b] = model(idx, cache.row(b), length)[0]
             at[b] = prompts[b] - 1
             running.add(b)
             yield [at[i] if i == b else None for i in range(len(rows))], logits
@@ -62,7 +65,7 @@ def _admit(
         if not running and not coming:
             return
         at = [n + (b in running) for b, n in enumerate(at)]
-        idx = torch.tensor([[rows[b][n] if b in running else pad] for b, n in enumerate(at)])
+        idx = torch.tensor([[rows[b][n] if b in running else pad] for b, n in enumerate(at)], **on)
         logits = step(idx, cache)[:, -1]
         yield [n if b in running else None for b, n in enumerate(at)], logits
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,6 +19,8 @@ from litgpt_kv.cache.storage.integer import Integers
 from litgpt_kv.cache.storage.plain import Plain
 
 PLAIN, INT8, INT4, FLOAT8 = range(4)
+ELEMENTS, CODES, HALVES = range(3)
+"""How tokens are read: numbers; codes, whose scales are multiplied with products; or halves of INT4's tokens."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,69 @@ def stored(storage: Any) -> Stored:
     turn = None if storage.turn is None else hadamard(storage.width, storage.exact, storage.codes.device)
     kind = INT8 if storage.zero is None else INT4
     return Stored(kind, storage.codes, storage.scale, storage.zero, storage.width, storage.size, turn)
+
+
+def how_read(kind: int, group: int, size: int, width: int, dtype: torch.dtype) -> int:
+    """How tokens of a kind are read, but for keys that are rotated then: ELEMENTS do for everything, others are faster.
+
+    Args:
+        kind: PLAIN, INT8, INT4 or FLOAT8. group: Elements that share a scale. size: Of a token's codes.
+        width: Of a token. dtype: Of the products; float16 has too small a range for probabilities times scales.
+    """
+    if kind == INT4:
+        even = 2 * size == width and size >= 16 and size % group == 0
+        return HALVES if even and size & (size - 1) == group & (group - 1) == 0 else ELEMENTS
+    return CODES if kind == PLAIN or dtype != torch.float16 else ELEMENTS
+
+
+@triton.jit
+def load_codes(data, slots, columns, there, wide, data_stride, dtype: tl.constexpr, KIND: tl.constexpr):
+    """As `load_elements`, but for the scales, which `load_scales` reads: not of INT4."""
+    if KIND == 3:
+        # 4 bits of exponent and 3 of mantissa, moved to where float16 has its own: 2**8 too small; the rest is NaN
+        codes = tl.load(data + slots * data_stride + columns, mask=there & wide, other=0).to(tl.uint16)
+        half = (((codes & 128) << 8) | ((codes & 127) << 7)).to(tl.float16, bitcast=True)
+        x = tl.where((codes & 127) == 127, float("nan"), half)
+    else:
+        x = tl.load(data + slots * data_stride + columns, mask=there & wide, other=0)
+    return x.to(dtype)
+
+
+@triton.jit
+def load_scales(scale, slots, there, scale_stride, KIND: tl.constexpr):
+    """What the codes of the tokens in `slots` (N,) are multiplied with, (N,) float32."""
+    if KIND == 0:
+        x = tl.full(slots.shape, 1.0, tl.float32)
+    else:
+        x = tl.load(scale + slots * scale_stride, mask=there, other=0.0).to(tl.float32)
+        if KIND == 3:
+            x *= 256.0
+    return x
+
+
+@triton.jit
+def load_halves(
+    data, scale, zero, slots, there, data_stride, scale_stride, zero_stride,
+    dtype: tl.constexpr, GROUP: tl.constexpr, BYTES: tl.constexpr,
+):  # fmt: skip
+    """The first and the second half of INT4's tokens in `slots` (N,), dequantised, (N, BYTES) each.
+
+    A byte is read once and holds an element of either half; a scale is read once for its group.
+    """
+    groups = tl.arange(0, BYTES // GROUP)[None, :]
+    at = (groups * GROUP)[:, :, None] + tl.arange(0, GROUP)[None, None, :]
+    codes = tl.load(data + slots[:, None, None] * data_stride + at, mask=there[:, None, None], other=0)
+    scale += slots[:, None] * scale_stride + groups
+    zero += slots[:, None] * zero_stride + groups
+    inside = there[:, None]
+    low = (codes & 15).to(tl.float32) * tl.load(scale, mask=inside, other=0.0).to(tl.float32)[:, :, None]
+    low += tl.load(zero, mask=inside, other=0.0).to(tl.float32)[:, :, None]
+    high = (codes >> 4).to(tl.float32) * tl.load(scale + BYTES // GROUP, mask=inside, other=0.0).to(tl.float32)[
+        :, :, None
+    ]
+    high += tl.load(zero + BYTES // GROUP, mask=inside, other=0.0).to(tl.float32)[:, :, None]
+    size: tl.constexpr = slots.shape[0]
+    return low.to(dtype).reshape(size, BYTES), high.to(dtype).reshape(size, BYTES)
 
 
 @triton.jit

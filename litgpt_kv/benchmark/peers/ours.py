@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -27,9 +28,9 @@ class Ours(Variant):
 
     def __init__(self, job: Job, strategy: str, compiled: bool, chunk: int | None) -> None:
         self.name = f"{strategy}, compiled" if compiled else strategy
-        self.model = job.model
-        self.decoder = CompiledDecoder(job.model) if compiled else job.model
-        self.cache = KVCache.build(job.model, cache_args(strategy, job.budget), job.rows, job.total, static=compiled)
+        self.model = copy.deepcopy(job.model) if compiled else job.model  # compiling may change how weights are kept
+        self.decoder = CompiledDecoder(self.model) if compiled else self.model
+        self.cache = KVCache.build(self.model, cache_args(strategy, job.budget), job.rows, job.total, static=compiled)
         self.chunk = chunk if chunk is None else min(chunk, self.cache.longest_block)
         self.lengths: list[int] = []
         self.weights = "int8" if isinstance(job.model.lm_head, Int8Linear) else name_of(job.dtype)

@@ -33,6 +33,7 @@ class Offload(Storage):
 
     divisible: ClassVar[bool] = False
     needs_accelerator: ClassVar[bool] = True
+    capturable: ClassVar[bool] = False
     data: Tensor
 
     def __init__(self, role: str, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:

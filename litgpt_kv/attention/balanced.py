@@ -1,0 +1,65 @@
+"""Products of queries with the keys and values of a few heads, on all CPU threads.
+
+torch gives a thread whole heads: of 3 key/value heads on two threads one thread gets two, and the other waits.
+Heads that are left over are cut into pieces of their slots, one a thread: 16,384 slots of 3 heads of 64 elements take
+1.19 instead of 1.64 ms on two threads of an AMD EPYC, and 4,096 take 0.31 instead of 0.40 ms.
+
+B rows · G key/value heads · M queries of a head · S slots · D width of a token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LEAST_SLOTS = 4096  # with fewer, the additional calls take what is gained
+LEAST_WAITING = 0.15  # share of the time that threads wait when each gets whole heads
+
+
+@torch.compiler.assume_constant_result
+def cpu_threads() -> int:
+    """The number of threads that torch runs an operator with."""
+    return torch.get_num_threads()
+
+
+def heads_left_over(x: Tensor) -> int:
+    """How many heads of x (B, G, S, D) are cut into pieces, one a thread; 0 where threads are busy without that."""
+    threads = cpu_threads()
+    if threads == 1 or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+        return 0
+    B, G, S, _ = x.shape
+    left = B * G % threads
+    waiting = (threads - left) / (B * G - left + threads)
+    return left if left and S >= max(LEAST_SLOTS, threads) and waiting >= LEAST_WAITING else 0
+
+
+def scores_of(q: Tensor, k: Tensor) -> Tensor:
+    """q (B, G, M, D) times k (B, G, S, D): (B, G, M, S)."""
+    left, (B, G, S, _) = heads_left_over(k), k.shape
+    if not left:
+        return q @ k.mT
+    q, k = q.flatten(0, 1), k.flatten(0, 1)
+    whole, pieces = B * G - left, cpu_threads()
+    even = S // pieces * pieces
+    scores = [torch.bmm(q[:whole], k[:whole].mT)]  # (whole, M, S)
+    for queries, keys in zip(q[whole:], k[whole:]):
+        cut = keys[:even].unflatten(0, (pieces, -1))  # (pieces, S / pieces, D)
+        found = torch.bmm(queries.expand(pieces, -1, -1), cut.mT).transpose(0, 1).flatten(1)  # (M, even)
+        scores.append(torch.cat((found, queries @ keys[even:].mT), dim=1).unsqueeze(0))
+    return torch.cat(scores).unflatten(0, (B, G))
+
+
+def weighted_sums(p: Tensor, v: Tensor) -> Tensor:
+    """p (B, G, M, S) times v (B, G, S, D): (B, G, M, D)."""
+    left, (B, G, S, _) = heads_left_over(v), v.shape
+    if not left:
+        return p @ v
+    p, v = p.flatten(0, 1), v.flatten(0, 1)
+    whole, pieces = B * G - left, cpu_threads()
+    even = S // pieces * pieces
+    sums = [torch.bmm(p[:whole], v[:whole])]  # (whole, M, D)
+    for weights, values in zip(p[whole:], v[whole:]):
+        cut = weights[:, :even].unflatten(1, (pieces, -1)).transpose(0, 1)  # (pieces, M, S / pieces)
+        found = torch.bmm(cut, values[:even].unflatten(0, (pieces, -1))).sum(0)  # (M, D)
+        sums.append((found + weights[:, even:] @ values[even:]).unsqueeze(0))
+    return torch.cat(sums).unflatten(0, (B, G))
