@@ -93,7 +93,7 @@ class DeviceArgs:
         quantize: Quantize the weights. int8: by torch's own operators, a scale an output channel. bnb.nf4, bnb.nf4-dq,
             bnb.fp4, bnb.fp4-dq or bnb.int8: with bitsandbytes, which needs an NVIDIA GPU.
         compile: Compile the decode step: it starts slower and runs faster. A note says when a step is compiled, and
-            where compiled code is kept for later runs.
+            where compiled code is kept for later runs. On a CUDA device, steps are recorded as CUDA graphs, too.
         check_weights: Refuse weights that are NaN or infinite; this reads all weights once more.
     """
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from litgpt_kv import GPT, KVCache, KVCacheArgs, SamplingArgs, registry
-from litgpt_kv.generate import generate
+from litgpt_kv.generate import compiled, generate
 from litgpt_kv.generate.compiled import CompiledDecoder
 from litgpt_kv.generate.cuda_graph import CudaGraph
 from litgpt_kv.model.packed import pack
@@ -78,33 +78,39 @@ def test_decode_steps_wait_for_nothing(args: KVCacheArgs) -> None:
             torch.cuda.set_sync_debug_mode("default")
 
 
-def recorded(decoder: CompiledDecoder) -> list[CudaGraph]:
-    return [graph for graphs in decoder._known.values() for graph in graphs.values() if graph is not None]
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are recorded when they come for the second time."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(compiled, "RECORD_AFTER", 2)
+
+
+def recorded(decoder: CompiledDecoder, cache: KVCache) -> list[CudaGraph | None]:
+    return list(decoder._known[cache].graphs.values())
 
 
 @torch.inference_mode()
-def test_a_recorded_step_equals_an_eager_one(args: KVCacheArgs) -> None:
+def test_a_recorded_step_equals_an_eager_one(at_once: None, args: KVCacheArgs) -> None:
     """The steps of a static cache as CUDA graphs, of the model as it is; the same graph after a reset."""
     if args.storage == "offload":
         pytest.skip("is refused")
-    torch._dynamo.reset()
     model, eager = on_gpu(tiny(), args)
     expected = logits_of(model, eager, ROWS, PROMPTS, "full")
     decoder = CompiledDecoder(model, backend="eager")
-    cache = KVCache.build(model, args, len(ROWS), 40, static=True)
-    for _ in range(2):
-        compare(logits_of(model, cache, ROWS, PROMPTS, "full", step=decoder), expected, 1e-8)
-        assert [kept_of(cache, b) for b in range(2)] == [kept_of(eager, b) for b in range(2)]
-        cache.reset()
-    assert decoder.graphs == len(recorded(decoder)) == 1
+    for _ in range(2):  # a second cache, too
+        cache = KVCache.build(model, args, len(ROWS), 40, static=True)
+        for _ in range(2):
+            compare(logits_of(model, cache, ROWS, PROMPTS, "full", step=decoder), expected, 1e-8)
+            assert [kept_of(cache, b) for b in range(2)] == [kept_of(eager, b) for b in range(2)]
+            cache.reset()
+        assert len(recorded(decoder, cache)) == 1 and None not in recorded(decoder, cache)
 
 
 @torch.inference_mode()
-def test_generating_with_cuda_graphs(args: KVCacheArgs) -> None:
+def test_generating_with_cuda_graphs(at_once: None, args: KVCacheArgs) -> None:
     """Compiled by inductor, through the engine, with read lengths."""
     if args.strategy not in ("dense", "h2o", "sink", "window") or args.storage in ("int4-hadamard", "offload"):
         pytest.skip("these are enough: compiling takes a while")
-    torch._dynamo.reset()
     model, cache = on_gpu(tiny(exact=False), args)
     facts = dict(max_new_tokens=12, sampling=SamplingArgs(temperature=0.0), prefill="full")
     prompts = [row[:n] for row, n in zip(ROWS, PROMPTS)]
@@ -114,7 +120,30 @@ def test_generating_with_cuda_graphs(args: KVCacheArgs) -> None:
     assert decoder.warm_up(cache, max(PROMPTS)) > 0
     found = generate(model, prompts, cache, decoder=decoder, **facts)
     assert [x.tolist() for x in found] == [x.tolist() for x in expected]
-    assert len(recorded(decoder)) == decoder.graphs
+    assert recorded(decoder, cache) and None not in recorded(decoder, cache)
+
+
+def test_graphs_follow_the_mode_the_weights_and_slices_of_tokens(at_once: None) -> None:
+    model = tiny().to(GPU)
+    plain, cache = (KVCache.build(model, "dense", 2, 60, static=flag) for flag in (False, True))
+    text, decoder = torch.tensor([tokens_of(1, 40), tokens_of(2, 40)], device=GPU), CompiledDecoder(model)
+
+    def steps(start: int, stop: int) -> None:
+        for i in range(start, stop):
+            found, expected = decoder(text[:, i : i + 1], cache), model(text[:, i : i + 1], plain)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-8)
+
+    with torch.no_grad():
+        for c in (plain, cache):
+            model(text[:, :4], c, torch.tensor([4, 4], device=GPU))
+        steps(4, 8)
+    with torch.inference_mode():
+        steps(8, 12)
+    with torch.no_grad():
+        steps(12, 14)
+        model.load_state_dict({name: 1.1 * weight for name, weight in model.state_dict().items()}, assign=True)
+        steps(14, 18)
+    assert len(recorded(decoder, cache)) == 1 and None not in recorded(decoder, cache)
 
 
 @torch.no_grad()

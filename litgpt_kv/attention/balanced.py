@@ -12,34 +12,39 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LEAST_SLOTS = 4096  # with fewer, the additional calls take what is gained
+LEAST_SLOTS = 2048  # of a piece; with fewer, the additional calls take what is gained
+MOST_QUERIES = 64  # with more, copies of the scores take what is gained
 LEAST_WAITING = 0.15  # share of the time that threads wait when each gets whole heads
 
 
 @torch.compiler.assume_constant_result
-def cpu_threads() -> int:
+def thread_count() -> int:
     """The number of threads that torch runs an operator with."""
     return torch.get_num_threads()
 
 
-def heads_left_over(x: Tensor) -> int:
-    """How many heads of x (B, G, S, D) are cut into pieces, one a thread; 0 where threads are busy without that."""
-    threads = cpu_threads()
+def heads_left_over(x: Tensor, queries: int) -> int:
+    """How many heads of x (B, G, S, D) are cut into pieces, one a thread, for so many queries of each.
+
+    0 where threads are busy without that.
+    """
+    threads = thread_count()
     if threads == 1 or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
         return 0
     B, G, S, _ = x.shape
     left = B * G % threads
     waiting = (threads - left) / (B * G - left + threads)
-    return left if left and S >= max(LEAST_SLOTS, threads) and waiting >= LEAST_WAITING else 0
+    fits = S >= LEAST_SLOTS * threads and queries <= MOST_QUERIES
+    return left if left and fits and waiting >= LEAST_WAITING else 0
 
 
 def scores_of(q: Tensor, k: Tensor) -> Tensor:
     """q (B, G, M, D) times k (B, G, S, D): (B, G, M, S)."""
-    left, (B, G, S, _) = heads_left_over(k), k.shape
+    left, (B, G, S, _) = heads_left_over(k, q.size(2)), k.shape
     if not left:
         return q @ k.mT
     q, k = q.flatten(0, 1), k.flatten(0, 1)
-    whole, pieces = B * G - left, cpu_threads()
+    whole, pieces = B * G - left, thread_count()
     even = S // pieces * pieces
     scores = [torch.bmm(q[:whole], k[:whole].mT)]  # (whole, M, S)
     for queries, keys in zip(q[whole:], k[whole:]):
@@ -51,11 +56,11 @@ def scores_of(q: Tensor, k: Tensor) -> Tensor:
 
 def weighted_sums(p: Tensor, v: Tensor) -> Tensor:
     """p (B, G, M, S) times v (B, G, S, D): (B, G, M, D)."""
-    left, (B, G, S, _) = heads_left_over(v), v.shape
+    left, (B, G, S, _) = heads_left_over(v, p.size(2)), v.shape
     if not left:
         return p @ v
     p, v = p.flatten(0, 1), v.flatten(0, 1)
-    whole, pieces = B * G - left, cpu_threads()
+    whole, pieces = B * G - left, thread_count()
     even = S // pieces * pieces
     sums = [torch.bmm(p[:whole], v[:whole])]  # (whole, M, D)
     for weights, values in zip(p[whole:], v[whole:]):

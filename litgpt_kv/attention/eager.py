@@ -57,7 +57,7 @@ def slot_attention(
         mask = mask.unsqueeze(2).expand(-1, -1, R, -1, -1).reshape(B, -1, R * T, S)
     # no kernel takes keys in two parts; joining them for one takes longer than the products below (CPU: up to twice)
     plain = softcap is None and sink_queries is None and not want and not latent
-    if plain and not heads_left_over(k):
+    if plain and not (T == 1 and heads_left_over(k, R)):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
         return y.view(B, H, T, -1), {}
     y, received = product_attention(

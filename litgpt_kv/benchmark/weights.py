@@ -26,7 +26,7 @@ from litgpt_kv.disk import check_target, write_text
 from litgpt_kv.llm import checkpoint
 from litgpt_kv.llm.check_config import LIMITS
 from litgpt_kv.llm.quantize import OWN
-from litgpt_kv.model.packed import pack
+from litgpt_kv.model.packed import is_changed_to_compile, pack
 from litgpt_kv.model.quantized import head_inputs, to_int8
 
 MB = 1_000_000
@@ -208,7 +208,7 @@ def _kinds(
     for name, model in models.items():
         read = sum(p.nbytes for n, p in model.named_parameters() if "wte" not in n)
         for label, also in ((name, False), (f"{name} compiled", True))[: 1 + compiled]:
-            own = copy.deepcopy(model) if also else model  # compiling may change how weights are kept
+            own = copy.deepcopy(model) if also and is_changed_to_compile(model, batch_size) else model
             (one,) = contenders(own, context, steps, batch_size, [strategy], "100%", False, also)
             made.append(Kind(label, one, read))
     return made

@@ -1,6 +1,6 @@
 """The decode step of a model, compiled: a graph for each length up to which caches are read.
 
-On an NVIDIA GPU each compiled step is recorded as a CUDA graph, too.
+On a CUDA device, a step that comes again and again is recorded as a CUDA graph, too.
 """
 
 from __future__ import annotations
@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -18,19 +20,35 @@ from torch import Tensor
 from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.compat.input_pos import GPT
 from litgpt_kv.config import check_callable
-from litgpt_kv.generate.cuda_graph import CudaGraph, can_record
+from litgpt_kv.generate.cuda_graph import CudaGraph, addresses, can_record
 from litgpt_kv.model.packed import prepare_to_compile
 
-State = tuple[bool, "int | None", int]
-"""What a compiled step depends on: `evicting` and `read_length` of the cache, and how often its buffers were moved."""
 MOST_GRAPHS = 64  # more than the read lengths of a long text; beyond torch's limit, 8 by default, steps run eagerly
+RECORD_AFTER = 8  # steps of a kind: recording takes as long as some of them
+
+
+@dataclass(eq=False)
+class _Known:
+    """What was done with a cache.
+
+    Attributes:
+        token: (B, 1), what steps on a GPU read, at an address that stays.
+        steps: How many steps of each kind there were, by `evicting`, `read_length` and the mode of gradients.
+        graphs: The CUDA graph of each kind; None: it cannot be recorded.
+        addresses: See `cuda_graph.addresses`.
+    """
+
+    token: Tensor
+    steps: Counter = field(default_factory=Counter)
+    graphs: dict[tuple, CudaGraph | None] = field(default_factory=dict)
+    addresses: tuple[int, ...] = ()
 
 
 class CompiledDecoder:
     """Run one-token steps compiled; a graph is made when the first step needs it.
 
     Args:
-        model: The model; how its weights are kept may change before the first graph is made (`prepare_to_compile`).
+        model: The model. How its weights are kept on a CPU may change (`prepare_to_compile`).
         note: Called with a line of text before a graph is made and after.
         backend: Of `torch.compile`.
 
@@ -45,28 +63,41 @@ class CompiledDecoder:
         self.note, self.seconds, self.graphs = note, 0.0, 0
         self._model = model
         self._step = torch.compile(model, dynamic=False, backend=backend)
-        # what each cache was stepped with, and the CUDA graphs of these steps; a cache that is gone is forgotten
-        self._known: WeakKeyDictionary[KVCache, dict[State, CudaGraph | None]] = WeakKeyDictionary()
-        self._pool: tuple[int, int] | None = None
+        self._known: WeakKeyDictionary[KVCache, _Known] = WeakKeyDictionary()  # a cache that is gone is forgotten
 
     def __call__(self, token: Tensor, cache: KVCache) -> Tensor:
         """Decode tokens (B, 1) on a static cache: logits (B, 1, V)."""
-        known = self._known.setdefault(cache, {})
-        state = (cache.evicting, cache.read_length, cache.clock.host.moves)
-        if not self.graphs:
+        known = self._known.get(cache)
+        if known is None:
             prepare_to_compile(self._model, cache.batch_size)
-        if state not in known:
+            with torch.inference_mode(False):
+                known = self._known[cache] = _Known(torch.zeros_like(token, memory_format=torch.contiguous_format))
+        kind = (cache.evicting, cache.read_length, torch.is_inference_mode_enabled())
+        records = can_record(self._model, cache)
+        if records:
+            token = known.token.copy_(token)
+            if known.addresses != (now := addresses(self._model, cache)):
+                known.addresses, known.graphs, known.steps = now, {}, Counter()
+        known.steps[kind] += 1
+        if known.steps[kind] == 1:
             with self._watched(cache):
-                logits = self._step(token, cache)
-            known[state] = None
-            return logits
-        if not can_record(cache):
-            return self._step(token, cache)
-        graph = known[state]
-        if graph is None:
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            graph = known[state] = CudaGraph(self._step, token, cache, self._pool)
-        return graph(token)
+                return self._step(token, cache)
+        if records and known.steps[kind] >= RECORD_AFTER:
+            if kind not in known.graphs:
+                known.graphs[kind] = self._record(token, cache)
+            if (graph := known.graphs[kind]) is not None:
+                return graph()
+        return self._step(token, cache)
+
+    def _record(self, token: Tensor, cache: KVCache) -> CudaGraph | None:
+        began = time.perf_counter()
+        try:
+            return CudaGraph(self._step, token, cache)
+        except RuntimeError as error:
+            self.note(f"This step is not recorded as a CUDA graph: {str(error).splitlines()[0]}")
+            return None
+        finally:
+            self.seconds += time.perf_counter() - began
 
     @torch.inference_mode()
     def warm_up(self, cache: KVCache, seen: int = 1) -> float:
@@ -85,10 +116,9 @@ class CompiledDecoder:
         token = torch.zeros(cache.batch_size, 1, dtype=torch.int64, device=cache.pos.device)
         self._model(token, cache)  # as a prompt would: the model makes its rope tables in its first pass
         cache.reset()
-        for _ in range(2 if can_record(cache) else 1):  # the second step records the CUDA graph
-            with cache.expect(seen):
-                self(token, cache)
-            cache.reset()
+        with cache.expect(seen):
+            self(token, cache)
+        cache.reset()
         return self.seconds
 
     @contextlib.contextmanager

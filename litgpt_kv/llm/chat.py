@@ -75,7 +75,8 @@ class Chat:
         max_tokens = min(MAX_TOKENS, llm.model.max_seq_length) if max_tokens is None else max_tokens
         self.cache = llm.build_cache(args, 1, max_tokens)
         if isinstance(llm.decoder, CompiledDecoder):
-            llm.decoder.warm_up(self.cache)
+            with cpu_threads(llm.threads):
+                llm.decoder.warm_up(self.cache)
         self.limit = Limits.of(llm.model, args, prefill, max_tokens).limit  # a cache for compiled steps may be larger
         self.stats, self.turns, self.interrupted = Stats(), 0, False
         self._reply: Sequence | None = None

@@ -206,6 +206,9 @@ class LLM:
     def compile(self, note: Callable[[str], None] = lambda text: None) -> None:
         """Compile the decode step: steps that need a new graph are slow, the others faster.
 
+        On a CUDA device, steps that come again and again are recorded as CUDA graphs. On a CPU, the weights of a packed
+        model may change their order in memory (`litgpt_kv.model.packed`).
+
         Args:
             note: Called with a line of text before a graph is made and after.
         """

@@ -68,7 +68,8 @@ class Run:
         decodes = self.cache is not None and any(request.max_new_tokens > 1 for request in own)
         if decodes and isinstance(llm.decoder, CompiledDecoder):
             longest = max(len(request.prompt) for request in own)
-            self.stats.compile_seconds += llm.decoder.warm_up(self.cache, longest)
+            with cpu_threads(llm.threads):
+                self.stats.compile_seconds += llm.decoder.warm_up(self.cache, longest)
         self._steps = _run_steps(llm, requests, RunResult(self.stats, self.cache), engine, waiting)
 
     def __iter__(self) -> Iterator[list[Sequence]]:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litgpt_kv.attention.balanced import cpu_threads
+from litgpt_kv.attention.balanced import thread_count
 
 MOST_ROWS = 16  # with more rows the library uses its threads by itself
 LEAST_WEIGHTS = 200_000  # smaller ones are over before a second thread has begun
@@ -30,7 +30,7 @@ class Linear(PLAIN):
     """`nn.Linear`; in inference mode, float32 and float64 on a CPU run as is fastest: few rows on all threads."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, pieces = self.weight, cpu_threads()
+        weight, pieces = self.weight, thread_count()
         if (
             pieces > 1
             and x.numel() <= MOST_ROWS * weight.size(1)

@@ -23,6 +23,7 @@ from litgpt_kv.generate import Engine
 from litgpt_kv.generate.compiled import CompiledDecoder
 from litgpt_kv.llm.chat import MAX_TOKENS
 from litgpt_kv.llm.llm import LLM
+from litgpt_kv.llm.threads import cpu_threads
 from litgpt_kv.serve.app import Service, build_app
 from litgpt_kv.serve.asked import Reader
 from litgpt_kv.serve.conversations import Conversations
@@ -170,7 +171,8 @@ def build_guarded_app(
 
 def _engine(llm: LLM, cache: KVCache | None, settings: ServeArgs, run: RunArgs) -> Engine:
     if cache is not None and isinstance(llm.decoder, CompiledDecoder):
-        llm.decoder.warm_up(cache)
+        with cpu_threads(llm.threads):
+            llm.decoder.warm_up(cache)
     return Engine(
         llm.model,
         cache,

@@ -8,18 +8,20 @@ import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
-from litgpt_kv import KVCache, KVCacheArgs, SamplingArgs, registry
+from litgpt_kv import GPT, KVCache, KVCacheArgs, SamplingArgs, registry
 from litgpt_kv.cache import steps
 from litgpt_kv.cache.decode import read_length_for
 from litgpt_kv.cache.storage.base import scatter
 from litgpt_kv.generate import Stats, compiled, generate
 from litgpt_kv.generate.compiled import CompiledDecoder, keep_compiled
+from litgpt_kv.generate.cuda_graph import can_record
 from tests.model.test_compile import Counting
 from tests.oracle.reference import kept_of, logits_of, tiny, tokens_of
 from tests.oracle.strategies import FEW
@@ -134,45 +136,110 @@ class Recorded:
 
     made: ClassVar[list] = []
 
-    def __init__(self, step: Callable, token: Tensor, cache: KVCache, pool: object) -> None:
-        self.step, self.cache, self.state = step, weakref.ref(cache), (cache.evicting, cache.read_length)
+    def __init__(self, step: Callable, token: Tensor, cache: KVCache) -> None:
+        self.step, self.token, self.cache = step, token, weakref.ref(cache)
+        self.state = (cache.evicting, cache.read_length)
         self.made.append(self)
 
-    def __call__(self, token: Tensor) -> Tensor:
+    def __call__(self) -> Tensor:
         cache = self.cache()
         assert (cache.evicting, cache.read_length) == self.state
-        return self.step(token, cache)
+        return self.step(self.token, cache)
+
+
+@pytest.fixture
+def recording(monkeypatch: pytest.MonkeyPatch) -> list[Recorded]:
+    """Steps are recorded as on a GPU, when they come for the second time; returns the graphs."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(compiled, "RECORD_AFTER", 2)
+    monkeypatch.setattr(compiled, "can_record", lambda model, cache: True)
+    monkeypatch.setattr(compiled, "CudaGraph", Recorded)
+    monkeypatch.setattr(Recorded, "made", [])
+    return Recorded.made
 
 
 @torch.inference_mode()
 def test_a_step_is_recorded_when_it_comes_again_once_for_each_state_of_a_cache(
-    short_lengths: None, monkeypatch: pytest.MonkeyPatch
+    short_lengths: None, recording: list[Recorded]
 ) -> None:
-    torch._dynamo.reset()
-    monkeypatch.setattr(compiled, "can_record", lambda cache: True)
-    monkeypatch.setattr(compiled, "CudaGraph", Recorded)
-    monkeypatch.setattr(Recorded, "made", [])
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     model = tiny(n_layer=1)
     decoder = CompiledDecoder(model, backend="eager")
     prompts, facts = [tokens_of(1, 3), tokens_of(2, 6)], dict(max_new_tokens=14, sampling=GREEDY, prefill="full")
     expected = generate(model, prompts, KVCache.build(model, "h2o", 2, 60), **facts)
     cache = KVCache.build(model, "h2o", 2, 60)
     decoder.warm_up(cache, 6)
-    assert len(Recorded.made) == 1 and cache.seen == [0, 0]
+    assert not recording and cache.seen == [0, 0]
     for _ in range(2):
         cache.reset()
         found = generate(model, prompts, cache, decoder=decoder, **facts)
         assert all(torch.equal(a, b) for a, b in zip(found, expected))
-    states = [graph.state for graph in Recorded.made]
+    states = [graph.state for graph in recording]
     assert len(states) == len(set(states)) == decoder.graphs > 2
     cache.to(torch.float64)  # its buffers may be elsewhere now
     cache.reset()
     generate(model, prompts, cache, decoder=decoder, **facts)
-    assert len(Recorded.made) == 2 * len(states)
+    assert len(recording) > len(states) and len(decoder._known[cache].graphs) <= len(states)
     gone, cache = weakref.ref(cache), None
     gc.collect()
     assert gone() is None and not decoder._known
+
+
+def test_a_graph_is_of_the_tokens_the_weights_and_the_mode_that_it_was_recorded_with(recording: list[Recorded]) -> None:
+    model = tiny(n_layer=1)
+    decoder = CompiledDecoder(model, backend="eager")
+    plain, cache = (KVCache.build(model, "dense", 2, 60, static=flag) for flag in (False, True))
+    text = torch.tensor([tokens_of(1, 40), tokens_of(2, 40)])
+
+    def steps(start: int, stop: int) -> None:
+        for i in range(start, stop):
+            found, expected = decoder(text[:, i : i + 1], cache), model(text[:, i : i + 1], plain)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+    with torch.no_grad():
+        for c in (plain, cache):
+            model(text[:, :4], c, torch.tensor([4, 4]))
+        steps(4, 8)
+    assert len(recording) == 1 and recording[0].token.is_contiguous() and not recording[0].token.is_inference()
+    with torch.inference_mode():
+        steps(8, 12)
+    assert len(recording) == 2
+    with torch.no_grad():
+        steps(12, 14)
+        assert len(recording) == 2
+        model.load_state_dict({name: weight.clone() for name, weight in model.state_dict().items()}, assign=True)
+        steps(14, 18)
+    assert len(recording) == 3
+
+
+@torch.inference_mode()
+def test_a_step_that_cannot_be_recorded_is_run_and_said(
+    recording: list[Recorded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        recording.append(None)
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(compiled, "CudaGraph", fails)
+    model, notes = tiny(n_layer=1), []
+    cache = KVCache.build(model, "dense", 1, 60)
+    generate(model, [[1, 2]], cache, max_new_tokens=9, sampling=GREEDY, decoder=CompiledDecoder(model, notes.append))
+    assert len(recording) == 1
+    assert notes[-1] == "This step is not recorded as a CUDA graph: operation not permitted when stream is capturing"
+
+
+def test_what_can_be_recorded(gqa: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = KVCache.build(gqa, "dense", 1, 8, static=True)
+    assert not can_record(gqa, cache)  # on a CPU
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(type(cache), "pos", SimpleNamespace(device=device))
+    with torch.no_grad():
+        for layer in cache.layers:
+            assert not can_record(gqa, cache)
+            layer.device = device
+        assert can_record(gqa, cache)
+    assert not can_record(gqa, cache)  # with gradients
+    cache.static = False
+    assert not can_record(gqa, cache)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int8, torch.int64])

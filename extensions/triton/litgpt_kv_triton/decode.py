@@ -306,7 +306,7 @@ def _launch(width: int, dtype: torch.dtype, k_read: int, v_read: int, angles: bo
     registers or shared memory reads fewer slots at a time.
     """
     heavy = (width > 128) + (dtype == torch.float32) + angles
-    slow = (k_read == ELEMENTS) + (v_read == ELEMENTS) > 0
+    slow = ELEMENTS in (k_read, v_read)
     halves = HALVES in (k_read, v_read)  # loads byte by byte: more programs hide how long that takes
     slots = max(16, SLOTS >> (heavy + slow))
     return (slots, 1 if heavy else 2, 2, 4) if halves else (slots, 1 if heavy else 3, 4, 4 if heavy or slow else 2)

@@ -62,7 +62,9 @@ def stored(storage: Any) -> Stored:
 
 
 def how_read(kind: int, group: int, size: int, width: int, dtype: torch.dtype) -> int:
-    """How tokens of a kind are read, but for keys that are rotated then: ELEMENTS do for everything, others are faster.
+    """How tokens of a kind are read: CODES or HALVES where they can, which are faster, and ELEMENTS elsewhere.
+
+    Keys that are rotated as they are read must be ELEMENTS, whatever this returns.
 
     Args:
         kind: PLAIN, INT8, INT4 or FLOAT8. group: Elements that share a scale. size: Of a token's codes.
@@ -70,13 +72,14 @@ def how_read(kind: int, group: int, size: int, width: int, dtype: torch.dtype) -
     """
     if kind == INT4:
         even = 2 * size == width and size >= 16 and size % group == 0
-        return HALVES if even and size & (size - 1) == group & (group - 1) == 0 else ELEMENTS
+        powers = size.bit_count() == 1 and group.bit_count() == 1  # as Triton wants the sizes of blocks
+        return HALVES if even and powers else ELEMENTS
     return CODES if kind == PLAIN or dtype != torch.float16 else ELEMENTS
 
 
 @triton.jit
 def load_codes(data, slots, columns, there, wide, data_stride, dtype: tl.constexpr, KIND: tl.constexpr):
-    """As `load_elements`, but for the scales, which `load_scales` reads: not of INT4."""
+    """The codes of tokens as numbers, (M, N); times `load_scales`, they are `load_elements`. Not for INT4."""
     if KIND == 3:
         # 4 bits of exponent and 3 of mantissa, moved to where float16 has its own: 2**8 too small; the rest is NaN
         codes = tl.load(data + slots * data_stride + columns, mask=there & wide, other=0).to(tl.uint16)

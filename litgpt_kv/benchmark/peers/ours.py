@@ -12,6 +12,7 @@ from litgpt_kv.benchmark.parallel import cache_args
 from litgpt_kv.benchmark.peers.base import Job, Variant, name_of, step_bytes
 from litgpt_kv.cache.kv_cache import KVCache
 from litgpt_kv.generate.compiled import CompiledDecoder
+from litgpt_kv.model.packed import is_changed_to_compile
 from litgpt_kv.model.quantized import Int8Linear
 
 
@@ -28,7 +29,8 @@ class Ours(Variant):
 
     def __init__(self, job: Job, strategy: str, compiled: bool, chunk: int | None) -> None:
         self.name = f"{strategy}, compiled" if compiled else strategy
-        self.model = copy.deepcopy(job.model) if compiled else job.model  # compiling may change how weights are kept
+        own = compiled and is_changed_to_compile(job.model, job.rows)
+        self.model = copy.deepcopy(job.model) if own else job.model
         self.decoder = CompiledDecoder(self.model) if compiled else self.model
         self.cache = KVCache.build(self.model, cache_args(strategy, job.budget), job.rows, job.total, static=compiled)
         self.chunk = chunk if chunk is None else min(chunk, self.cache.longest_block)

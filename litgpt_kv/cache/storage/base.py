@@ -30,8 +30,8 @@ class Storage(nn.Module):
         divisible: Whether some of its slots are a storage, too: slots are the third dimension of every buffer. If not,
             layers cannot share one (`select` "model").
         needs_accelerator: Whether it makes sense beside a processor only, and is refused for a model on the CPU.
-        capturable: Whether a compiled step, or a CUDA graph, can contain what it does: it waits for no copies. If not,
-            static caches refuse it by name.
+        capturable: Whether a compiled step, or a CUDA graph, can contain its work. A storage that waits for copies
+            between devices cannot; static caches refuse it by name.
         options: Names of the keyword arguments that users may set.
     """
 
