@@ -12,15 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from litgpt_kv.attention.cpu import thread_count
+
 LEAST_SLOTS = 2048  # of a piece; with fewer, the additional calls take what is gained
 MOST_QUERIES = 64  # with more, copies of the scores take what is gained
 LEAST_WAITING = 0.15  # share of the time that threads wait when each gets whole heads
-
-
-@torch.compiler.assume_constant_result
-def thread_count() -> int:
-    """The number of threads that torch runs an operator with."""
-    return torch.get_num_threads()
 
 
 def heads_left_over(x: Tensor, queries: int) -> int:

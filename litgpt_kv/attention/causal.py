@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from litgpt.model import do_softcapping
+from litgpt_kv.attention.cpu import products
 from litgpt_kv.attention.eager import slot_attention
 from litgpt_kv.attention.masks import visible
 
@@ -160,7 +161,7 @@ def _add_columns(
         own = pos[start + first : start + stop]
         for left in range(_first_key(start + first, window), start + stop, KEYS):
             right = min(left + KEYS, start + stop)
-            part = queries @ k[:, :, left:right].mT  # (B, G, R*b, n)
+            part = products(queries, k[:, :, left:right])  # (B, G, R*b, n)
             if softcap is not None:
                 part = (do_softcapping(part, softcap) - lse[:, :, :, first:stop].flatten(2, 3)) * LOG2_E
             part = part.exp2_()

@@ -10,19 +10,14 @@ rows and 1,536 × 576 take 3.5 instead of 8.0 ms on one thread.
 
 from __future__ import annotations
 
-import os
-from functools import lru_cache
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litgpt_kv.attention.balanced import thread_count
+from litgpt_kv.attention.cpu import prefers_onednn, thread_count
 
 MOST_ROWS = 16  # with more rows the library uses its threads by itself
 LEAST_WEIGHTS = 200_000  # smaller ones are over before a second thread has begun
-CPUINFO = Path("/proc/cpuinfo")  # on Linux
 PLAIN = nn.Linear  # itself: a quantizing plugin puts its own class in this name's place while a model is made
 
 
@@ -55,15 +50,6 @@ class Linear(PLAIN):
         ):
             return torch.ops.mkldnn._linear_pointwise(x, weight, self.bias, "none", [], "")
         return F.linear(x, weight, self.bias)
-
-
-@lru_cache
-def prefers_onednn() -> bool:
-    """Return whether oneDNN multiplies float32 faster than MKL here, as measured: on AMD's processors with AVX-512."""
-    if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return False
-    text = CPUINFO.read_text(errors="replace") if CPUINFO.is_file() else os.environ.get("PROCESSOR_IDENTIFIER", "")
-    return "AuthenticAMD" in text
 
 
 def speed_up(model: nn.Module) -> None:

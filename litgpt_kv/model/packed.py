@@ -24,8 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from litgpt_kv.attention.cpu import prefers_onednn
 from litgpt_kv.cache.serialize import SAMPLE
-from litgpt_kv.model.linear import PLAIN, Linear, prefers_onednn
+from litgpt_kv.model.linear import PLAIN, Linear
 from litgpt_kv.model.quantized import has_bf16_products
 
 # smaller float32 weights are in the processor's cache, where MKL's call is faster; oneDNN multiplies bfloat16 anyway

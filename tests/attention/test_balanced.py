@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from litgpt_kv.attention import balanced, eager
+from litgpt_kv.attention import balanced, cpu, eager
 from litgpt_kv.attention.eager import slot_attention
 
 
@@ -58,3 +58,14 @@ def test_a_block_of_tokens_has_the_fused_kernel(few_slots: None, monkeypatch: py
     monkeypatch.setattr(eager, "product_attention", None)  # must not be called
     q, k = torch.randn(1, 6, 3, 8).double(), torch.randn(1, 3, 20, 8).double()
     assert slot_attention(q, k, k, None, scale=0.3)[0].shape == q.shape
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+@pytest.mark.parametrize("onednn", [False, True])
+def test_products_of_many_rows(monkeypatch: pytest.MonkeyPatch, onednn: bool) -> None:
+    monkeypatch.setattr(cpu, "prefers_onednn", lambda: onednn)
+    x, y = torch.randn(2, 3, 40, 7), torch.randn(2, 3, 90, 7)[:, :, 10:60]
+    with torch.no_grad():
+        torch.testing.assert_close(cpu.products(x, y).double(), x.double() @ y.double().mT, rtol=0, atol=1e-5)
+        assert torch.equal(cpu.products(x.double(), y.double()), x.double() @ y.double().mT)
+    assert torch.equal(cpu.products(x.requires_grad_(), y), x @ y.mT)

@@ -11,12 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litgpt_kv import GPT, LLM, KVCache
+from litgpt_kv.attention import cpu as cpu_facts
+from litgpt_kv.attention.cpu import prefers_onednn
 from litgpt_kv.cache.constants import weight_of
 from litgpt_kv.cache.serialize import fingerprint
 from litgpt_kv.generate.compiled import CompiledDecoder
 from litgpt_kv.llm import llm as loaded
 from litgpt_kv.model import linear, packed
-from litgpt_kv.model.linear import MOST_ROWS, Linear, prefers_onednn
+from litgpt_kv.model.linear import MOST_ROWS, Linear
 from litgpt_kv.model.packed import PackedLinear, pack, packs
 from tests.oracle.shrink import shrink
 
@@ -154,7 +156,7 @@ def test_loaded_models_are_packed_where_it_is_faster(monkeypatch: pytest.MonkeyP
 
 def test_what_this_processor_packs(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     cpu, text = torch.backends.cpu, tmp_path / "cpuinfo"
-    monkeypatch.setattr(linear, "CPUINFO", text)
+    monkeypatch.setattr(cpu_facts, "CPUINFO", text)
     for vendor, capability, bf16, expected in [
         ("AuthenticAMD", "AVX512", True, (True, True)),
         ("AuthenticAMD", "AVX2", False, (False, False)),
