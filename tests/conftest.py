@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tests import warm
 from tests.oracle.reference import tiny
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores in what it starts in the background
 LONG = ("parallel", "silence", "wheel")  # groups of tests that start first
 
 

@@ -1,4 +1,4 @@
-"""What products on this CPU are best made with: threads, and libraries."""
+"""How many threads products use on this CPU, and which library is fastest."""
 
 from __future__ import annotations
 

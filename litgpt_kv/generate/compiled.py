@@ -24,7 +24,7 @@ from litgpt_kv.generate.cuda_graph import CudaGraph, addresses, can_record
 from litgpt_kv.model.packed import prepare_to_compile
 
 MOST_GRAPHS = 64  # more than the read lengths of a long text; beyond torch's limit, 8 by default, steps run eagerly
-RECORD_AFTER = 8  # steps of a kind: recording takes as long as some of them
+RECORD_AFTER = 8  # steps of a kind before it is recorded, as recording takes as long as several steps
 
 
 @dataclass(eq=False)
@@ -33,7 +33,7 @@ class _Known:
 
     Attributes:
         token: (B, 1), what steps on a GPU read, at an address that stays.
-        steps: How many steps of each kind there were, by `evicting`, `read_length` and the mode of gradients.
+        steps: How many steps of each kind there were: by `evicting`, `read_length`, and whether in inference mode.
         graphs: The CUDA graph of each kind; None: it cannot be recorded.
         addresses: See `cuda_graph.addresses`.
     """
@@ -53,7 +53,7 @@ class CompiledDecoder:
         backend: Of `torch.compile`.
 
     Attributes:
-        seconds: Spent on making graphs so far. graphs: How many were made.
+        seconds: Spent on compiling and on recording CUDA graphs so far. graphs: How many steps were compiled.
     """
 
     def __init__(

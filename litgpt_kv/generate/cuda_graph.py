@@ -30,8 +30,8 @@ def addresses(model: GPT, cache: KVCache) -> tuple[int, ...]:
 class CudaGraph:
     """Record one step of a static cache, and run it again and again.
 
-    Recording runs nothing. A graph is right as long as `addresses` are the same, and for the `evicting` and
-    `read_length` with which it was recorded.
+    Recording runs nothing. A graph is valid while `addresses` are the same, and for the `evicting`, the `read_length`
+    and the inference mode that it was recorded with.
 
     Args:
         step: Decodes tokens (B, 1) on a cache. It has run with this very tensor, so that nothing is left to compile.

@@ -102,8 +102,8 @@ def is_changed_to_compile(model: nn.Module, rows: int) -> bool:
 def prepare_to_compile(model: nn.Module, rows: int) -> None:
     """Undo `pack` where a compiled step is faster without: for float32 weights, one row and several threads.
 
-    Inductor makes loops of its own of such products: on two threads a step of SmolLM2-135M takes 16.9 instead of 20.3
-    ms. For more rows, and on one thread, `pack` is done again.
+    Inductor compiles such a product to a loop of its own: on two threads a step of SmolLM2-135M takes 16.9 instead of
+    20.3 ms. For more rows, or on one thread, weights are packed again.
 
     Args:
         model: For inference. rows: Of the cache that it decodes with.
