@@ -5,6 +5,8 @@ Run them there with `python -m pytest tests/test_cuda.py tests/test_triton.py`; 
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from litgpt_kv.model.quantized import Int8Linear, to_int8
 from tests.cache.test_pairs import args_of
 from tests.oracle.reference import kept_of, logits_of, tiny, tokens_of
 from tests.oracle.strategies import NAMES, plain
+from tests.oracle.walks import steps_agree
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 GPU = torch.device("cuda")
@@ -128,11 +131,7 @@ def test_graphs_follow_the_mode_the_weights_and_slices_of_tokens(at_once: None) 
     plain, cache = (KVCache.build(model, "dense", 2, 60, static=flag) for flag in (False, True))
     text, decoder = torch.tensor([tokens_of(1, 40), tokens_of(2, 40)], device=GPU), CompiledDecoder(model)
 
-    def steps(start: int, stop: int) -> None:
-        for i in range(start, stop):
-            found, expected = decoder(text[:, i : i + 1], cache), model(text[:, i : i + 1], plain)
-            torch.testing.assert_close(found, expected, rtol=0, atol=1e-8)
-
+    steps = functools.partial(steps_agree, decoder, model, [cache, plain], text)
     with torch.no_grad():
         for c in (plain, cache):
             model(text[:, :4], c, torch.tensor([4, 4], device=GPU))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import time
@@ -25,6 +26,7 @@ from litgpt_kv.generate.cuda_graph import can_record
 from tests.model.test_compile import Counting
 from tests.oracle.reference import kept_of, logits_of, tiny, tokens_of
 from tests.oracle.strategies import FEW
+from tests.oracle.walks import steps_agree
 
 GREEDY = SamplingArgs(temperature=0.0)
 
@@ -190,11 +192,7 @@ def test_a_graph_is_of_the_tokens_the_weights_and_the_mode_that_it_was_recorded_
     plain, cache = (KVCache.build(model, "dense", 2, 60, static=flag) for flag in (False, True))
     text = torch.tensor([tokens_of(1, 40), tokens_of(2, 40)])
 
-    def steps(start: int, stop: int) -> None:
-        for i in range(start, stop):
-            found, expected = decoder(text[:, i : i + 1], cache), model(text[:, i : i + 1], plain)
-            torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
-
+    steps = functools.partial(steps_agree, decoder, model, [cache, plain], text)
     with torch.no_grad():
         for c in (plain, cache):
             model(text[:, :4], c, torch.tensor([4, 4]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,6 +79,13 @@ def logits_of(model: GPT, cache: KVCache, rows: list[list[int]], prompts: list[i
             if i is not None:
                 found[b][i] = logits[b].clone()
     return found
+
+
+def steps_agree(step: Any, model: GPT, caches: list[KVCache], text: Tensor, start: int, stop: int) -> None:
+    """The tokens `start` to `stop` of text (B, T) give the same by `step` on one cache and `model` on the other."""
+    for i in range(start, stop):
+        token = text[:, i : i + 1]
+        torch.testing.assert_close(step(token, caches[0]), model(token, caches[1]), rtol=0, atol=1e-8)
 
 
 def slots_of(cache: KVCache, layer: int, b: int) -> tuple[Tensor, Tensor | None]:

@@ -249,7 +249,7 @@ def decode_attention(
     tiles = triton.cdiv(M, block_m)
     k_read = ELEMENTS if cos is not None else how_read(k_kind, k_group, k.size(-1), D, dtype)
     v_read = how_read(v_kind, v_group, v.size(-1), v_width, dtype)
-    step, stages, warps, waves = _launch(max(D, v_width), dtype, k_read, v_read, cos is not None)
+    step, stages, warps, waves = _launch(max(D, v_width), dtype, k_read, v_read, k_kind > 0, cos is not None)
     size, parts = _part_size(N, parts or max(1, waves * _processors(q.device) // (B * P * tiles)))
     new = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
     part_sum, part_max, part_weight = new(B, P, parts, M, v_width), new(B, P, parts, M), new(B, P, parts, M)
@@ -299,14 +299,16 @@ def _part_size(N: int, parts: int) -> tuple[int, int]:
     return size, triton.cdiv(N, size)
 
 
-def _launch(width: int, dtype: torch.dtype, k_read: int, v_read: int, angles: bool) -> tuple[int, int, int, int]:
+def _launch(
+    width: int, dtype: torch.dtype, k_read: int, v_read: int, coded: bool, angles: bool
+) -> tuple[int, int, int, int]:
     """How the first kernel runs: slots of a step, steps whose loads are under way, warps, programs a multiprocessor.
 
     The best of those that were tried on an H100 with heads of 128 elements in bfloat16 (README.md); what needs more
     registers or shared memory reads fewer slots at a time.
     """
     heavy = (width > 128) + (dtype == torch.float32) + angles
-    slow = ELEMENTS in (k_read, v_read)
+    slow = v_read == ELEMENTS or (k_read == ELEMENTS and (coded or not angles))  # dequantises element by element
     halves = HALVES in (k_read, v_read)  # loads byte by byte: more programs hide how long that takes
     slots = max(16, SLOTS >> (heavy + slow))
     return (slots, 1 if heavy else 2, 2, 4) if halves else (slots, 1 if heavy else 3, 4, 4 if heavy or slow else 2)

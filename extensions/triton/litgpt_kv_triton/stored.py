@@ -92,7 +92,7 @@ def load_codes(data, slots, columns, there, wide, data_stride, dtype: tl.constex
 
 @triton.jit
 def load_scales(scale, slots, there, scale_stride, KIND: tl.constexpr):
-    """What the codes of the tokens in `slots` (N,) are multiplied with, (N,) float32."""
+    """What the codes of the tokens in `slots` are multiplied with, float32 in the shape of `slots`."""
     if KIND == 0:
         x = tl.full(slots.shape, 1.0, tl.float32)
     else:
@@ -139,22 +139,15 @@ def load_elements(
     point to the first slot of a set; strides are those from slot to slot. BYTES: of a token of INT4, whose byte i holds
     the elements i (lower half) and i + BYTES.
     """
-    inside = there & wide
-    if KIND == 0:
-        x = tl.load(data + slots * data_stride + columns, mask=inside, other=0.0)
-    elif KIND == 1:
-        codes = tl.load(data + slots * data_stride + columns, mask=inside, other=0)
-        x = codes.to(tl.float32) * tl.load(scale + slots * scale_stride, mask=there, other=0.0)
-    elif KIND == 2:
+    if KIND == 2:
+        inside = there & wide
         codes = tl.load(data + slots * data_stride + columns % BYTES, mask=inside, other=0)
         codes = (codes >> (4 * (columns // BYTES)).to(tl.uint8)) & 15
         group = columns // GROUP
         x = codes.to(tl.float32) * tl.load(scale + slots * scale_stride + group, mask=inside, other=0.0).to(tl.float32)
         x += tl.load(zero + slots * zero_stride + group, mask=inside, other=0.0).to(tl.float32)
     else:
-        # 4 bits of exponent and 3 of mantissa, moved to where float16 has its own: 2**8 too small; the rest is NaN
-        codes = tl.load(data + slots * data_stride + columns, mask=inside, other=0).to(tl.uint16)
-        half = (((codes & 128) << 8) | ((codes & 127) << 7)).to(tl.float16, bitcast=True)
-        x = tl.where((codes & 127) == 127, float("nan"), half.to(tl.float32) * 256.0)
-        x = x * tl.load(scale + slots * scale_stride, mask=there, other=0.0)
+        x = load_codes(data, slots, columns, there, wide, data_stride, tl.float32, KIND)
+        if KIND != 0:
+            x *= load_scales(scale, slots, there, scale_stride, KIND)
     return x
